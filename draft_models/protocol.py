@@ -1,0 +1,51 @@
+"""What the engine asks of a drafter. Host events keep host-side drafters current; device calls run inside the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from server.sampling.state import SamplingBatch
+from server.spec.types import Carry, Drafts, Verdict
+
+
+class Drafter(Protocol):
+    """A drafter proposes tokens; verification decides. Nothing a drafter does can change the output.
+
+    Host events (`admit`, `observe`, `release`) carry what the host knows, possibly one step late on a GPU.
+    Device calls (`prefill`, `propose`, `commit`) run inside the step and must not synchronise on a GPU.
+    """
+
+    name: str
+    feature_layers: tuple[int, ...]
+    """0-based decoder layers whose *outputs* are fused into the carry's features (EAGLE-3: three); () for none."""
+    has_distribution: bool
+    """True if `Drafts.probs` can be filled, so that rule `ratio` has a q other than a point mass."""
+
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int) -> None:
+        """A sequence took `slot`; `token_ids` are all its known tokens, the first `prompt_len` of them the prompt."""
+
+    def observe(self, slot: int, token_ids: Sequence[int]) -> None:
+        """`slot` emitted these tokens."""
+
+    def release(self, slot: int) -> None:
+        """`slot` is free again (finished, cancelled or preempted)."""
+
+    def prefill(
+        self, carry: Carry, token_ids: Tensor, positions: Tensor, rows: Tensor, features: Tensor | None
+    ) -> None:
+        """The target ran a prompt chunk: `token_ids`, `positions`, `rows` are [N] int64, `features` [N, F]."""
+
+    def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
+        """At most `k` drafts a row, and at most `carry.limits[r]` for row r."""
+
+    def commit(self, carry: Carry, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
+        """Verification accepted a prefix: roll the drafter's own state to the committed end.
+
+        `features` [R, width, F] are the target's features at the verified positions, None if not asked for.
+        """
+
+    def pause(self) -> None:
+        """Drafting stops until the next `propose`; the drafter must not run meanwhile, prefill included."""

@@ -1,0 +1,99 @@
+"""Everything but generation: models, probes, versions, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from server.api.errors import RETRY_AFTER_S, model_not_found
+from server.api.state import STATE, ServerState
+from server.telemetry import metrics
+
+INDEX = """Outpace {version}: an OpenAI-compatible server with lossless speculative decoding.
+
+POST /v1/chat/completions  POST /v1/completions
+GET  /v1/models  /v1/models/{{id}}
+GET  /health  /ready  /version  /server_info  /metrics
+"""
+
+
+def json_response(payload: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """`payload` as a JSON answer."""
+    body = orjson.dumps(payload, option=orjson.OPT_NON_STR_KEYS)
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+
+
+async def index(request: web.Request) -> web.Response:
+    """What this is and where its routes are."""
+    return web.Response(text=INDEX.format(version=request.app[STATE].version))
+
+
+async def health(request: web.Request) -> web.Response:
+    """The API process is alive; whether it serves is `/ready`'s business."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """200 while the server serves, else 503 with the reason."""
+    reason = request.app[STATE].not_ready
+    if reason is None:
+        return json_response({"status": "ready"})
+    status, why = reason
+    return json_response({"status": status, "reason": why}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+
+async def version(request: web.Request) -> web.Response:
+    """The version of Outpace."""
+    return json_response({"version": request.app[STATE].version})
+
+
+async def server_info(request: web.Request) -> web.Response:
+    """Settings, what the engine says of itself (null until it is ready) and its counters."""
+    state = request.app[STATE]
+    info = state.engine.info
+    return json_response(
+        {
+            "version": state.version,
+            "model": state.model_name,
+            "ready": state.not_ready is None,
+            "config": asdict(state.config),
+            "engine": None if info is None else asdict(info),
+            "stats": asdict(state.engine.stats),
+            "num_engine_restarts": state.engine.num_restarts,
+        }
+    )
+
+
+async def scrape(request: web.Request) -> web.Response:
+    """Prometheus' text format."""
+    body = request.app[STATE].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """The one model that this server serves."""
+    return json_response({"object": "list", "data": [_model(request.app[STATE])]})
+
+
+async def get_model(request: web.Request) -> web.Response:
+    """That model by its id, 404 for any other."""
+    state = request.app[STATE]
+    if request.match_info["model"] != state.model_name:
+        raise model_not_found(request.match_info["model"])
+    return json_response(_model(state))
+
+
+def _model(state: ServerState) -> dict[str, Any]:
+    info = state.engine.info
+    return {
+        "id": state.model_name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "outpace",
+        "root": state.config.engine.model,
+        "parent": None,
+        "max_model_len": None if info is None else info.max_model_len,
+    }

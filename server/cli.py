@@ -1,0 +1,53 @@
+"""The command `outpace`. Importing this is fast and never imports torch: that belongs to the engine's process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from server.cli_options import OneLineParser, add_options, parse_config
+from server.config import ConfigError, ServerConfig
+
+
+def version() -> str:
+    """The installed distribution's version; `unknown` in a source tree that was never installed."""
+    try:
+        return metadata.version("outpace")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def build_parser() -> OneLineParser:
+    """All commands with their options."""
+    parser = OneLineParser(prog="outpace", description="LLM inference server with lossless speculative decoding.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
+    serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
+    add_options(serve)
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after a clean stop, 1 if the server cannot run, 2 for a wrong command line."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command == "version":
+        print(version())
+        return 0
+    del options.command
+    try:
+        config = parse_config(options)
+    except ConfigError as error:
+        print(f"outpace serve: {error}", file=sys.stderr)
+        return 2
+    return _serve(config)
+
+
+def _serve(config: ServerConfig) -> int:
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Only here: `outpace version` and --help should not pay for an HTTP server.
+    from server.api.serve import serve
+
+    return serve(config, version())

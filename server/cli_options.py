@@ -1,0 +1,104 @@
+"""Command-line options made from the settings' own fields: one option a field, none by hand."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from server.config import DRAFTERS, DTYPES, VERIFICATION_RULES, ConfigError, EngineConfig, ServerConfig
+
+HELP = {
+    "model": "the model: smollm2-135m (embedded), a Hugging Face directory, a hub id or a GGUF file",
+    "drafter": f"what proposes draft tokens: {', '.join(DRAFTERS)}",
+    "draft_model": "the model that drafter small-lm drafts with; it needs the same vocabulary",
+    "max_draft_tokens": "most draft tokens per sequence and step (0: no speculation)",
+    "adaptive": "draft only as much as pays, measured on this machine; off: always max-draft-tokens",
+    "verification": f"the acceptance rule, both lossless: {', '.join(VERIFICATION_RULES)}",
+    "dtype": f"what the model computes in: {', '.join(DTYPES)}",
+    "device": "auto, cpu, cuda or cuda:N",
+    "max_model_len": "longest sequence in tokens, prompt and answer (default: the model's own)",
+    "max_num_seqs": "most sequences that are generated at once",
+    "max_num_batched_tokens": "most prompt tokens in one prefill step",
+    "block_size": "tokens in a KV cache block",
+    "kv_memory_share": "share of the memory left after loading that the KV cache takes, 0 to 1",
+    "kv_cache_tokens": "size of the KV cache in tokens, instead of a share of memory",
+    "prefix_cache": "reuse the KV cache of prompts that begin alike",
+    "recent_outputs": "finished answers that the suffix drafter may copy from (0: only the request's own tokens)",
+    "num_threads": "CPU threads of the engine (default: every core)",
+    "max_waiting": "most sequences that may wait; beyond it requests get 429",
+    "host": "address to listen on",
+    "port": "port to listen on (0: any free port)",
+    "served_model_name": "the model's name in the API (default: its short name)",
+    "drain_timeout_s": "seconds that running requests get to finish after SIGTERM or SIGINT",
+    "log_level": "debug, info, warning or error",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line and leaves with 2; the usage is behind --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `serve`. Absent ones leave no attribute, so that defaults live in the settings only."""
+    parser.add_argument(
+        "model_argument", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model"
+    )
+    for title, settings in (("engine", EngineConfig), ("server", ServerConfig)):
+        group = parser.add_argument_group(title)
+        hints = get_type_hints(settings)
+        for field in fields(settings):
+            if field.name != "engine":
+                _add_option(group, field, hints[field.name])
+
+
+def parse_config(options: argparse.Namespace) -> ServerConfig:
+    """Raises ConfigError naming field, value and what would be valid."""
+    given = dict(vars(options))
+    positional = given.pop("model_argument", None)
+    if positional is not None:
+        if given.get("model", positional) != positional:
+            raise ConfigError(f"model: given twice, as {positional!r} and as {given['model']!r}; use one")
+        given["model"] = positional
+    engine_names = {field.name for field in fields(EngineConfig)}
+    server_names = {field.name for field in fields(ServerConfig)}
+    engine = EngineConfig(**{name: value for name, value in given.items() if name in engine_names})
+    return ServerConfig(engine=engine, **{name: value for name, value in given.items() if name in server_names})
+
+
+def _add_option(group: argparse._ArgumentGroup, field: Field[Any], hint: Any) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    text = HELP[field.name]
+    if field.default is not MISSING and field.default is not None:
+        shown = {True: "on", False: "off"}.get(field.default, field.default) if hint is bool else field.default
+        text = f"{text} [{shown}]"
+    text = text.replace("%", "%%")
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    else:
+        metavar = {int: "N", float: "X", str: "VALUE"}[_plain(hint)]
+        group.add_argument(flag, type=_reader(hint), metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _plain(hint: Any) -> type:
+    """`int | None` as `int`."""
+    kinds: Sequence[type] = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not types.NoneType)
+
+
+def _reader(hint: Any) -> Any:
+    kind = _plain(hint)
+    wanted = {int: "a whole number", float: "a number"}.get(kind, "text")
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use {wanted}") from None
+
+    return read

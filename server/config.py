@@ -1,0 +1,107 @@
+"""Typed settings. Parsed once, here; a bad value names the field, the value and what would be valid."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+DRAFTERS = ("suffix", "ngram", "small-lm", "none")
+VERIFICATION_RULES = ("coupled", "ratio")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names field, value and valid values."""
+
+
+def cache_dir() -> Path:
+    """Outpace's cache: `$OUTPACE_CACHE`, by default `~/.cache/outpace`."""
+    return Path(os.environ.get("OUTPACE_CACHE") or Path.home() / ".cache" / "outpace").expanduser()
+
+
+def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{name}: {value!r} is not valid; use one of {', '.join(valid)}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if value < low:
+        raise ConfigError(f"{name}: {value!r} is too small; use {low} or more")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine process.
+
+    `model` and `draft_model` are `smollm2-135m` (the embedded model), a Hugging Face directory, a hub id or a
+    GGUF file. `max_model_len` None means what the model's own configuration says. The KV pool takes
+    `kv_memory_share` of the memory that is free once the weights are loaded, or exactly
+    `kv_cache_tokens` tokens where that is given. `num_threads` None means every core; `max_num_batched_tokens` (the
+    token budget of a prefill step) None means 256 on a CPU, 2048 on a GPU.
+    `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's own tokens).
+    """
+
+    model: str = "smollm2-135m"
+    drafter: str = "suffix"
+    draft_model: str | None = None
+    max_draft_tokens: int = 7
+    adaptive: bool = True
+    verification: str = "coupled"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    kv_memory_share: float = 0.25
+    kv_cache_tokens: int | None = None
+    prefix_cache: bool = True
+    recent_outputs: int = 0
+    num_threads: int | None = None
+    max_waiting: int = 1024
+
+    def __post_init__(self) -> None:
+        _one_of("drafter", self.drafter, DRAFTERS)
+        _one_of("verification", self.verification, VERIFICATION_RULES)
+        _one_of("dtype", self.dtype, DTYPES)
+        for name, low in (
+            ("max_draft_tokens", 0),
+            ("max_num_seqs", 1),
+            ("block_size", 1),
+            ("recent_outputs", 0),
+            ("max_waiting", 1),
+        ):
+            _at_least(name, getattr(self, name), low)
+        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, 1)
+        if not 0.0 < self.kv_memory_share <= 1.0:
+            raise ConfigError(f"kv_memory_share: {self.kv_memory_share!r} is not valid; use more than 0, at most 1")
+        if self.drafter == "small-lm" and self.draft_model is None:
+            raise ConfigError("draft_model: missing; drafter 'small-lm' needs the model to draft with")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Settings of the API process. `served_model_name` None means the model's own short name."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    drain_timeout_s: float = 30.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port: {self.port!r} is not valid; use 0 to 65535 (0: any free port)")
+        _at_least("drain_timeout_s", self.drain_timeout_s, 0)
+        _one_of("log_level", self.log_level, ("debug", "info", "warning", "error"))
+
+
+def engine_field_names() -> list[str]:
+    """Names of the engine's settings, in the order of their declaration."""
+    return [f.name for f in fields(EngineConfig)]

@@ -1,0 +1,169 @@
+"""The engine without its process: requests in, one step at a time, outputs out. The loop and the tests drive this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
+from server.engine.messages import EngineStats
+from server.engine.runner import Runner, StepResult
+from server.engine.scheduler import Limits, Scheduler
+from server.engine.sequence import Sequence
+from server.engine.speculation import Speculation
+
+
+class EngineCore:
+    """Scheduler, runner and draft-length control in one place. Not thread-safe.
+
+    `eos_token_ids` end a sequence unless its request ignores them.
+    """
+
+    def __init__(
+        self, runner: Runner, limits: Limits, speculation: Speculation, eos_token_ids: Iterable[int], max_waiting: int = 1024
+    ) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(limits)
+        self.speculation = speculation
+        self.max_waiting = max_waiting
+        self._eos = frozenset(eos_token_ids)
+        self._num_steps = 0
+        self._num_emitted = 0
+        runner.trim = speculation.trim
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> StepOutput | None:
+        """Queues a request; returns its final output at once if it can not run."""
+        reason = self.scheduler.refusal(request) or self._invalid(request)
+        if reason is not None:
+            return StepOutput(request.request_id, finish_reason=FinishReason.ERROR, error=reason)
+        self.scheduler.submit(request)
+        return None
+
+    def _invalid(self, request: Request) -> str | None:
+        if len(self.scheduler.waiting) >= self.max_waiting:
+            return f"the queue is full ({self.max_waiting} requests wait)"
+        if request.max_tokens < 1:
+            return f"max_tokens: {request.max_tokens} is not valid; use 1 or more"
+        size = self.runner.model.vocab_size
+        bad = next((t for t in request.prompt_ids if not 0 <= t < size), None)
+        if bad is None:
+            bad = next((t for t in request.sampling.logit_bias if not 0 <= t < size), None)
+        return None if bad is None else f"token id {bad} is out of range; use 0 to {size - 1}"
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request within the current step; unknown ids are ignored (it may just have finished)."""
+        seq = self.scheduler.by_id.get(request_id)
+        if seq is not None:
+            self.scheduler.finish(seq)
+            self._apply_host_events()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """Runs one step, if there is something to run, and says what it emitted."""
+        k = self.speculation.num_draft_tokens(self.scheduler.num_decoding())
+        scheduled = self.scheduler.schedule(k)
+        self._apply_host_events()
+        if scheduled is None:
+            return []
+        plan, sequences = scheduled
+        started = time.perf_counter()
+        result = self.runner.step(plan, sequences)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        if plan.phase is Phase.VERIFY:
+            self.speculation.record(result, max(s.num_tokens for s in sequences), elapsed_ms)
+        self._num_steps += 1
+        outputs = self._publish(plan, sequences, result)
+        self._apply_host_events()
+        return outputs
+
+    def _apply_host_events(self) -> None:
+        """Slots change hands: releases first, since an admission may take a slot that was just given up."""
+        for slot in self.scheduler.released:
+            self.runner.release(slot)
+        self.scheduler.released.clear()
+        for seq in self.scheduler.admitted:
+            if seq.running:
+                self.runner.admit(seq)
+        self.scheduler.admitted.clear()
+
+    def _publish(self, plan: StepPlan, sequences: list[Sequence], result: StepResult) -> list[StepOutput]:
+        outputs: list[StepOutput] = []
+        for i, (row, seq) in enumerate(zip(plan.rows, sequences, strict=True)):
+            emitted, reason = self._cut(seq, result.emitted[i])
+            num_run = len(emitted) if plan.phase is Phase.VERIFY else row.num_tokens
+            self.scheduler.commit(seq, num_run, emitted)
+            if not emitted:
+                continue
+            self._num_emitted += len(emitted)
+            outputs.append(self._output(seq, emitted, reason, result, i))
+            if reason is not None:
+                self.scheduler.finish(seq)
+            elif self.runner.drafter is not None:
+                self.runner.drafter.observe(seq.slot, emitted)
+        return outputs
+
+    def _cut(self, seq: Sequence, emitted: list[int]) -> tuple[list[int], FinishReason | None]:
+        """What of the emitted tokens stands: up to the first stop token, at most what is left to emit."""
+        stops = seq.request.stop_token_ids
+        left = seq.num_left
+        for i, token in enumerate(emitted[:left]):
+            if token in stops or (token in self._eos and not seq.request.ignore_eos):
+                return emitted[: i + 1], FinishReason.STOP
+        return emitted[:left], FinishReason.LENGTH if len(emitted) >= left else None
+
+    def _output(
+        self, seq: Sequence, emitted: list[int], reason: FinishReason | None, result: StepResult, i: int
+    ) -> StepOutput:
+        logprobs = result.logprobs[i]
+        cached = None if seq.announced else seq.num_cached
+        seq.announced = True
+        return StepOutput(
+            seq.request.request_id,
+            emitted,
+            logprobs[: len(emitted)] if logprobs is not None else None,
+            reason,
+            result.num_drafted[i],
+            result.num_accepted[i],
+            cached,
+        )
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        s = self.scheduler
+        return EngineStats(
+            num_running=len(s.running),
+            num_waiting=len(s.waiting),
+            kv_blocks_used=s.pool.num_used,
+            kv_blocks_total=s.limits.num_blocks - 1,
+            num_steps=self._num_steps,
+            num_prefill_tokens=s.counters.num_prefill_tokens,
+            num_cached_tokens=s.counters.num_cached_tokens,
+            num_emitted=self._num_emitted,
+            num_preemptions=s.counters.num_preemptions,
+            num_draft_steps=self.speculation.num_draft_steps,
+            drafted_per_position=list(self.speculation.drafted_per_position),
+            accepted_per_position=list(self.speculation.accepted_per_position),
+            speculation_paused=self.speculation.paused,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a block or slot leaked."""
+        self.scheduler.check_integrity()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[StepOutput]:
+        """Submits the requests and steps until all have ended (tests, benchmarks)."""
+        for request in requests:
+            refused = self.submit(request)
+            if refused is not None:
+                yield refused
+        while self.has_work:
+            yield from self.step()
+        self.check_integrity()

@@ -1,0 +1,97 @@
+"""The engine process's loop: takes messages, runs steps, sends what they emitted."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import msgspec
+import zmq
+
+from server.core import Request, StepOutput
+from server.engine.core import EngineCore
+from server.engine.kinds import ABORT, FRAME, HELLO, INFO, STOP, SUBMIT
+from server.engine.messages import EngineFrame, EngineInfo
+
+log = logging.getLogger("outpace.engine")
+
+_IDLE_POLL_MS = 500
+
+
+class EngineLoop:
+    """Serves the clients connected to a ROUTER socket. A request belongs to the client that sent it."""
+
+    def __init__(self, core: EngineCore, info: EngineInfo, socket: zmq.Socket[bytes]) -> None:
+        self.core, self.info, self.socket = core, info, socket
+        self._owner: dict[str, bytes] = {}
+        self._clients: set[bytes] = set()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Request).decode
+        self._parent = os.getppid()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until a STOP arrives or the parent process is gone."""
+        while not self._stopping:
+            self._receive()
+            if self.core.has_work:
+                self._send(self.core.step())
+
+    def _receive(self) -> None:
+        """Takes every message that is there; waits for one only if there is nothing else to do."""
+        if not self.core.has_work:
+            self.core.check_integrity()
+            while not self.socket.poll(_IDLE_POLL_MS):
+                if os.getppid() != self._parent:
+                    log.warning("the server process is gone; the engine stops")
+                    self._stopping = True
+                    return
+        while not self._stopping:
+            try:
+                identity, kind, payload = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(identity, kind, payload)
+
+    def _handle(self, identity: bytes, kind: bytes, payload: bytes) -> None:
+        if kind == SUBMIT:
+            self._submit(identity, payload)
+        elif kind == ABORT:
+            request_id = payload.decode()
+            if self._owner.pop(request_id, None) is not None:
+                self.core.abort(request_id)
+                self._send_stats()
+        elif kind == HELLO:
+            self._clients.add(identity)
+            self.socket.send_multipart([identity, INFO, self._encode(self.info)])
+        elif kind == STOP:
+            self._stopping = True
+        else:
+            raise ValueError(f"unknown message kind {kind!r}")
+
+    def _submit(self, identity: bytes, payload: bytes) -> None:
+        request = self._decode(payload)
+        refused = self.core.submit(request)
+        if refused is None:
+            self._owner[request.request_id] = identity
+        else:
+            frame = EngineFrame([refused], self.core.stats())
+            self.socket.send_multipart([identity, FRAME, self._encode(frame)])
+
+    def _send(self, outputs: list[StepOutput]) -> None:
+        """One frame a client; every client gets the stats."""
+        by_client: dict[bytes, list[StepOutput]] = {identity: [] for identity in self._clients}
+        for output in outputs:
+            owner = self._owner.get(output.request_id)
+            if owner is None:
+                continue
+            by_client.setdefault(owner, []).append(output)
+            if output.finish_reason is not None:
+                del self._owner[output.request_id]
+        stats = self.core.stats()
+        for identity, mine in by_client.items():
+            if mine or not self.core.has_work:
+                self.socket.send_multipart([identity, FRAME, self._encode(EngineFrame(mine, stats))])
+
+    def _send_stats(self) -> None:
+        self._send([])

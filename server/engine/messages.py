@@ -1,0 +1,57 @@
+"""Frames between the API process and the engine process: msgpack over ZeroMQ IPC. Never imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.core import StepOutput
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine says of itself once it is ready. `kernels` names the linear-layer path in use."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    kv_cache_tokens: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    drafter: str
+    max_draft_tokens: int
+    verification: str
+    linear_path: str
+    num_threads: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine started (`num_*`, lists per draft position) and gauges of this moment."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_emitted: int = 0
+    num_preemptions: int = 0
+    num_draft_steps: int = 0
+    drafted_per_position: list[int] = field(default_factory=list)
+    accepted_per_position: list[int] = field(default_factory=list)
+    speculation_paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFrame:
+    """Engine to API, once a step that has something to say."""
+
+    outputs: list[StepOutput]
+    stats: EngineStats

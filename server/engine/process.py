@@ -1,0 +1,72 @@
+"""`python -m server.engine.process`: loads the model, measures costs, then serves the loop.
+
+Settings arrive as JSON on standard input; what went wrong leaves as one line of JSON on standard output, what is going on is
+written to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import signal
+import sys
+import traceback
+
+import msgspec
+import zmq
+
+from server.config import ConfigError, EngineConfig
+
+
+def main() -> int:
+    """Exit codes: 0 asked to stop, 1 could not start (reason on standard output)."""
+    endpoint = sys.argv[1]
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        from server.engine.build import build_engine  # imports torch
+
+        core, info = build_engine(config, say)
+    except Exception as e:
+        reason = str(e) or type(e).__name__
+        if not _expected(e):
+            traceback.print_exc()
+            reason = f"{type(e).__name__}: {reason}"
+        print(json.dumps({"failure": reason}), flush=True)
+        return 1
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)  # frames to a slow client wait here rather than being dropped
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.bind(endpoint)
+    print(json.dumps({"ready": True}), flush=True)
+    from server.engine.loop import EngineLoop
+
+    EngineLoop(core, info, socket).run()
+    context.destroy()
+    return 0
+
+
+def say(text: str) -> None:
+    """One line of progress for the person who started the server."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _expected(error: Exception) -> bool:
+    """Mistakes in settings or model files: their message is for the operator, their traceback for nobody."""
+    return isinstance(error, (ConfigError, ValueError, FileNotFoundError))
+
+
+def _die_with_parent() -> None:
+    """Linux: a killed server must not leave an engine behind that holds the GPU. Elsewhere the idle loop notices."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""Runs one step on the device: draft, forward, verify, commit. Plain decoding is the same step with no drafts.
+
+The sequence state (tokens, lengths, block tables, sampling parameters) lives in per-slot tensors; a step gathers from them by slot
+index. On the CPU rows are ragged, since padding costs compute there; elsewhere every row has the same width and
+nothing between `prepare` and `StepResult` waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft_models.protocol import Drafter
+from server.core import Phase, StepPlan, TokenLogprobs
+from server.engine.sequence import Sequence
+from server.models.attention import AttentionBatch
+from server.models.base import TargetModel
+from server.models.paging import Span, padded_batch, ragged_batch
+from server.sampling.logprobs import Logprobs, emitted_logprobs
+from server.sampling.process import process
+from server.sampling.state import SamplingState
+from server.spec.types import Carry, Drafts, Layout, SlotState, Verdict
+from server.spec.verify import verify
+
+Trim = Callable[[Drafts, Carry], Drafts]
+"""Cuts drafts that are not worth verifying (ragged batches only)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerShape:
+    """Sizes of the per-slot state and the KV pool. `ragged` None picks by device."""
+
+    max_num_seqs: int
+    max_model_len: int
+    max_draft_tokens: int
+    block_size: int
+    num_blocks: int
+    rule: str = "coupled"
+    ragged: bool | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing."""
+
+    emitted: list[list[int]]
+    num_drafted: list[int]
+    num_accepted: list[int]
+    classes: list[str] | None
+    logprobs: list[list[TokenLogprobs] | None]
+    num_tokens_run: int
+
+    @staticmethod
+    def silent(num_rows: int, num_tokens_run: int) -> StepResult:
+        zeros = [0] * num_rows
+        return StepResult([[] for _ in zeros], zeros, zeros, None, [None] * num_rows, num_tokens_run)
+
+
+class Runner:
+    """Owns the device state of one engine. Not thread-safe; called by the engine loop only."""
+
+    def __init__(self, model: TargetModel, drafter: Drafter | None, shape: RunnerShape) -> None:
+        self.model, self.drafter, self.shape = model, drafter, shape
+        self.device = model.device
+        self.ragged = self.device.type == "cpu" if shape.ragged is None else shape.ragged
+        self.trim: Trim | None = None
+        places = shape.num_blocks * shape.block_size
+        self.pools = [
+            torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=model.dtype, device=self.device)
+            for kv in model.kv_layers
+        ]
+        slots, length = shape.max_num_seqs, shape.max_model_len + shape.max_draft_tokens + 2
+        self.state = SlotState(
+            history=torch.zeros(slots, length, dtype=torch.int64, device=self.device),
+            num_tokens=torch.zeros(slots, dtype=torch.int64, device=self.device),
+            prompt_len=torch.zeros(slots, dtype=torch.int64, device=self.device),
+        )
+        table_len = -(-length // shape.block_size) + 1
+        self.block_tables = torch.zeros(slots, table_len, dtype=torch.int64, device=self.device)
+        self._synced = [0] * slots
+        self.sampling = SamplingState(slots, model.vocab_size, self.device)
+        self._feature_layers = drafter.feature_layers if drafter is not None else ()
+    # -- host events ---------------------------------------------------------------------------------------
+
+    def admit(self, seq: Sequence) -> None:
+        """Fills the slot that the scheduler gave to `seq`."""
+        slot, tokens = seq.slot, torch.tensor(seq.token_ids, dtype=torch.int64)
+        self.state.history[slot, : seq.num_tokens] = tokens.to(self.device, non_blocking=True)
+        self.state.num_tokens[slot] = seq.num_tokens
+        self.state.prompt_len[slot] = seq.prompt_len
+        self._synced[slot] = 0
+        self.sampling.set(slot, seq.request.sampling, seq.request.choice)
+        if self.drafter is not None:
+            self.drafter.admit(slot, seq.token_ids, seq.prompt_len)
+
+    def release(self, slot: int) -> None:
+        """The slot is free: nothing of its last owner may be seen by the next."""
+        self.block_tables[slot] = 0
+        self.sampling.clear(slot)
+        if self.drafter is not None:
+            self.drafter.release(slot)
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def step(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
+        """Runs `plan`; `sequences` are its rows' owners. The host state is not touched."""
+        self._sync_tables(sequences)
+        if plan.phase is Phase.PREFILL:
+            return self._prefill(plan, sequences)
+        carry = self._carry(plan, sequences)
+        drafts = self._propose(carry, plan.num_draft_tokens)
+        layout, token_ids, batch = self._prepare(carry, drafts, sequences)
+        logits, features = self._forward(token_ids, batch, torch.arange(layout.rows.shape[0], device=self.device))
+        return self._decide(carry, drafts, layout, logits, features, sequences)
+
+    def _prefill(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
+        spans = [
+            Span(row.start, row.num_tokens, seq.blocks, seq.contiguous)
+            for row, seq in zip(plan.rows, sequences, strict=True)
+        ]
+        chunks = [s.token_ids[r.start : r.start + r.num_tokens] for r, s in zip(plan.rows, sequences, strict=True)]
+        token_ids = torch.tensor([t for chunk in chunks for t in chunk], dtype=torch.int64)
+        ends = torch.tensor([len(c) for c in chunks]).cumsum(0) - 1
+        sampling = [i for i, row in enumerate(plan.rows) if row.samples]
+        batch = self._ragged(spans, len(token_ids))
+        logits, features = self._forward(token_ids.to(self.device), batch, ends[sampling].to(self.device))
+        if self.drafter is not None and plan.num_draft_tokens > 0:  # paused: it does not run at all
+            rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device)
+            carry = self._carry(plan, sequences)
+            self.drafter.prefill(carry, token_ids, batch.positions[: len(token_ids)], rows, features)
+        result = StepResult.silent(len(chunks), len(token_ids))
+        if sampling:
+            done = [sequences[i] for i in sampling]
+            carry = self._carry(StepPlan(plan.phase, [plan.rows[i] for i in sampling]), done)
+            drafts = Drafts.none(len(done), self.device)
+            layout = self._layout([1] * len(done), 1)
+            decided = self._decide(carry, drafts, layout, logits, None, done)
+            for i, row in enumerate(sampling):
+                result.emitted[row], result.logprobs[row] = decided.emitted[i], decided.logprobs[i]
+        return result
+
+    def _carry(self, plan: StepPlan, sequences: list[Sequence]) -> Carry:
+        slots = [row.slot for row in plan.rows]
+        slot_ids = torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)
+        return Carry(
+            slots=slots,
+            slot_ids=slot_ids,
+            state=self.state,
+            max_tokens_host=max(s.num_tokens for s in sequences),
+            limits=[row.max_drafts for row in plan.rows],
+            block_tables=self.block_tables[slot_ids],
+            blocks=[s.blocks for s in sequences],
+            tokens_host=[s.num_tokens for s in sequences],
+        )
+
+    def _propose(self, carry: Carry, k: int) -> Drafts:
+        if self.drafter is None or k == 0 or not any(carry.limits):
+            return Drafts.none(len(carry.slots), self.device)
+        drafts = self.drafter.propose(carry, k, self.sampling.gather(carry.slots, carry.slot_ids))
+        if self.ragged and self.trim is not None:
+            drafts = self.trim(drafts, carry)
+        return drafts
+
+    def _prepare(
+        self, carry: Carry, drafts: Drafts, sequences: list[Sequence]
+    ) -> tuple[Layout, Tensor, AttentionBatch]:
+        """Every row's last committed token and its drafts, where they sit and what they see."""
+        known = self.state.num_tokens[carry.slot_ids]
+        last = self.state.history[carry.slot_ids, known - 1]
+        table = torch.cat([last.unsqueeze(1), drafts.tokens], dim=1)
+        if self.ragged:
+            valid = drafts.num_valid_host if drafts.num_valid_host is not None else drafts.num_valid.tolist()
+            widths = [1 + v for v in valid]
+            layout = self._layout(widths, max(widths))
+            spans = [
+                Span(s.num_tokens - 1, w, s.blocks, s.contiguous) for s, w in zip(sequences, widths, strict=True)
+            ]
+            token_ids = table[layout.rows, layout.offsets] if layout.width > 1 else last
+            return layout, token_ids, self._ragged(spans, token_ids.shape[0])
+        width = table.shape[1]
+        layout = self._layout([width] * len(sequences), width)
+        padding = max(0, self.model.min_rows - table.numel())
+        reach = carry.max_tokens_host + width - 1
+        batch = padded_batch(known - 1, width, carry.block_tables, self.shape.block_size, reach, padding)
+        return layout, table.view(-1), batch
+
+    def _layout(self, widths: list[int], width: int) -> Layout:
+        counts = torch.tensor(widths, dtype=torch.int64)
+        rows = torch.repeat_interleave(counts, output_size=sum(widths))
+        offsets = torch.arange(rows.shape[0]) - (counts.cumsum(0) - counts)[rows]
+        return Layout(rows.to(self.device), offsets.to(self.device), len(widths), width)
+
+    def _ragged(self, spans: list[Span], num_tokens: int) -> AttentionBatch:
+        batch = ragged_batch(spans, self.shape.block_size, max(0, self.model.min_rows - num_tokens))
+        return batch if self.device.type == "cpu" else batch.to(self.device)
+
+    def _forward(self, token_ids: Tensor, batch: AttentionBatch, logits_at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pads to the model's least number of rows, for tokens and for logits alike."""
+        wanted = logits_at.shape[0]
+        short = self.model.min_rows - token_ids.shape[0]
+        if short > 0:
+            token_ids = torch.cat([token_ids, token_ids.new_zeros(short)])
+        if wanted < self.model.min_rows:
+            logits_at = torch.cat([logits_at, logits_at.new_zeros(self.model.min_rows - wanted)])
+        logits, features = self.model.forward(token_ids, self.pools, batch, logits_at, self._feature_layers)
+        return logits[:wanted], features
+
+    def _decide(
+        self,
+        carry: Carry,
+        drafts: Drafts,
+        layout: Layout,
+        logits: Tensor,
+        features: Tensor | None,
+        sequences: list[Sequence],
+    ) -> StepResult:
+        sampling = self.sampling.gather(carry.slots, carry.slot_ids)
+        processed = process(logits, layout, drafts, sampling, self.state, carry.slot_ids, carry.max_tokens_host)
+        known = self.state.num_tokens[carry.slot_ids]
+        verdict = verify(processed, layout, drafts, sampling, known, self.shape.rule)
+        logprobs = None
+        if sampling.max_logprobs is not None:
+            logprobs = emitted_logprobs(logits, layout, verdict, sampling.max_logprobs)
+        self._commit(carry, known, verdict)
+        if self.drafter is not None and layout.width > 1:
+            self.drafter.commit(carry, drafts, verdict, features)
+        return _to_host(verdict, drafts, logprobs, sequences, layout.rows.shape[0])
+
+    def _commit(self, carry: Carry, known: Tensor, verdict: Verdict) -> None:
+        at = known.unsqueeze(1) + torch.arange(verdict.tokens.shape[1], device=self.device)
+        self.state.history[carry.slot_ids.unsqueeze(1), at] = verdict.tokens
+        self.state.num_tokens.index_add_(0, carry.slot_ids, verdict.num_emitted)
+
+    def _sync_tables(self, sequences: list[Sequence]) -> None:
+        for seq in sequences:
+            have = self._synced[seq.slot]
+            if len(seq.blocks) > have:
+                new = torch.tensor(seq.blocks[have:], dtype=torch.int64)
+                self.block_tables[seq.slot, have : len(seq.blocks)] = new.to(self.device, non_blocking=True)
+                self._synced[seq.slot] = len(seq.blocks)
+
+
+def _to_host(
+    verdict: Verdict, drafts: Drafts, logprobs: Logprobs | None, sequences: list[Sequence], num_tokens: int
+) -> StepResult:
+    """The one place where a step's result is waited for."""
+    counts = verdict.num_emitted.tolist()
+    tokens = verdict.tokens.tolist()
+    drafted = drafts.num_valid_host if drafts.num_valid_host is not None else drafts.num_valid.tolist()
+    return StepResult(
+        emitted=[row[:n] for row, n in zip(tokens, counts, strict=True)],
+        num_drafted=list(drafted),
+        num_accepted=[n - 1 for n in counts],
+        classes=drafts.classes,
+        logprobs=_logprobs_to_host(logprobs, tokens, counts, sequences),
+        num_tokens_run=num_tokens,
+    )
+
+
+def _logprobs_to_host(
+    logprobs: Logprobs | None, tokens: list[list[int]], counts: list[int], sequences: list[Sequence]
+) -> list[list[TokenLogprobs] | None]:
+    if logprobs is None:
+        return [None] * len(tokens)
+    chosen, ids, values = logprobs.chosen.tolist(), logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist()
+    found: list[list[TokenLogprobs] | None] = []
+    for r, seq in enumerate(sequences):
+        n = seq.request.sampling.logprobs
+        found.append(
+            None
+            if n is None
+            else [
+                TokenLogprobs(tokens[r][j], chosen[r][j], ids[r][j][:n], values[r][j][:n]) for j in range(counts[r])
+            ]
+        )
+    return found

@@ -1,0 +1,250 @@
+"""Decides what runs next: admission, prompt chunks, verify batches, preemption. Pure bookkeeping, no tensors.
+
+First come, first served. Prompt chunks and verify steps alternate while both have work, so a long prompt never
+stalls decoding for longer than one token budget. When blocks run out, the youngest running sequence gives up its own and is
+computed anew later; drafts never cause that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from server.core import Phase, Request, RowPlan, StepPlan
+from server.engine.blocks import BlockPool, OutOfBlocksError
+from server.engine.prefix_cache import ROOT, PrefixCache, block_key
+from server.engine.sequence import Sequence
+from server.engine.slots import SlotPool
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine can hold; `num_blocks` counts the null block."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    prefix_cache: bool = True
+
+    @property
+    def kv_tokens(self) -> int:
+        return (self.num_blocks - 1) * self.block_size
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since start."""
+
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_prefill_tokens: int = 0
+
+
+class Scheduler:
+    """Owns every sequence from submission to its end. `plan` and `sequences` pair up by row."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.cache = PrefixCache(limits.block_size, limits.prefix_cache)
+        self.pool = BlockPool(limits.num_blocks, on_evict=self.cache.forget)
+        self.slots = SlotPool(limits.max_num_seqs)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.by_id: dict[str, Sequence] = {}
+        self.admitted: list[Sequence] = []
+        self.released: list[int] = []
+        self.counters = Counters()
+        self._last_phase = Phase.VERIFY
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def refusal(self, request: Request) -> str | None:
+        """Why this request can never run, or None."""
+        need = len(request.prompt_ids) + request.max_tokens
+        if not request.prompt_ids:
+            return "the prompt is empty; send at least one token"
+        if need > self.limits.max_model_len:
+            return (
+                f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.max_tokens}) make {need}, "
+                f"more than the model's context of {self.limits.max_model_len} tokens"
+            )
+        if need > self.limits.kv_tokens:
+            return (
+                f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.max_tokens}) make {need}, more than "
+                f"the whole KV cache of {self.limits.kv_tokens} tokens; start the server with a larger one or ask for less"
+            )
+        if request.request_id in self.by_id:
+            return f"request id {request.request_id!r} is in use"
+        return None
+
+    def submit(self, request: Request) -> None:
+        """Queues a request that `refusal` lets through."""
+        seq = Sequence.of(request)
+        self.by_id[request.request_id] = seq
+        self.waiting.append(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Ends a sequence in whatever state it is; its slot and blocks are free at once."""
+        del self.by_id[seq.request.request_id]
+        if seq.running:
+            self.running.remove(seq)
+            self._give_up(seq)
+        else:
+            self.waiting.remove(seq)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def schedule(self, num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]] | None:
+        """The next step with at most `num_draft_tokens` drafts a row, or None if nothing can run.
+
+        `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their place.
+        """
+        self._admit()
+        prefilling = [s for s in self.running if not s.decoding]
+        decoding = len(prefilling) < len(self.running)
+        if prefilling and (self._last_phase is Phase.VERIFY or not decoding):
+            self._last_phase = Phase.PREFILL
+            return self._plan_prefill(prefilling, num_draft_tokens)
+        if decoding:
+            self._last_phase = Phase.VERIFY
+            return self._plan_verify(num_draft_tokens)
+        return None
+
+    def num_decoding(self) -> int:
+        """Rows that a verify step would have; prompts in progress do not count."""
+        return sum(s.decoding for s in self.running)
+
+    def _admit(self) -> None:
+        while self.waiting and self.slots.num_free:
+            seq = self.waiting[0]
+            blocks, keys = self.cache.match(seq.token_ids, seq.num_tokens - 1)
+            revived = sum(self.pool.refs(b) == 0 for b in blocks)
+            needed = self._blocks_for(seq.num_tokens + 1) - len(blocks)
+            headroom = len(self.running)  # each running sequence may need one more block at its next step
+            if needed + revived + (headroom if self.running else 0) > self.pool.num_free:
+                return
+            self.waiting.popleft()
+            for block in blocks:
+                self.pool.acquire(block)
+                seq.add_block(block)
+            seq.keys = keys
+            seq.num_computed = len(blocks) * self.limits.block_size
+            if not seq.announced:
+                seq.num_cached = seq.num_computed
+                self.counters.num_cached_tokens += seq.num_computed
+            self._reserve(seq, seq.num_tokens)
+            seq.slot = self.slots.acquire()
+            self.running.append(seq)
+            self.admitted.append(seq)
+
+    def _plan_prefill(self, prefilling: list[Sequence], num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]]:
+        budget = self.limits.max_num_batched_tokens
+        rows: list[RowPlan] = []
+        sequences: list[Sequence] = []
+        for seq in prefilling:
+            chunk = min(budget, seq.num_tokens - seq.num_computed)
+            if chunk == 0:
+                break
+            budget -= chunk
+            last = seq.num_computed + chunk == seq.num_tokens
+            rows.append(RowPlan(seq.slot, seq.num_computed, chunk, samples=last))
+            sequences.append(seq)
+            self.counters.num_prefill_tokens += chunk
+        return StepPlan(Phase.PREFILL, rows, num_draft_tokens), sequences
+
+    def _plan_verify(self, num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]] | None:
+        sequences: list[Sequence] = []
+        for seq in list(self.running):
+            while seq.running and seq.decoding and not self._try_reserve(seq, seq.num_tokens):
+                self._preempt_youngest()  # never one before `seq` in this order; at worst `seq` itself
+            if seq.running and seq.decoding:
+                sequences.append(seq)
+        rows = [
+            RowPlan(seq.slot, seq.num_tokens - 1, 1, samples=True, max_drafts=self._reserve_drafts(seq, num_draft_tokens))
+            for seq in sequences
+        ]
+        return (StepPlan(Phase.VERIFY, rows, num_draft_tokens), sequences) if rows else None
+
+    def _reserve_drafts(self, seq: Sequence, k: int) -> int:
+        """Blocks for as many drafts as there is room for, once every row has room for its own token."""
+        drafts = self._draft_limit(seq, k)
+        while drafts and not self._try_reserve(seq, seq.num_tokens + drafts):
+            drafts -= 1
+        return drafts
+
+    def _draft_limit(self, seq: Sequence, k: int) -> int:
+        """The bonus token always follows the drafts, so one of the tokens left is not worth drafting."""
+        spec = seq.request.speculation
+        if not spec.enabled:
+            return 0
+        own = k if spec.max_draft_tokens is None else min(k, spec.max_draft_tokens)
+        return max(0, min(own, seq.num_left - 1))
+
+    def commit(self, seq: Sequence, num_run: int, emitted: list[int]) -> None:
+        """A step ran `num_run` committed tokens of `seq` (chunk, or last token and accepted drafts) and emitted these."""
+        seq.num_computed += num_run
+        seq.token_ids.extend(emitted)
+        size = self.limits.block_size
+        while (len(seq.keys) + 1) * size <= seq.num_computed:
+            i = len(seq.keys)
+            key = block_key(seq.keys[-1] if seq.keys else ROOT, seq.token_ids[i * size : (i + 1) * size])
+            if self.cache.insert(key, seq.blocks[i]):
+                self.pool.keep(seq.blocks[i])
+            seq.keys.append(key)
+
+    # -- blocks --------------------------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _reserve(self, seq: Sequence, num_tokens: int) -> None:
+        while len(seq.blocks) < self._blocks_for(num_tokens):
+            seq.add_block(self.pool.allocate(seq.blocks[-1] if seq.blocks else None))
+
+    def _try_reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        if self._blocks_for(num_tokens) - len(seq.blocks) > self.pool.num_free:
+            return False
+        try:
+            self._reserve(seq, num_tokens)
+        except OutOfBlocksError:
+            return False
+        return True
+
+    def preempt(self, seq: Sequence) -> None:
+        """Takes a running sequence's place away; it is computed anew when it is admitted again, before all others."""
+        self.running.remove(seq)
+        self._give_up(seq)
+        self.waiting.appendleft(seq)
+        self.counters.num_preemptions += 1
+
+    def _preempt_youngest(self) -> None:
+        self.preempt(self.running[-1])
+
+    def _give_up(self, seq: Sequence) -> None:
+        self.released.append(seq.slot)
+        self.slots.release(seq.slot)
+        # Last block first: the free list is a queue, and the beginning of a prefix is worth keeping longest.
+        for block in reversed(seq.blocks):
+            self.pool.release(block)
+        seq.slot, seq.num_computed = -1, 0
+        seq.blocks, seq.keys, seq.contiguous = [], [], True
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if any block or slot is lost, doubled or owned by nobody."""
+        owned: dict[int, int] = {}
+        for seq in self.running:
+            for block in seq.blocks:
+                owned[block] = owned.get(block, 0) + 1
+        self.pool.check_integrity(owned)
+        self.slots.check_integrity({s.slot for s in self.running})
+        for seq in self.waiting:
+            if seq.running or seq.blocks:
+                raise AssertionError(f"{seq.request.request_id} waits but owns a slot or blocks")
+        if set(self.by_id.values()) != {*self.running, *self.waiting}:
+            raise AssertionError("a sequence is neither waiting nor running")

@@ -1,0 +1,191 @@
+"""Attention over the paged KV pool, in torch operations.
+
+One pool tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], keys in the first half of the heads and
+values in the second, so that one copy writes both. Block 0 is nobody's: padding tokens write there.
+
+Two implementations of the same function: `ragged` (CPU) runs each row over exactly its own tokens and uses a view where
+the row's blocks lie side by side; `padded` (any device, nothing syncs) gathers every row to the longest. Later a
+kernel takes the place of `padded` on GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FOLD_LIMIT = 16
+"""Up to this many query tokens a row, grouped heads are folded into the query axis: one key head, one matmul."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's share of a ragged batch: query tokens `q_start .. q_start + q_len`, `kv_len` visible tokens.
+
+    `index` addresses the tokens' places in the pool: a slice where the blocks lie side by side, else a [kv_len] tensor.
+    """
+
+    q_start: int
+    q_len: int
+    kv_len: int
+    index: slice | Tensor
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """How the tokens of one step see the KV pool.
+
+    `slot_mapping` [N]: place in the pool that each token's key and value are written to. Exactly one of `rows`
+    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places in
+    the pool and `kv_lens` [R] the tokens known after this step's writes for a row without masked drafts.
+    """
+
+    slot_mapping: Tensor
+    positions: Tensor
+    rows: list[Row] | None = None
+    gather: Tensor | None = None
+    width: int = 0
+    _masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, row: Row, window: int | None, dtype: torch.dtype, fold: int) -> Tensor | None:
+        """Additive mask [fold * q_len, kv_len] of a ragged row; None where every token sees everything."""
+        if row.q_len == 1 and (window is None or row.kv_len <= window):
+            return None
+        key = (row.q_len, row.kv_len, fold, window)
+        found = self._masks.get(key)
+        if found is None:
+            found = self._masks[key] = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat(fold, 1)
+        return found
+
+
+def _causal_mask(q_len: int, kv_len: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    queries = torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
+    keys = torch.arange(kv_len).unsqueeze(0)
+    visible = keys <= queries
+    if window is not None:
+        visible &= keys > queries - window
+    return torch.zeros(q_len, kv_len, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
+def write_kv(pool: Tensor, slot_mapping: Tensor, kv: Tensor) -> None:
+    """Writes `kv` [N, 2 * kv_heads, head_dim] to the pool places `slot_mapping` [N]."""
+    pool.index_copy_(0, slot_mapping, kv)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How query-key products become weights: `scale`, a sliding `window`, and two rarities.
+
+    `softcap`: scores become softcap * tanh(scores / softcap) (Gemma 2). `sinks` [heads]: one more score a head, which
+    takes its share of the softmax and has no value (GPT-OSS).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def paged_attention(
+    q: Tensor,
+    pool: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of q [N, heads, head_dim] over the pool -> [N, heads * head_dim]; see Scoring.
+
+    The step's own keys and values must have been written already.
+    """
+    scoring = Scoring(scale, window, softcap, sinks)
+    if batch.rows is not None:
+        return _ragged(q, pool, batch, scoring)
+    return _padded(q, pool, batch, scoring)
+
+
+def _ragged(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Tensor:
+    assert batch.rows is not None
+    num_tokens, heads, dim = q.shape
+    kv_heads = pool.shape[1] // 2
+    group = heads // kv_heads
+    shape = (num_tokens, heads, dim)
+    out = q.new_zeros(shape) if _has_padding(batch.rows, num_tokens) else q.new_empty(shape)
+    plain = how.softcap is None and how.sinks is None
+    for row in batch.rows:
+        kv = pool[row.index]
+        key = kv[:, :kv_heads].transpose(0, 1).unsqueeze(0)
+        value = kv[:, kv_heads:].transpose(0, 1).unsqueeze(0)
+        query = q[row.q_start : row.q_start + row.q_len]
+        target = out[row.q_start : row.q_start + row.q_len]
+        if row.q_len <= FOLD_LIMIT or not plain:
+            n = row.q_len
+            folded = query.view(n, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * n, dim)
+            mask = batch.mask(row, how.window, q.dtype, group)
+            if plain:
+                res = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=how.scale)
+            else:
+                res = _explicit(folded, key, value, mask, how)
+            target.view(n, kv_heads, group, dim).copy_(res.view(kv_heads, group, n, dim).permute(2, 0, 1, 3))
+        else:
+            whole = row.q_len == row.kv_len and (how.window is None or row.kv_len <= how.window)
+            mask = None if whole else batch.mask(row, how.window, q.dtype, 1)
+            heads_first = query.transpose(0, 1).unsqueeze(0)
+            res = F.scaled_dot_product_attention(
+                heads_first, key, value, attn_mask=mask, is_causal=whole, scale=how.scale, enable_gqa=group > 1
+            )
+            target.copy_(res[0].transpose(0, 1))
+    return out.view(num_tokens, heads * dim)
+
+
+def _has_padding(rows: list[Row], num_tokens: int) -> bool:
+    return sum(row.q_len for row in rows) != num_tokens
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: Scoring) -> Tensor:
+    """Attention spelled out, for what the fused operator lacks: query [R, kv_heads, group * n, D], additive mask."""
+    scores = (query @ key.transpose(-1, -2)).float() * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    if mask is not None:
+        scores = scores + mask
+    if how.sinks is not None:
+        num_rows, kv_heads, folded, _ = scores.shape
+        sinks = how.sinks.float().view(1, kv_heads, -1, 1)
+        sinks = sinks.repeat_interleave(folded // sinks.shape[2], dim=2).expand(num_rows, -1, -1, -1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value
+
+
+def _padded(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Tensor:
+    assert batch.gather is not None
+    num_rows, length = batch.gather.shape
+    num_tokens, heads, dim = q.shape
+    kv_heads = pool.shape[1] // 2
+    group = heads // kv_heads
+    width = batch.width
+    kv = pool[batch.gather]  # [R, L, 2 * kv_heads, D]
+    key, value = kv[:, :, :kv_heads].transpose(1, 2), kv[:, :, kv_heads:].transpose(1, 2)
+    used = num_rows * width
+    query = q[:used].reshape(num_rows, width, heads, dim).transpose(1, 2)
+    keys_at = torch.arange(length, device=q.device)
+    at = batch.positions[:used].view(num_rows, 1, width, 1)
+    visible = keys_at <= at
+    if how.window is not None:
+        visible = visible & (keys_at > at - how.window)
+    if how.softcap is None and how.sinks is None:
+        res = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=how.scale, enable_gqa=group > 1
+        )
+    else:
+        mask = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf")).repeat(1, 1, group, 1)
+        folded = query.reshape(num_rows, kv_heads, group * width, dim)
+        res = _explicit(folded, key, value, mask, how).view(num_rows, heads, width, dim)
+    out = q.new_zeros(num_tokens, heads, dim)
+    out[:used] = res.transpose(1, 2).reshape(used, heads, dim)
+    return out.view(num_tokens, heads * dim)

@@ -1,0 +1,134 @@
+"""Llama and its family (Mistral, Qwen2, Qwen3, SmolLM, SmolLM3) on paged attention: few, fat operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.models.attention import AttentionBatch, paged_attention, write_kv
+from server.models.base import KVLayer
+from server.models.config import ModelConfig
+from server.models.rope import interleave_rows, rotate_, rotation_table
+from server.quant.dense import MIN_PACKED_ROWS, Linear
+
+Get = Callable[[str], Tensor]
+"""Reads the tensor of a Hugging Face name, in the target's dtype and on its device."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """Weights of one decoder layer; qkv and gate/up are fused."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+    rotates: bool
+
+
+class LlamaModel:
+    """The network. Implements server.models.base.TargetModel."""
+
+    def __init__(self, config: ModelConfig, get: Get, has: Callable[[str], bool], max_positions: int) -> None:
+        self.config = config
+        c = config
+        self.architecture = c.architecture
+        self.vocab_size = c.vocab_size
+        self.max_position_embeddings = c.max_position_embeddings
+        self.kv_layers = [KVLayer(c.num_kv_heads, c.head_dim)] * c.num_layers
+        self.eos_token_ids = c.eos_token_ids
+        self.embedding = get("model.embed_tokens.weight")
+        self.layers = [_load_layer(c, i, get) for i in range(c.num_layers)]
+        self.norm = get("model.norm.weight")
+        tied = c.tie_word_embeddings or not has("lm_head.weight")
+        self.head = Linear(self.embedding if tied else get("lm_head.weight"))
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)
+        self.linear_path = self.head.path
+        self.min_rows = MIN_PACKED_ROWS if self.linear_path == "onednn-packed" else 1
+        self.num_parameters = _count(c)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        pools: list[Tensor],
+        attn: AttentionBatch,
+        logits_at: Tensor,
+        feature_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """See TargetModel.forward."""
+        x = F.embedding(token_ids, self.embedding)
+        rotation = self.rotations[attn.positions].unsqueeze(1)
+        features: list[Tensor] = []
+        for i, (layer, pool) in enumerate(zip(self.layers, pools, strict=True)):
+            x = x + self._attention(layer, x, pool, attn, rotation)
+            x = x + self._mlp(layer, x)
+            if i in feature_layers:
+                features.append(x)
+        hidden = F.rms_norm(x[logits_at], (x.shape[-1],), self.norm, self.config.rms_norm_eps)
+        return self.head(hidden).float(), torch.cat(features, dim=-1) if features else None
+
+    def _attention(self, layer: Layer, x: Tensor, pool: Tensor, attn: AttentionBatch, rotation: Tensor) -> Tensor:
+        c = self.config
+        num_tokens = x.shape[0]
+        h = F.rms_norm(x, (c.hidden_size,), layer.input_norm, c.rms_norm_eps)
+        qkv = layer.qkv(h).view(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qk = qkv[:, : c.num_heads + c.num_kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qk[:, : c.num_heads] = F.rms_norm(qk[:, : c.num_heads], (c.head_dim,), layer.q_norm, c.rms_norm_eps)
+            qk[:, c.num_heads :] = F.rms_norm(qk[:, c.num_heads :], (c.head_dim,), layer.k_norm, c.rms_norm_eps)
+        if layer.rotates:
+            rotate_(qk, rotation)
+        write_kv(pool, attn.slot_mapping, qkv[:, c.num_heads :])
+        mixed = paged_attention(qkv[:, : c.num_heads], pool, attn, scale=c.head_dim**-0.5, window=layer.window)
+        return layer.out(mixed)
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        h = F.rms_norm(x, (x.shape[-1],), layer.post_norm, self.config.rms_norm_eps)
+        gate, up = layer.gate_up(h).chunk(2, dim=-1)
+        return layer.down(F.silu(gate).mul_(up))
+
+
+def _load_layer(c: ModelConfig, index: int, get: Get) -> Layer:
+    prefix = f"model.layers.{index}."
+
+    def linear(names: list[str], bias: bool) -> Linear:
+        weights = [_maybe_interleave(n, get(f"{prefix}{n}.weight"), c) for n in names]
+        biases = [_maybe_interleave(n, get(f"{prefix}{n}.bias"), c) for n in names] if bias else []
+        return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def norm(name: str) -> Tensor | None:
+        return interleave_rows(get(f"{prefix}self_attn.{name}.weight"), c.head_dim) if c.qk_norm else None
+
+    return Layer(
+        input_norm=get(prefix + "input_layernorm.weight"),
+        qkv=linear(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c.attention_bias),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
+        out=linear(["self_attn.o_proj"], c.output_bias),
+        post_norm=get(prefix + "post_attention_layernorm.weight"),
+        gate_up=linear(["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias),
+        down=linear(["mlp.down_proj"], c.mlp_bias),
+        window=c.sliding_window[index],
+        rotates=c.rope_layers[index],
+    )
+
+
+def _maybe_interleave(name: str, tensor: Tensor, c: ModelConfig) -> Tensor:
+    return interleave_rows(tensor, c.head_dim) if name.endswith(("q_proj", "k_proj")) else tensor
+
+
+def _count(c: ModelConfig) -> int:
+    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    mlp = 3 * c.hidden_size * c.intermediate_size
+    tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + tables + c.hidden_size

@@ -1,0 +1,94 @@
+"""Builds a network from a Hugging Face directory: our own definition where there is one, else transformers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from server.models.base import TargetModel
+from server.models.config import LLAMA_FAMILY, UnsupportedModelError, architecture_of, parse_config
+from server.models.llama import LlamaModel
+
+
+class WeightsError(ValueError):
+    """A checkpoint lacks a tensor or holds a damaged one; the message names file and tensor."""
+
+
+class Checkpoint:
+    """Tensors of a safetensors directory by name, mapped and read on demand."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._directory, self._dtype, self._device = directory, dtype, device
+        self._files: dict[str, Any] = {}
+        self._where = self._index()
+
+    def _index(self) -> dict[str, str]:
+        index = self._directory / "model.safetensors.index.json"
+        if index.exists():
+            return dict(json.loads(index.read_text())["weight_map"])
+        where: dict[str, str] = {}
+        for file in sorted(self._directory.glob("*.safetensors")):
+            where.update(dict.fromkeys(self._open(file.name).keys(), file.name))
+        if not where:
+            raise WeightsError(f"{self._directory}: no safetensors file with tensors in it")
+        return where
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(str(self._directory / name), framework="pt")
+            except (OSError, SafetensorError) as e:
+                raise WeightsError(f"{self._directory / name}: not a readable safetensors file ({e})") from e
+        return self._files[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor of that name."""
+        return name in self._where
+
+    def get(self, name: str) -> Tensor:
+        """The tensor in the target's dtype and on its device. Raises WeightsError if missing."""
+        if name not in self._where:
+            raise WeightsError(f"{self._directory}: tensor {name!r} is missing from the checkpoint")
+        tensor: Tensor = self._open(self._where[name]).get_tensor(name)
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_model(
+    directory: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype, max_positions: int
+) -> TargetModel:
+    """Loads the network of `config.json` contents `raw`; positions up to `max_positions` can be served.
+
+    Raises UnsupportedModelError, naming what works, or WeightsError.
+    """
+    arch = architecture_of(raw)
+    if arch in LLAMA_FAMILY:
+        checkpoint = Checkpoint(directory, dtype, device)
+        return LlamaModel(parse_config(raw), checkpoint.get, checkpoint.has, max_positions)
+    from server.models.transformers_backend import load_transformers_model, supports  # heavy import, only when needed
+
+    if not supports(raw):
+        raise UnsupportedModelError(
+            f"{arch} is not supported. Networks of our own: {', '.join(LLAMA_FAMILY)}. Through transformers: "
+            "decoder-only models that use its attention interface (GPT-2, GPT-NeoX, StarCoder2, Phi, Gemma, OPT…)"
+        )
+    return load_transformers_model(directory, raw, device, dtype, max_positions)

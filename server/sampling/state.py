@@ -1,0 +1,175 @@
+"""Sampling parameters as tensors: resident by slot, gathered for the rows of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.core import SamplingParams
+
+MIN_TEMPERATURE = 1e-5
+"""Smaller positive temperatures act like this one: the quotient must stay within float32."""
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """How the R rows of a step sample. Tensors are [R]; flags are known to the host without a sync.
+
+    Greedy rows have neutral temperature and filters, except `top_k` 1. `bias_ids` [R, B] int64 and `bias_values`
+    [R, B] float32 are padded with (0, 0.0) and None if no row has a bias. `max_logprobs` is the largest number of
+    alternatives that a row wants reported, None if no row wants log-probabilities.
+    """
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    presence_penalty: Tensor
+    frequency_penalty: Tensor
+    top_k: Tensor
+    seeds: Tensor
+    choices: Tensor
+    greedy: Tensor
+    bias_ids: Tensor | None = None
+    bias_values: Tensor | None = None
+    all_greedy: bool = True
+    any_greedy: bool = True
+    any_top_k: bool = False
+    any_top_p: bool = False
+    any_min_p: bool = False
+    any_repetition: bool = False
+    any_presence_or_frequency: bool = False
+    max_logprobs: int | None = None
+
+    @property
+    def any_filter(self) -> bool:
+        return self.any_top_k or self.any_top_p or self.any_min_p
+
+    @property
+    def any_penalty(self) -> bool:
+        return self.any_repetition or self.any_presence_or_frequency
+
+    @property
+    def any_bias(self) -> bool:
+        return self.bias_ids is not None
+
+    @staticmethod
+    def of(params: list[SamplingParams], vocab_size: int, choices: list[int] | None = None) -> SamplingBatch:
+        """A batch outside an engine (tests, tools): row r samples by `params[r]`."""
+        state = SamplingState(len(params), vocab_size, torch.device("cpu"))
+        for slot, row in enumerate(params):
+            state.set(slot, row, choices[slot] if choices else 0)
+        slots = list(range(len(params)))
+        return state.gather(slots, torch.arange(len(params)))
+
+
+class SamplingState:
+    """Slot-resident sampling parameters: S slots, two small tensor writes to admit a request."""
+
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._floats = torch.zeros(max_slots, 6, dtype=torch.float32, device=device)
+        self._ints = torch.zeros(max_slots, 4, dtype=torch.int64, device=device)
+        self._bias_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
+        self._bias_values = torch.zeros(max_slots, 0, dtype=torch.float32, device=device)
+        self._params: list[SamplingParams | None] = [None] * max_slots
+        self._cached: tuple[tuple[int, ...], SamplingBatch] | None = None
+
+    def set(self, slot: int, params: SamplingParams, choice: int) -> None:
+        """`slot` samples by `params` from now on. ValueError: a biased token is not in the vocabulary."""
+        bad = [token for token in params.logit_bias if not 0 <= token < self.vocab_size]
+        if bad:
+            raise ValueError(f"logit_bias: token id {bad[0]} is not valid; use 0 to {self.vocab_size - 1}")
+        greedy = params.greedy
+        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        floats = (
+            1.0 if greedy else max(params.temperature, MIN_TEMPERATURE),
+            1.0 if greedy else params.top_p,
+            0.0 if greedy else params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        seed = (params.seed + 2**63) % 2**64 - 2**63
+        ints = (1 if greedy else top_k, seed, choice, int(greedy))
+        self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
+        self._ints[slot] = torch.tensor(ints, dtype=torch.int64)
+        if params.logit_bias:
+            self._set_bias(slot, params.logit_bias)
+        self._params[slot] = params
+        self._cached = None
+
+    def clear(self, slot: int) -> None:
+        """`slot` is free; its tensors are overwritten by the next `set`."""
+        self._params[slot] = None
+        self._cached = None
+
+    def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
+        width = self._bias_ids.shape[1]
+        if len(bias) > width:
+            grow = max(8, len(bias), 2 * width) - width
+            self._bias_ids = torch.nn.functional.pad(self._bias_ids, (0, grow))
+            self._bias_values = torch.nn.functional.pad(self._bias_values, (0, grow))
+            width += grow
+        padding = [0] * (width - len(bias))
+        self._bias_ids[slot] = torch.tensor([*bias, *padding], dtype=torch.int64)
+        self._bias_values[slot] = torch.tensor([*bias.values(), *padding], dtype=torch.float32)
+
+    def gather(self, slots: list[int], slot_ids: Tensor) -> SamplingBatch:
+        """Parameters of the rows in `slots` (host) = `slot_ids` [R] (device). KeyError: a slot is not set.
+
+        The last batch is kept: while the same rows run, step after step, gathering is free.
+        """
+        key = tuple(slots)
+        if self._cached is not None and self._cached[0] == key:
+            return self._cached[1]
+        batch = self._gather(slots, slot_ids)
+        self._cached = (key, batch)
+        return batch
+
+    def _gather(self, slots: list[int], slot_ids: Tensor) -> SamplingBatch:
+        rows = [self._row(slot) for slot in slots]
+        sampled = [row for row in rows if not row.greedy]
+        floats = self._floats.index_select(0, slot_ids).t().contiguous()
+        ints = self._ints.index_select(0, slot_ids).t().contiguous()
+        temperature, top_p, min_p, repetition, presence, frequency = floats.unbind(0)
+        width = max((len(row.logit_bias) for row in rows), default=0)
+        wanted = [row.logprobs for row in rows if row.logprobs is not None]
+        return SamplingBatch(
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+            top_k=ints[0],
+            seeds=ints[1],
+            choices=ints[2],
+            greedy=ints[3] != 0,
+            bias_ids=self._gather_bias(self._bias_ids, rows, slot_ids, width),
+            bias_values=self._gather_bias(self._bias_values, rows, slot_ids, width),
+            all_greedy=not sampled,
+            any_greedy=len(sampled) < len(rows),
+            any_top_k=any(0 < row.top_k < self.vocab_size for row in sampled),
+            any_top_p=any(row.top_p < 1.0 for row in sampled),
+            any_min_p=any(row.min_p > 0.0 for row in sampled),
+            any_repetition=any(row.repetition_penalty != 1.0 for row in rows),
+            any_presence_or_frequency=any(row.presence_penalty or row.frequency_penalty for row in rows),
+            max_logprobs=max(wanted, default=None),
+        )
+
+    def _gather_bias(self, table: Tensor, rows: list[SamplingParams], slot_ids: Tensor, width: int) -> Tensor | None:
+        if width == 0:
+            return None
+        has_bias = torch.tensor([bool(row.logit_bias) for row in rows]).to(self.device, non_blocking=True)
+        # A slot whose present request has no bias still holds its predecessor's.
+        return table[:, :width].index_select(0, slot_ids).mul_(has_bias[:, None])
+
+    def _row(self, slot: int) -> SamplingParams:
+        params = self._params[slot]
+        if params is None:
+            raise KeyError(f"slot {slot} has no sampling parameters")
+        return params

@@ -1,0 +1,178 @@
+"""What a step costs on this machine: measured once, cached, interpolated, corrected online. Never imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.spec.cost_correction import CostCorrection
+
+Array = NDArray[np.float64]
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CostGrid:
+    """Where costs are measured: batch tiers (rows), drafts a row, context tiers (mean tokens a row). All ascending."""
+
+    rows: tuple[int, ...]
+    drafts: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, axis, low in (("rows", self.rows, 1), ("drafts", self.drafts, 0), ("contexts", self.contexts, 0)):
+            if not axis or axis[0] < low or any(a >= b for a, b in pairwise(axis)):
+                raise ValueError(f"{name}: {axis!r} is not valid; use ascending integers from {low} on")
+        if self.drafts[0] != 0:
+            raise ValueError(f"drafts: {self.drafts!r} is not valid; plain decoding, 0, must be among them")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.rows), len(self.drafts), len(self.contexts)
+
+
+def _locate(axis: Sequence[int], value: float) -> tuple[int, float]:
+    """The segment of `axis` that holds `value` and the place in it: 0 … 1 inside, above 1 past the end of the axis."""
+    if len(axis) == 1 or value <= axis[0]:
+        return 0, 0.0
+    low = min(bisect_right(axis, value) - 1, len(axis) - 2)
+    return low, (value - axis[low]) / (axis[low + 1] - axis[low])
+
+
+def _blend(values: Array, low: int, place: float) -> Array:
+    """Linear interpolation of `values` along the first axis. Past its end a cost goes on rising, never falls."""
+    start: Array = values[low]
+    if place == 0.0:
+        return start
+    blended: Array = start * (1.0 - place) + values[low + 1] * place
+    return np.maximum(blended, values[low + 1]) if place > 1.0 else blended
+
+
+class CostTable:
+    """Milliseconds of verification per (rows, drafts a row, context) and of drafting per (rows, drafts a row).
+
+    `verify` [rows, drafts, contexts] and `draft` [rows, drafts] are in milliseconds, on the points of `grid`. Between
+    them cost is linear, in the tokens of a step for given rows, so a ragged batch costs what its total says. What was
+    measured is kept even where more tokens were faster (small matrix products choose other kernels); only along the
+    context, where a fall can be nothing but noise, the table is made monotone.
+    """
+
+    def __init__(self, grid: CostGrid, verify: Array, draft: Array | None = None) -> None:
+        draft = np.zeros(grid.shape[:2]) if draft is None else draft
+        if verify.shape != grid.shape or draft.shape != grid.shape[:2]:
+            raise ValueError(f"verify and draft: {verify.shape}, {draft.shape} do not fit the grid {grid.shape}")
+        if not bool(
+            np.isfinite(verify).all() and (verify > 0).all() and np.isfinite(draft).all() and (draft >= 0).all()
+        ):
+            raise ValueError("verify and draft: costs must be finite, of verify above 0 and of draft not below 0")
+        self.grid = grid
+        self._verify = np.maximum.accumulate(verify.astype(np.float64), axis=2)
+        self._draft = draft.astype(np.float64)
+        places = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1).reshape(-1, 3)
+        self._correction = CostCorrection(places * np.array([0.5, 0.5, 0.25]))
+        self._corrected = self._verify
+
+    def _knots(self, verify: Array, num_rows: int, context: float) -> Array:
+        """Cost at each number of drafts a row of the grid, for these rows and this context."""
+        by_context = _blend(verify.transpose(2, 0, 1), *_locate(self.grid.contexts, context))
+        return _blend(by_context, *_locate(self.grid.rows, num_rows))
+
+    def verify_curve(self, num_rows: int, max_tokens: int, context: float) -> list[float]:
+        """Milliseconds to verify `num_rows`, `num_rows` + 1, … `max_tokens` tokens in all."""
+        return self._interpolate(self._corrected, num_rows, np.arange(num_rows, max_tokens + 1), context)
+
+    def verify_ms(self, num_rows: int, num_tokens: int, context: float) -> float:
+        """Milliseconds to verify `num_tokens` = sum(1 + drafts) tokens of `num_rows` rows of mean length `context`."""
+        return self._interpolate(self._corrected, num_rows, np.array([num_tokens]), context)[0]
+
+    def _interpolate(self, verify: Array, num_rows: int, tokens: NDArray[np.int64], context: float) -> list[float]:
+        knots = self._knots(verify, num_rows, context)
+        drafts = tokens / num_rows - 1.0
+        axis = self.grid.drafts
+        values = np.interp(drafts, axis, knots)
+        if len(axis) > 1 and drafts[-1] > axis[-1]:
+            slope = max(0.0, float(knots[-1] - knots[-2]) / (axis[-1] - axis[-2]))
+            values += np.maximum(drafts - axis[-1], 0.0) * slope
+        result: list[float] = values.tolist()
+        return result
+
+    def draft_ms(self, num_rows: int, k: int) -> float:
+        """Milliseconds to draft `k` tokens for each of `num_rows` rows; 0 for k = 0, when the drafter does not run."""
+        if k == 0:
+            return 0.0
+        by_rows = _blend(self._draft, *_locate(self.grid.rows, num_rows))
+        return float(_blend(by_rows, *_locate(self.grid.drafts, k))) * self._correction.common
+
+    def observe(self, num_rows: int, num_tokens: int, context: float, ms: float) -> None:
+        """Correct the table by a step that was measured; a slowdown of everything changes no ratio between cells."""
+        if not ms > 0.0:
+            raise ValueError(f"ms: {ms!r} is not valid; use a time above 0")
+        predicted = self._interpolate(self._verify, num_rows, np.array([num_tokens]), context)[0]
+        row, row_place = _locate(self.grid.rows, num_rows)
+        draft, draft_place = _locate(self.grid.drafts, num_tokens / num_rows - 1.0)
+        column, column_place = _locate(self.grid.contexts, context)
+        cells, weights = [0], [1.0]
+        corners = ((row, row_place), (draft, draft_place), (column, column_place))
+        for size, (low, place) in zip(self.grid.shape, corners, strict=True):
+            place = min(place, 1.0)
+            steps = [(low, 1.0 - place), (low + 1, place)]
+            pairs = [(cell * size + at, w * v) for cell, w in zip(cells, weights, strict=True) for at, v in steps if v]
+            cells, weights = [cell for cell, _ in pairs], [w for _, w in pairs]
+        self._correction.observe(cells, weights, ms / predicted)
+        factors = self._correction.cells.reshape(self.grid.shape)
+        self._corrected = self._verify * factors * self._correction.common
+
+    def to_json(self) -> str:
+        """The table with what was learned about its cells, but not today's common slowdown."""
+        verify = self._verify * self._correction.cells.reshape(self.grid.shape)
+        content = {
+            "version": _FORMAT_VERSION,
+            "rows": self.grid.rows,
+            "drafts": self.grid.drafts,
+            "contexts": self.grid.contexts,
+            "verify_ms": verify.round(6).tolist(),
+            "draft_ms": self._draft.round(6).tolist(),
+        }
+        return json.dumps(content)
+
+    @staticmethod
+    def from_json(text: str) -> CostTable:
+        """The inverse of `to_json`. Raises ValueError where the text is no cost table of this version."""
+        try:
+            content = json.loads(text)
+            if content["version"] != _FORMAT_VERSION:
+                raise ValueError(f"version: {content['version']!r} is not valid; this is version {_FORMAT_VERSION}")
+            grid = CostGrid(*(tuple(int(value) for value in content[axis]) for axis in ("rows", "drafts", "contexts")))
+            return CostTable(grid, np.array(content["verify_ms"], float), np.array(content["draft_ms"], float))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a cost table: {error!r}") from error
+
+
+def machine_identity() -> dict[str, str]:
+    """What a cost table depends on that the machine decides; the caller adds device name and number of threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "node": platform.node(),
+        "cpu": models[0] if models else platform.processor(),
+        "architecture": platform.machine(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def cache_key(machine: Mapping[str, str], artifact: str, grid: CostGrid) -> str:
+    """File name under which a table of this machine, artifact and grid is cached: 32 hexadecimal digits."""
+    content = [_FORMAT_VERSION, sorted(machine.items()), artifact, grid.rows, grid.drafts, grid.contexts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

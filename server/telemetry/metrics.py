@@ -1,0 +1,142 @@
+"""What `/metrics` shows. All names start with `outpace_`; counts of tokens never mix drafts with emitted tokens."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Info, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+from server.core import FinishReason
+from server.engine.messages import EngineFrame, EngineInfo
+from server.telemetry.engine_stats import EngineStatsCollector
+from server.telemetry.histogram import WeightedHistogram
+
+PREFIX = "outpace_"
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+_TTFT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
+_ITL = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5)
+_E2E = (0.05, 0.1, 0.25, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 600.0)
+
+Clock = Callable[[], float]
+
+
+class Metrics:
+    """One server's metrics in a registry of their own. Written to and scraped on the event loop."""
+
+    def __init__(self, version: str, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
+        self.registry = CollectorRegistry()
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token, per choice.", _TTFT
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds",
+            "Time per token after the first: a step that emits n tokens after a gap g counts as n intervals of g/n.",
+            _ITL,
+        )
+        self.step_gap = self._histogram(
+            "step_gap_seconds", "Time between two steps that emitted tokens for one choice, however many tokens.", _ITL
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency_seconds",
+            "From a request's arrival to the end of a choice; aborted ones excluded.",
+            _E2E,
+        )
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens of admitted requests, once per prompt however many choices."
+        )
+        self.generation_tokens = self._counter(
+            "generation_tokens", "Completion tokens as told to clients in `usage`, all choices."
+        )
+        self.requests = self._counter(
+            "requests", "Choices that ended, by finish reason; `abort` is a client that went away.", ["finish_reason"]
+        )
+        self.http_requests = self._counter("http_requests", "HTTP requests answered.", ["route", "status"])
+        for reason in FinishReason:
+            self.requests.labels(reason.value)
+        self._build = Info(PREFIX + "build", "What runs here.", registry=self.registry)
+        self._build_labels = {"version": version, "python": platform.python_version()}
+        self._build.info(self._build_labels)
+        self.engine_stats = EngineStatsCollector(PREFIX)
+        self.registry.register(self.engine_stats)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> WeightedHistogram:
+        histogram = WeightedHistogram(PREFIX + name, documentation, buckets)
+        self.registry.register(histogram)
+        return histogram
+
+    def _counter(self, name: str, documentation: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(PREFIX + name, documentation, list(labels), registry=self.registry)
+
+    def watch_engine(self, ready: Callable[[], bool], num_restarts: Callable[[], int]) -> None:
+        """Asks the engine's client on every scrape."""
+        self.registry.register(_EngineState(ready, num_restarts))
+
+    def on_frame(self, frame: EngineFrame) -> None:
+        self.engine_stats.update(frame.stats)
+
+    def on_ready(self, info: EngineInfo) -> None:
+        """The build info gains what the engine says of itself."""
+        self._build.info(
+            self._build_labels
+            | {
+                "model": info.model,
+                "architecture": info.architecture,
+                "dtype": info.dtype,
+                "device": info.device,
+                "drafter": info.drafter,
+                "verification": info.verification,
+            }
+        )
+
+    def choice_timer(self, arrival: float) -> ChoiceTimer:
+        return ChoiceTimer(self, arrival)
+
+    def render(self) -> bytes:
+        """Prometheus' text format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+class ChoiceTimer:
+    """Times one choice. `arrival` is on the metrics' clock, in seconds."""
+
+    def __init__(self, metrics: Metrics, arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._last: float | None = None
+
+    def observe_step(self, num_tokens: int) -> None:
+        """A step emitted this many tokens just now. Tokens that come together with the first have no interval."""
+        if num_tokens == 0:
+            return
+        now = self._metrics.clock()
+        if self._last is None:
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        else:
+            gap = now - self._last
+            self._metrics.step_gap.observe(gap)
+            self._metrics.inter_token_latency.observe(gap / num_tokens, num_tokens)
+        self._last = now
+
+    def finish(self, reason: FinishReason, num_completion_tokens: int) -> None:
+        self._metrics.requests.labels(reason.value).inc()
+        self._metrics.generation_tokens.inc(num_completion_tokens)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._metrics.e2e_latency.observe(self._metrics.clock() - self._arrival)
+
+
+class _EngineState:
+    def __init__(self, ready: Callable[[], bool], num_restarts: Callable[[], int]) -> None:
+        self._ready = ready
+        self._num_restarts = num_restarts
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily(PREFIX + "engine_ready", "1 while the engine serves.", value=float(self._ready()))
+        yield CounterMetricFamily(
+            PREFIX + "engine_restarts", "Times the engine process was started again.", value=self._num_restarts()
+        )

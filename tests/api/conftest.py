@@ -1,0 +1,83 @@
+"""A real server on loopback before a scripted engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp import web
+
+from server.api.app import create_app, create_runner
+from server.api.params import Limits
+from server.api.state import ServerState
+from server.config import EngineConfig, ServerConfig
+from server.telemetry.metrics import Metrics
+from tests.api.fakes import ByteText, FakeEngine
+
+
+@dataclass
+class Live:
+    """A running server: `client` talks OpenAI to it, `http` anything."""
+
+    url: str
+    engine: FakeEngine
+    state: ServerState
+    client: openai.AsyncOpenAI
+    http: aiohttp.ClientSession
+
+    async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
+        async with self.http.post(self.url + path, json=body, **options) as response:
+            return response.status, await response.json()
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.http.get(self.url + path) as response:
+            is_json = response.content_type == "application/json"
+            return response.status, await (response.json() if is_json else response.text())
+
+    async def chat(self, **fields: Any) -> tuple[int, Any]:
+        return await self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], **fields})
+
+    async def complete(self, **fields: Any) -> tuple[int, Any]:
+        return await self.post("/v1/completions", {"prompt": "Hi", **fields})
+
+
+Serve = Callable[..., Awaitable[Live]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Starts a server on any free port; keywords of EngineConfig may be given as `config`."""
+    closers: list[Callable[[], Awaitable[None]]] = []
+
+    async def start(
+        engine: FakeEngine | None = None, *, ready: bool = True, limits: Limits | None = None, **config: Any
+    ) -> Live:
+        engine = engine or FakeEngine()
+        settings = ServerConfig(engine=EngineConfig(model="fake-dir", **config), port=0)
+        state = ServerState(settings, engine, Metrics("1.2.3"), "1.2.3", "fake", limits=limits or Limits())
+        runner = create_runner(create_app(state))
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        if ready:
+            state.text = ByteText()
+            await engine.wait_ready()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        http = aiohttp.ClientSession()
+        closers.extend([runner.cleanup, http.close, client.close])
+        return Live(url, engine, state, client, http)
+
+    yield start
+    for close in reversed(closers):
+        await close()
+
+
+@pytest.fixture
+async def live(serve: Serve) -> Live:
+    """The default server: every reply is `Hello world` in two steps."""
+    return await serve()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from tests.api.conftest import Live, Serve
+from tests.api.fakes import ByteText
+
+
+async def test_health_and_ready(live: Live) -> None:
+    assert await live.get("/health") == (200, {"status": "ok"})
+    assert await live.get("/ready") == (200, {"status": "ready"})
+
+
+async def test_before_the_engine_is_up(serve: Serve) -> None:
+    live = await serve(ready=False)
+    live.state.progress = "The model is being loaded."
+    assert await live.get("/ready") == (503, {"status": "starting", "reason": "The model is being loaded."})
+    assert (await live.get("/health"))[0] == 200
+    assert (await live.get("/v1/models"))[1]["data"][0]["max_model_len"] is None
+    assert (await live.get("/server_info"))[1]["engine"] is None
+    status, answer = await live.chat()
+    assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
+    assert "The model is being loaded." in answer["error"]["message"]
+    assert (await live.chat(temperature=9))[0] == 400, "a wrong request is wrong at any time"
+    await live.engine.wait_ready()
+    assert (await live.get("/ready"))[0] == 503, "the text layer is still missing"
+    live.state.text = ByteText()
+    assert (await live.get("/ready"))[0] == 200
+
+
+async def test_ready_says_why_not(serve: Serve) -> None:
+    live = await serve(ready=False)
+    live.engine.die("no such file")
+    assert await live.get("/ready") == (503, {"status": "failed", "reason": "no such file"})
+    live = await serve()
+    live.engine.die("the engine process died")
+    assert await live.get("/ready") == (503, {"status": "restarting", "reason": "the engine process died"})
+    live.state.draining = True
+    assert (await live.get("/ready"))[1]["status"] == "draining"
+    status, answer = await live.chat()
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+
+
+async def test_models(live: Live) -> None:
+    models = [model async for model in live.client.models.list()]
+    assert [(model.id, model.object, model.owned_by) for model in models] == [("fake", "model", "outpace")]
+    assert (await live.client.models.retrieve("fake")).id == "fake"
+
+
+async def test_a_model_name_with_a_slash_can_be_retrieved(live: Live) -> None:
+    live.state.model_name = "org/model"
+    assert (await live.client.models.retrieve("org/model")).id == "org/model"
+    assert (await live.get("/v1/models/org/model"))[1]["id"] == "org/model"
+
+
+async def test_version_info_and_index(live: Live) -> None:
+    assert await live.get("/version") == (200, {"version": "1.2.3"})
+    info = (await live.get("/server_info"))[1]
+    assert info["config"]["engine"]["model"] == "fake-dir"
+    assert info["engine"]["drafter"] == "suffix"
+    assert info["stats"]["num_steps"] == 0
+    assert "/v1/chat/completions" in (await live.get("/"))[1]
+
+
+async def test_the_fingerprint_depends_on_model_and_version(live: Live) -> None:
+    before = live.state.fingerprint
+    assert before == live.state.fingerprint
+    live.state.version = "1.2.4"
+    assert live.state.fingerprint != before
+
+
+async def test_metrics_are_scraped_in_prometheus_format(live: Live) -> None:
+    await live.chat()
+    await live.get("/v1/nothing")
+    async with live.http.get(live.url + "/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        text = await response.text()
+    assert 'outpace_requests_total{finish_reason="stop"} 1.0' in text
+    assert "outpace_prompt_tokens_total 9.0" in text
+    assert "outpace_generation_tokens_total 12.0" in text
+    assert "outpace_time_to_first_token_seconds_count 1.0" in text
+    assert "outpace_inter_token_latency_seconds_count 7.0" in text, "seven tokens in the second step"
+    assert "outpace_step_gap_seconds_count 1.0" in text
+    assert "outpace_engine_ready 1.0" in text
+    assert 'outpace_http_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
+    assert 'outpace_http_requests_total{route="unknown",status="404"} 1.0' in text

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from draft_models.suffix import SuffixDrafter, align
+from server.core import SamplingParams
+from server.sampling.state import SamplingBatch
+from server.spec.types import Carry, SlotState
+
+SAMPLING = SamplingBatch.of([SamplingParams()], 8)
+
+
+def carry_of(slots: list[int], limits: list[int], device: str = "cpu") -> Carry:
+    state = SlotState(
+        torch.zeros(8, 4, dtype=torch.int64, device=device),
+        torch.ones(8, dtype=torch.int64, device=device),
+        torch.ones(8, dtype=torch.int64, device=device),
+    )
+    return Carry(
+        slots=slots,
+        slot_ids=torch.tensor(slots, device=device),
+        state=state,
+        max_tokens_host=1,
+        limits=limits,
+        block_tables=torch.zeros(len(slots), 1, dtype=torch.int64, device=device),
+        blocks=[[0] for _ in slots],
+        tokens_host=[1 for _ in slots],
+    )
+
+
+def test_drafts_continue_the_longest_repeat_of_each_row() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(5, [1, 2, 3, 4, 1, 2], 6)
+    drafter.admit(2, [7, 8, 9], 3)
+    drafter.admit(0, [6, 6, 6], 1)
+    drafts = drafter.propose(carry_of([5, 2, 0], [7, 7, 2]), 3, SAMPLING)
+    assert drafts.num_valid_host == [3, 0, 2]
+    assert drafts.num_valid.tolist() == [3, 0, 2]
+    assert drafts.tokens.tolist() == [[3, 4, 1], [0, 0, 0], [6, 6, 0]]
+    assert drafts.classes == ["prompt:2", "none", "output:2"]
+    assert drafts.probs is None
+
+
+def test_observed_tokens_join_the_text() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 2, 3], 3)
+    drafter.observe(0, [4, 1])
+    drafter.observe(0, [2])
+    assert drafter.continuation(0, 4) == [3, 4, 1, 2]
+    drafter.observe(0, [3, 4, 1, 2])
+    drafts = drafter.propose(carry_of([0], [1]), 1, SAMPLING)
+    assert drafts.classes == ["output:5-8"]
+
+
+def test_short_matches_without_a_majority_have_their_own_class() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 5, 1, 6, 1], 5)
+    assert drafter.propose(carry_of([0], [1]), 1, SAMPLING).classes == ["prompt:1?"]
+
+
+def test_min_match_silences_short_matches() -> None:
+    drafter = SuffixDrafter(min_match=2)
+    drafter.admit(0, [1, 2, 1], 3)
+    assert drafter.propose(carry_of([0], [4]), 4, SAMPLING).num_valid_host == [0]
+    drafter.observe(0, [2])
+    assert drafter.propose(carry_of([0], [4]), 4, SAMPLING).num_valid_host == [4]
+
+
+def test_a_row_without_room_is_not_drafted_for() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 1, 1], 3)
+    drafter.admit(1, [1, 1, 1], 3)
+    assert drafter.propose(carry_of([0, 1], [0, 2]), 5, SAMPLING).num_valid_host == [0, 2]
+    assert drafter.propose(carry_of([0, 1], [0, 0]), 5, SAMPLING).tokens.shape == (2, 0)
+    assert drafter.propose(carry_of([0, 1], [4, 4]), 0, SAMPLING).tokens.shape == (2, 0)
+
+
+def test_release_leaves_nothing_behind() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(3, [1, 1, 1, 1], 1)
+    drafter.release(3)
+    drafter.release(3)
+    drafter.admit(3, [1, 2], 2)
+    assert drafter.continuation(3, 4) == []
+
+
+def test_recent_outputs_are_shared_only_where_switched_on() -> None:
+    for recent, expected in ((0, []), (4, [14, 15])):
+        drafter = SuffixDrafter(recent_outputs=recent)
+        drafter.admit(0, [9, 10, 11, 12, 13, 14, 15], 1)
+        drafter.release(0)
+        drafter.admit(1, [3, 11, 12, 13], 1)
+        assert drafter.continuation(1, 2) == expected
+
+
+def test_prompts_are_never_shared() -> None:
+    drafter = SuffixDrafter(recent_outputs=4)
+    drafter.admit(0, [10, 11, 12, 13, 14, 15, 16, 17], 6)
+    drafter.release(0)
+    drafter.admit(1, [10, 11, 12, 13], 4)
+    assert drafter.continuation(1, 2) == []
+
+
+def test_own_text_wins_unless_a_recent_output_matches_more() -> None:
+    drafter = SuffixDrafter(recent_outputs=4)
+    drafter.admit(0, [0, 10, 11, 12, 13, 20], 1)
+    drafter.release(0)
+    drafter.admit(1, [11, 12, 13, 30, 11, 12, 13], 7)
+    assert drafter.propose(carry_of([1], [1]), 1, SAMPLING).tokens.tolist() == [[30]]
+    drafter.admit(2, [11, 12, 13, 30, 10, 11, 12, 13], 8)
+    drafts = drafter.propose(carry_of([2], [1]), 1, SAMPLING)
+    assert drafts.tokens.tolist() == [[20]]
+    assert drafts.classes == ["shared:3-4"]
+    # The other output ends there, and the text itself never matched: nothing is left to copy.
+    drafter.admit(3, [0, 12, 13, 20], 4)
+    assert drafter.continuation(3, 2) == []
+
+
+@pytest.mark.parametrize(
+    ("emitted", "expected", "num_valid"),
+    [
+        ([], [11, 12, 13], 3),
+        ([11, 12], [13, 14, 15], 3),
+        ([11, 12, 13, 14], [15, 16, 0], 2),
+        ([11, 99], [13, 14, 15], 0),
+        ([11, 12, 13, 14, 15, 16], [0, 0, 0], 0),
+        ([11, 12, 13, 14, 15, 16, 17, 18, 19], [0, 0, 0], 0),
+    ],
+)
+def test_the_device_aligns_an_uploaded_continuation(emitted: list[int], expected: list[int], num_valid: int) -> None:
+    known = [1, 2, 3]
+    history = torch.full((4, 14), 11)
+    text = torch.tensor(known + emitted)
+    history[2, : len(text)] = text
+    state = SlotState(history, torch.tensor([1, 1, len(text), 1]), torch.ones(4, dtype=torch.int64))
+    predicted = torch.tensor([[11, 12, 13, 14, 15, 16, -1, -1]])
+    drafts, valid = align(predicted, torch.tensor([3]), state, torch.tensor([2]), 3)
+    assert int(valid.sum()) == num_valid
+    assert drafts[0, :num_valid].tolist() == expected[:num_valid]
+    assert bool((drafts >= 0).all())
+
+
+def test_off_the_cpu_the_drafts_are_aligned_and_masked_on_the_device() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 2, 3, 4, 5, 1, 2], 7)
+    drafter.admit(1, [7, 8], 2)
+    history = torch.zeros(2, 16, dtype=torch.int64)
+    history[0, :9] = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 4])
+    history[1, :2] = torch.tensor([7, 8])
+    carry = carry_of([0, 1], [2, 3])
+    carry.state.history, carry.state.num_tokens = history, torch.tensor([9, 2])
+    drafts = drafter._propose_late(carry, 3, torch.device("cpu"))
+    assert drafts.num_valid.tolist() == [2, 0]
+    assert drafts.num_valid_host is None
+    assert drafts.tokens.shape == (2, 3)
+    assert drafts.tokens[0, :2].tolist() == [5, 1]
+    assert bool((drafts.tokens >= 0).all())
+
+
+def test_pause_keeps_the_text() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 1], 2)
+    drafter.pause()
+    assert drafter.continuation(0, 2) == [1, 1]
