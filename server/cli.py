@@ -32,7 +32,10 @@ def build_parser() -> OneLineParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after a clean stop, 1 if the server cannot run, 2 for a wrong command line."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.prog = f"outpace {options.command}"
+        parser.error(f"unknown argument {unknown[0]!r}")
     if options.command == "version":
         print(version())
         return 0

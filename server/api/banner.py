@@ -10,7 +10,8 @@ from server.engine.messages import EngineInfo
 
 def banner(config: ServerConfig, info: EngineInfo, model: str, url: str) -> str:
     """What is served, with what, and a command to try."""
-    threads = f", {info.num_threads} threads" if info.device.startswith("cpu") else ""
+    plural = "" if info.num_threads == 1 else "s"
+    threads = f", {info.num_threads} thread{plural}" if info.device.startswith("cpu") else ""
     kv_mib = info.kv_cache_bytes / 2**20
     return "\n".join(
         (

@@ -44,10 +44,11 @@ def plain_message(message: Message, index: int) -> dict[str, Any]:
     """A message as the chat template takes it. Raises ApiError where it holds what this server cannot serve."""
     where = f"messages[{index}]"
     if message.role in ("tool", "function"):
-        raise unsupported(f"Messages of role {message.role!r} are not supported yet.", f"{where}.role")
+        raise unsupported(f"{where}.role {message.role!r} is not supported yet.", f"{where}.role")
     if message.role not in ROLES:
         valid = ", ".join(ROLES)
-        raise invalid(f"Invalid value for '{where}.role': {message.role!r}; use one of {valid}.", f"{where}.role")
+        explained = f"Invalid value for '{where}.role': {message.role!r}; use one of {valid}."
+        raise invalid(explained, f"{where}.role", "invalid_value")
     for name in ("tool_calls", "function_call", "audio", "refusal"):
         if getattr(message, name):
             raise unsupported(f"{where}.{name} is not supported yet.", f"{where}.{name}")
@@ -68,7 +69,7 @@ def _text_of(content: str | list[dict[str, Any]] | None, where: str) -> str:
 def _part_text(part: dict[str, Any], where: str) -> str:
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
-        raise unsupported(f"Content of type {kind!r} is not supported; use 'text'.", f"{where}.type")
+        raise unsupported(f"{where}.type {kind!r} is not supported; use 'text'.", f"{where}.type")
     if not isinstance(text, str):
         raise invalid(f"Invalid value for '{where}.text': expected a string.", f"{where}.text", "invalid_type")
     extra = sorted(part.keys() - {"type", "text"})

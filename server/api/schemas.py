@@ -144,7 +144,8 @@ def parse_body(raw: bytes, schema: type[T]) -> T:
 
 def _explain(message: str, body: dict[str, Any], schema: type[Struct]) -> ApiError:
     reason, _, path = message.partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
+    # A dictionary's value: msgspec does not say which key it belongs to.
+    path = path.rstrip("`").lstrip(".").removesuffix("[...]")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
     if unknown:
         return _explain_unknown(unknown[1], path, schema)
@@ -168,7 +169,7 @@ def _explain_unknown(name: str, path: str, schema: type[Struct]) -> ApiError:
 def _value_at(body: Any, path: str) -> str:
     """The value that `path` (as msgspec writes it) leads to, shortened; a dictionary's values are shown whole."""
     value = body
-    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path.replace("[...]", "")):
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
         try:
             value = value[int(index)] if index else value[key]
         except (KeyError, IndexError, TypeError):

@@ -64,7 +64,8 @@ def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo
     if limits.kv_tokens < max_len:
         say(f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: longer requests are refused")
     costs = load_or_measure(runner, source, say) if drafter is not None and config.adaptive else None
-    speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0)
+    trims = runner.ragged and drafter is not None and not drafter.has_distribution
+    speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0, trims)
     core = EngineCore(runner, limits, speculation, model.eos_token_ids or _eos(source), config.max_waiting)
     info = EngineInfo(
         model=source.name,

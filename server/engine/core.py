@@ -77,7 +77,8 @@ class EngineCore:
         result = self.runner.step(plan, sequences)
         elapsed_ms = (time.perf_counter() - started) * 1e3
         if plan.phase is Phase.VERIFY:
-            self.speculation.record(result, max(s.num_tokens for s in sequences), elapsed_ms)
+            context = sum(s.num_tokens for s in sequences) / len(sequences)
+            self.speculation.record(result, context, elapsed_ms - result.draft_ms)
         self._num_steps += 1
         outputs = self._publish(plan, sequences, result)
         self._apply_host_events()

@@ -7,6 +7,7 @@ nothing between `prepare` and `StepResult` waits for the device.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,7 +45,10 @@ class RunnerShape:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing."""
+    """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
+
+    `num_tokens_run` counts the tokens that went through the target; `draft_ms` is the host's time for drafting.
+    """
 
     emitted: list[list[int]]
     num_drafted: list[int]
@@ -52,6 +56,7 @@ class StepResult:
     classes: list[str] | None
     logprobs: list[list[TokenLogprobs] | None]
     num_tokens_run: int
+    draft_ms: float = 0.0
 
     @staticmethod
     def silent(num_rows: int, num_tokens_run: int) -> StepResult:
@@ -111,10 +116,14 @@ class Runner:
         if plan.phase is Phase.PREFILL:
             return self._prefill(plan, sequences)
         carry = self._carry(plan, sequences)
+        started = time.perf_counter()
         drafts = self._propose(carry, plan.num_draft_tokens)
+        draft_ms = (time.perf_counter() - started) * 1e3
         layout, token_ids, batch = self._prepare(carry, drafts, sequences)
         logits, features = self._forward(token_ids, batch, torch.arange(layout.rows.shape[0], device=self.device))
-        return self._decide(carry, drafts, layout, logits, features, sequences)
+        result = self._decide(carry, drafts, layout, logits, features, sequences)
+        result.draft_ms = draft_ms
+        return result
 
     def _prefill(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         spans = [

@@ -1,36 +1,85 @@
-"""How much to draft: keeps acceptance and costs current and asks the policy. Host only."""
+"""How much to draft: keeps acceptance and costs current and asks the policy. Host only.
+
+Drafters whose drafts cost nothing (n-gram, suffix) draft first and are trimmed row by row, on ragged batches; elsewhere one k
+for all rows is chosen before anything is drafted.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from server.engine.runner import StepResult
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
+from server.spec.policy import PolicyState, plan_ragged, plan_uniform
+from server.spec.policy import record as record_probe
 from server.spec.types import Carry, Drafts
+
+ANY = "any"
+"""Acceptance class of a uniform choice: whatever the drafter proposes."""
 
 
 class Speculation:
-    """Draft-length control of one engine. Without a cost table every step drafts `max_draft_tokens`."""
+    """Draft-length control of one engine. Without a cost table every step drafts `max_draft_tokens`.
 
-    def __init__(self, costs: CostTable | None, max_draft_tokens: int) -> None:
+    `trims`: choose per row after drafting rather than one k before it. `paused` says that the last choice was not to draft.
+    """
+
+    def __init__(self, costs: CostTable | None, max_draft_tokens: int, trims: bool) -> None:
         self.costs = costs
         self.max_draft_tokens = max_draft_tokens
+        self.trims = trims
         self.acceptance = AcceptanceTracker()
+        self.tiers = tuple(k for k in (1, 2, 3, 5, 7, 10, 15) if k < max_draft_tokens) + (max_draft_tokens,)
         self.num_draft_steps = 0
         self.drafted_per_position = [0] * max_draft_tokens
         self.accepted_per_position = [0] * max_draft_tokens
         self.paused = False
+        self._state = PolicyState()
+        self._context = 1.0
 
     def num_draft_tokens(self, num_rows: int) -> int:
-        return self.max_draft_tokens
+        """Most drafts a row for the next verify step, which will have `num_rows` rows; prompts do not count."""
+        if self.costs is None or self.trims or num_rows == 0 or self.max_draft_tokens == 0:
+            return self.max_draft_tokens
+        survivals = [self.acceptance.survival(ANY, self.max_draft_tokens)] * num_rows
+        k, self._state = plan_uniform(self._state, self.costs, survivals, self._context, self.tiers)
+        self.paused = k == 0
+        return k
 
     def trim(self, drafts: Drafts, carry: Carry) -> Drafts:
-        return drafts
+        """Drafts that are worth verifying: rows are cut to the choice of the policy."""
+        valid = drafts.num_valid_host
+        if self.costs is None or not self.trims or valid is None or drafts.classes is None or not any(valid):
+            return drafts
+        survivals = [self.acceptance.survival(c, n) for c, n in zip(drafts.classes, valid, strict=True)]
+        context = sum(carry.tokens_host) / len(valid)
+        counts, self._state = plan_ragged(self._state, self.costs, drafts.classes, survivals, context)
+        self.paused = not any(counts)
+        if counts == valid:
+            return drafts
+        width = max(counts)
+        return replace(
+            drafts,
+            tokens=drafts.tokens[:, :width],
+            num_valid=drafts.num_valid.new_tensor(counts),
+            num_valid_host=counts,
+            probs=None if drafts.probs is None else drafts.probs[:, :width],
+        )
 
-    def record(self, result: StepResult, context: int, elapsed_ms: float) -> None:
-        """Learns from a verify step: what was accepted, what it cost."""
+    def record(self, result: StepResult, context: float, elapsed_ms: float) -> None:
+        """Learns from a verify step of mean length `context`: what was accepted, what it cost without drafting."""
+        self._context = context
+        if self.costs is not None:
+            self.costs.observe(len(result.emitted), result.num_tokens_run, context, elapsed_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
-        for drafted, accepted in zip(result.num_drafted, result.num_accepted, strict=True):
+        for row, (drafted, accepted) in enumerate(zip(result.num_drafted, result.num_accepted, strict=True)):
+            if drafted == 0:
+                continue
+            name = result.classes[row] if self.trims and result.classes is not None else ANY
+            self.acceptance.update(name, drafted, accepted)
+            self._state = record_probe(self._state, name if self.trims else None, accepted)
             for j in range(drafted):
                 self.drafted_per_position[j] += 1
             for j in range(accepted):

@@ -10,7 +10,7 @@ kernel takes the place of `padded` on GPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,8 @@ class AttentionBatch:
     """How the tokens of one step see the KV pool.
 
     `slot_mapping` [N]: place in the pool that each token's key and value are written to. Exactly one of `rows`
-    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places in
-    the pool and `kv_lens` [R] the tokens known after this step's writes for a row without masked drafts.
+    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places in the
+    pool; what a token sees follows from `positions` [N].
     """
 
     slot_mapping: Tensor
@@ -56,8 +56,25 @@ class AttentionBatch:
         key = (row.q_len, row.kv_len, fold, window)
         found = self._masks.get(key)
         if found is None:
-            found = self._masks[key] = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat(fold, 1)
+            mask = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat(fold, 1)
+            found = self._masks[key] = mask.to(self.positions.device, non_blocking=True)
         return found
+
+    def to(self, device: torch.device) -> AttentionBatch:
+        """The same batch on `device`; itself if it is there."""
+        if self.positions.device == device:
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        rows = self.rows
+        if rows is not None:
+            rows = [replace(r, index=r.index if isinstance(r.index, slice) else move(r.index)) for r in rows]
+        gather = None if self.gather is None else move(self.gather)
+        return replace(
+            self, slot_mapping=move(self.slot_mapping), positions=move(self.positions), rows=rows, gather=gather, _masks={}
+        )
 
 
 def _causal_mask(q_len: int, kv_len: int, window: int | None, dtype: torch.dtype) -> Tensor:

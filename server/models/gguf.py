@@ -152,9 +152,9 @@ class _HeaderParser:
             key = self._string()
             metadata[key] = self._value(self._scalar("<I"), 0)
         table = [self._tensor() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-        if alignment < 1:
-            raise self._damaged(f"general.alignment is {alignment}")
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self._damaged(f"general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
         return metadata, {tensor.name: self._placed(tensor, start) for tensor in table}
 

@@ -102,7 +102,9 @@ def _uniform_int(file: GgufFile, key: str, default: int | None) -> int:
         value = value[0]
     if value is None:
         raise ModelSourceError(f"{file.path}: metadata key {file.architecture}.{key} is missing")
-    return int(value)
+    if not isinstance(value, int) or value < 1:
+        raise ModelSourceError(f"{file.path}: metadata key {file.architecture}.{key} is {value!r}, not a count")
+    return value
 
 
 def _shortest(value: float) -> float:

@@ -77,7 +77,7 @@ def _argmax(scores: Tensor) -> Tensor:
     torch's own is scalar code on the CPU, ten times slower than amax: find the best block first, then look inside.
     """
     num_rows, width = scores.shape
-    if scores.is_cuda or width % _BLOCK:
+    if not scores.is_cpu or width % _BLOCK:
         return scores.argmax(-1)
     blocks = scores.view(num_rows, -1, _BLOCK)
     best = blocks.amax(-1).argmax(-1)

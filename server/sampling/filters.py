@@ -7,8 +7,8 @@
 
 Tokens with exactly the threshold's logit are all kept, whatever their number; the most probable token always is.
 
-Masses are 64-bit integers in units of 2**-40 of the most probable token. Sums of integers do not depend on the order
-of addition, so a threshold is the same for any batch, any number of threads and any device's way to reduce.
+Running masses are 64-bit integers in units of 2**-40 of the most probable token: sums of integers do not depend on the
+order of addition, so a threshold is the same for any batch, any number of threads and any device's way to scan.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from server.sampling.distribution import Processed
@@ -23,7 +24,8 @@ from server.sampling.rows import expand
 from server.sampling.state import SamplingBatch
 from server.spec.types import Layout
 
-_CANDIDATES = (256, 1024)
+_CANDIDATES = (64, 256, 1024)
+_BLOCK = 64
 _MASS_UNIT = 2.0**40
 _INF = float("inf")
 
@@ -82,38 +84,81 @@ class _Filters:
         complete = values[:, -1:] < threshold  # else ties with the k-th, or everything, may go on past the last value
         if bool(complete.all()):
             return mass, complete
-        everything = _mass(self.logits, values[:, :1]).sum(1, keepdim=True)
-        return torch.where(complete, mass, everything), complete | (self.top_k >= self.logits.shape[1])
+        everything = _MASS_UNIT / self.logits.softmax(-1).amax(-1, keepdim=True).double()
+        return torch.where(complete, mass.double(), everything), complete | (self.top_k >= self.logits.shape[1])
 
 
 def filter_logits(logits: Tensor, layout: Layout, batch: SamplingBatch) -> Processed:
     """Filter temperature-scaled `logits` [T, V].
 
     On a GPU every row is sorted: fixed shapes, no sync. On the CPU, where a sort takes milliseconds a row and a look
-    at a result costs nothing, the largest few hundred logits nearly always decide; rows that they leave
-    undecided are decided by more of them, at last by all.
+    at a result costs nothing, a few dozen of the largest logits nearly always decide; rows that they leave undecided
+    are decided by more of them, at last by all. If every row is filtered, the result is those few candidates.
     """
     top_k, top_p, min_p = (expand(part, layout)[:, None] for part in (batch.top_k, batch.top_p, batch.min_p))
     filters = _Filters(logits, top_k, top_p, min_p, batch.any_top_p, batch.any_min_p)
-    if logits.is_cuda:
-        threshold, _ = filters.threshold(logits.sort(-1, descending=True).values)
-        return Processed.dense(logits.masked_fill(logits < threshold, -_INF))
-    vocab_size = logits.shape[1]
-    values, ids, threshold = _decide(filters, [*(size for size in _CANDIDATES if size < vocab_size), vocab_size])
-    if bool((values[:, -1:] < threshold).all()):
-        return Processed(values.masked_fill_(values < threshold, -_INF), vocab_size, ids)
-    return Processed.dense(torch.where(logits < threshold, -_INF, logits))
+    sizes = [size for size in _CANDIDATES if size < logits.shape[1]] if logits.is_cpu else []
+    threshold, candidates = _decide(filters, sizes, batch.all_filtered)
+    return Processed.dense(_drop_below(logits, threshold)) if candidates is None else candidates
 
 
-def _decide(filters: _Filters, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest `sizes[0]` logits [T, C], their ids [T, C], the exact thresholds [T, 1]. CPU only: looks at results."""
-    largest = filters.logits.topk(sizes[0]) if len(sizes) > 1 else filters.logits.sort(-1, descending=True)
-    threshold, decided = filters.threshold(largest.values)
-    undecided = decided.logical_not().squeeze(1).nonzero().squeeze(1)
-    if len(sizes) > 1 and undecided.numel():
-        _, _, exact = _decide(filters.select(undecided), sizes[1:])
-        threshold = threshold.index_copy(0, undecided, exact)
-    return largest.values, largest.indices, threshold
+def _decide(filters: _Filters, sizes: list[int], wants_candidates: bool) -> tuple[Tensor, Processed | None]:
+    """Exact thresholds [T, 1] from the `sizes[0]` largest logits, row by row from more where they do not suffice.
+
+    Also the tokens that survive, if wanted and if no row needed a sort. With no sizes: a sort, without a sync.
+    """
+    if not sizes:
+        return filters.threshold(filters.logits.sort(-1, descending=True).values)[0], None
+    values, ids = _largest(filters.logits, sizes[0])
+    threshold, decided = filters.threshold(values)
+    candidates = None
+    if wants_candidates:
+        decided &= (values[:, -1:] < threshold) | values[:, -1:].isneginf()  # no survivor is past the last value
+        candidates = Processed(values.masked_fill(values < threshold, -_INF), filters.logits.shape[1], ids)
+    rest = decided.logical_not().squeeze(1).nonzero().squeeze(1)
+    if rest.numel() == 0:
+        return threshold, candidates
+    rest_threshold, more = _decide(filters.select(rest), sizes[1:], wants_candidates)
+    threshold = threshold.index_copy(0, rest, rest_threshold)
+    return threshold, None if candidates is None or more is None else _replace_rows(candidates, rest, more)
+
+
+def _largest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(num)`: values and ids [T, num], descending.
+
+    The `num` largest lie in the `num` blocks with the largest maxima. Finding those is vector code; torch's topk
+    over the whole vocabulary is a branch per element, which the data makes unpredictable.
+    """
+    num_rows, vocab_size = logits.shape
+    num_blocks = vocab_size // _BLOCK
+    if vocab_size % _BLOCK or num_blocks < num:
+        values, ids = logits.topk(num)
+        return values, ids
+    blocks = logits.view(-1, _BLOCK)
+    best = blocks.amax(-1).view(num_rows, num_blocks).topk(num, sorted=False).indices
+    row_starts = torch.arange(0, num_rows * num_blocks, num_blocks)[:, None]
+    values, at = blocks.index_select(0, (best + row_starts).view(-1)).view(num_rows, -1).topk(num)
+    return values, best.gather(1, at // _BLOCK) * _BLOCK + at % _BLOCK
+
+
+def _replace_rows(candidates: Processed, rows: Tensor, more: Processed) -> Processed:
+    """`candidates` with `rows` [N] replaced by `more`, whose rows are longer; short ones are padded with -inf."""
+    assert candidates.ids is not None and more.ids is not None
+    grow = (0, more.logits.shape[1] - candidates.logits.shape[1])
+    logits = F.pad(candidates.logits, grow, value=-_INF).index_copy_(0, rows, more.logits)
+    return Processed(logits, candidates.vocab_size, F.pad(candidates.ids, grow).index_copy_(0, rows, more.ids))
+
+
+def _drop_below(logits: Tensor, threshold: Tensor) -> Tensor:
+    """-inf where `logits` [T, V] are below `threshold` [T, 1], else their very bits.
+
+    Arithmetic, as a masked fill on the CPU is a branch per element: a negative difference becomes -inf, others 0.
+    """
+    if not logits.is_cpu:
+        return logits.masked_fill(logits < threshold, -_INF)
+    lowest = torch.finfo(logits.dtype).min
+    below = (logits - threshold.clamp(min=lowest)).clamp_(max=0.0)
+    return below.mul_(-lowest).mul_(-lowest).add_(logits)
 
 
 def _mass(logits: Tensor, largest: Tensor) -> Tensor:

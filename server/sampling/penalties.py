@@ -15,6 +15,8 @@ from server.sampling.rows import expand
 from server.sampling.state import SamplingBatch
 from server.spec.types import Drafts, Layout, SlotState
 
+_PROMPT_UNIT = 1 << 32
+
 
 def penalise(
     logits: Tensor,
@@ -25,40 +27,45 @@ def penalise(
     slot_ids: Tensor,
     max_tokens_host: int,
 ) -> Tensor:
-    """Penalised copy of `logits` [T, V]; arguments as in `process`. Neutral rows keep their bits."""
-    prompt, output = _count_history(logits, state, slot_ids, max_tokens_host)
-    counts = expand(output, layout)  # owned here: either just counted or just copied
-    _count_drafts(counts, layout, drafts)
+    """Penalised copy of `logits` [T, V]; arguments as in `process`. Neutral rows keep their bits.
+
+    Only tokens that occur are touched: what a position's logit becomes is a function of the token and of how often it
+    occurred, so entries that name a token twice, or name one that does not count, write the same value.
+    """
+    tokens, units = _history(state, slot_ids, max_tokens_host)
+    counts = tokens.new_zeros(tokens.shape[0], logits.shape[1]).scatter_add_(1, tokens, units)
+    counts, tokens = expand(counts, layout), expand(tokens, layout)
+    num_drafts = drafts.tokens.shape[1]
+    if num_drafts > 0:
+        draft_tokens = expand(drafts.tokens, layout)
+        before = torch.arange(num_drafts, device=logits.device) < layout.offsets[:, None]
+        counts.scatter_add_(1, draft_tokens, _count_drafts(before))
+        tokens = torch.cat([tokens, draft_tokens], 1)
+    return logits.scatter(1, tokens, _penalised(logits.gather(1, tokens), counts.gather(1, tokens), layout, batch))
+
+
+def _penalised(values: Tensor, counts: Tensor, layout: Layout, batch: SamplingBatch) -> Tensor:
+    """The penalties' formulas, elementwise on logits [T, L] and their tokens' occurrences."""
     if batch.any_repetition:
         penalty = expand(batch.repetition_penalty, layout)[:, None]
-        seen = (counts + expand(prompt, layout)) > 0
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        values = torch.where(counts > 0, torch.where(values > 0, values / penalty, values * penalty), values)
     if batch.any_presence_or_frequency:
-        logits = logits - expand(batch.presence_penalty, layout)[:, None] * (counts > 0)
-        logits -= counts.mul_(expand(batch.frequency_penalty, layout)[:, None])
-    return logits
+        num_output = counts & (_PROMPT_UNIT - 1)
+        values = values - expand(batch.presence_penalty, layout)[:, None] * (num_output > 0)
+        values = values - expand(batch.frequency_penalty, layout)[:, None] * num_output
+    return values
 
 
-def _count_history(like: Tensor, state: SlotState, slot_ids: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """How often each token occurs in the rows' prompts and in their outputs so far: two [R, V] float32.
-
-    Counts are small integers, exact in float32 whatever the order in which a GPU adds them.
-    """
+def _history(state: SlotState, slot_ids: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows' known tokens [R, L] and what each adds to its token's count: 1 in the output, 2**32 in the prompt."""
     history = state.history[:, :max_tokens].index_select(0, slot_ids)
     index = torch.arange(history.shape[1], device=history.device)
-    known = index < state.num_tokens.index_select(0, slot_ids)[:, None]
+    is_known = index < state.num_tokens.index_select(0, slot_ids)[:, None]
     in_prompt = index < state.prompt_len.index_select(0, slot_ids)[:, None]
-    history = history * known  # what lies past the end is undefined: count token 0 zero times instead
-    zeros = like.new_zeros(2, slot_ids.shape[0], like.shape[1])
-    prompt = zeros[0].scatter_add_(1, history, (known & in_prompt).to(like.dtype))
-    output = zeros[1].scatter_add_(1, history, (known & ~in_prompt).to(like.dtype))
-    return prompt, output
+    # What lies past the end is undefined: let it name token 0 and count nothing.
+    return history * is_known, is_known * (1 + (_PROMPT_UNIT - 1) * in_prompt)
 
 
-def _count_drafts(counts: Tensor, layout: Layout, drafts: Drafts) -> None:
-    """Add to `counts` [T, V] the drafts before each position's offset."""
-    num_drafts = drafts.tokens.shape[1]
-    if num_drafts == 0:
-        return
-    before = torch.arange(num_drafts, device=counts.device) < layout.offsets[:, None]
-    counts.scatter_add_(1, expand(drafts.tokens, layout), before.to(counts.dtype))
+def _count_drafts(before: Tensor) -> Tensor:
+    """What each draft adds to its token's count at each position, [T, k]: it will have been output before that offset."""
+    return before.to(torch.int64)

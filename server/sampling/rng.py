@@ -110,7 +110,7 @@ def gumbel(keys: Tensor, vocab: int | Tensor) -> Tensor:
     noise = torch.empty(keys.shape[0], num_columns, dtype=torch.float32, device=keys.device)
     num_rows = keys.shape[0]
     # On the CPU some rows at a time, so that thirty passes run in cache; on a GPU all at once.
-    step = num_rows if keys.is_cuda else max(1, _CHUNK_ELEMENTS // max(1, num_columns))
+    step = max(1, _CHUNK_ELEMENTS // max(1, num_columns)) if keys.is_cpu else num_rows
     for start in range(0, num_rows, max(1, step)):
         chunk = slice(start, start + step)
         _fill_gumbel(noise[chunk], hashed[chunk], keys[chunk])

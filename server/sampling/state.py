@@ -36,6 +36,7 @@ class SamplingBatch:
     bias_values: Tensor | None = None
     all_greedy: bool = True
     any_greedy: bool = True
+    all_filtered: bool = False
     any_top_k: bool = False
     any_top_p: bool = False
     any_min_p: bool = False
@@ -153,6 +154,7 @@ class SamplingState:
             bias_values=self._gather_bias(self._bias_values, rows, slot_ids, width),
             all_greedy=not sampled,
             any_greedy=len(sampled) < len(rows),
+            all_filtered=all(self._is_filtered(row) for row in sampled),
             any_top_k=any(0 < row.top_k < self.vocab_size for row in sampled),
             any_top_p=any(row.top_p < 1.0 for row in sampled),
             any_min_p=any(row.min_p > 0.0 for row in sampled),
@@ -167,6 +169,9 @@ class SamplingState:
         has_bias = torch.tensor([bool(row.logit_bias) for row in rows]).to(self.device, non_blocking=True)
         # A slot whose present request has no bias still holds its predecessor's.
         return table[:, :width].index_select(0, slot_ids).mul_(has_bias[:, None])
+
+    def _is_filtered(self, row: SamplingParams) -> bool:
+        return 0 < row.top_k < self.vocab_size or row.top_p < 1.0 or row.min_p > 0.0
 
     def _row(self, slot: int) -> SamplingParams:
         params = self._params[slot]

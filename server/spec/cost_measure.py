@@ -61,7 +61,12 @@ def _coarse_to_fine(shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
                 gaps += [(low, middle), (middle, high)]
         ranks.append({index: rank for rank, index in enumerate(dict.fromkeys(order))})
     cells = [(a, b, c) for a in ranks[0] for b in ranks[1] for c in ranks[2]]
-    return sorted(cells, key=lambda cell: sum(rank[index] for rank, index in zip(ranks, cell, strict=True)))
+
+    def coarseness(cell: tuple[int, int, int]) -> tuple[int, int]:
+        places = [rank[index] for rank, index in zip(ranks, cell, strict=True)]
+        return max(places), sum(places)
+
+    return sorted(cells, key=coarseness)
 
 
 def _fill(grid: CostGrid, measured: dict[tuple[int, int, int], float]) -> Array:

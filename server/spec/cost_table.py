@@ -90,7 +90,11 @@ class CostTable:
 
     def verify_curve(self, num_rows: int, max_tokens: int, context: float) -> list[float]:
         """Milliseconds to verify `num_rows`, `num_rows` + 1, … `max_tokens` tokens in all."""
-        return self._interpolate(self._corrected, num_rows, np.arange(num_rows, max_tokens + 1), context)
+        return self.verify_many(num_rows, range(num_rows, max_tokens + 1), context)
+
+    def verify_many(self, num_rows: int, num_tokens: Sequence[int], context: float) -> list[float]:
+        """`verify_ms` for several totals, ascending, of the same rows."""
+        return self._interpolate(self._corrected, num_rows, np.array(num_tokens), context)
 
     def verify_ms(self, num_rows: int, num_tokens: int, context: float) -> float:
         """Milliseconds to verify `num_tokens` = sum(1 + drafts) tokens of `num_rows` rows of mean length `context`."""

@@ -20,7 +20,9 @@ _FIRST_PROBE_INTERVAL = 2
 _MAX_PROBE_INTERVAL = 64
 _FIRST_CREDIT = 1.0
 _MAX_CREDIT = 4.0
+_MIN_GAIN = 0.01
 _ALL_ROWS = "all rows"
+_PLAIN = "plain"
 
 
 def choose_uniform(
@@ -41,9 +43,10 @@ def choose_uniform(
         return 0
     gains = _column_sums(survivals, max(tiers, default=0))
     best_k, best_rate = 0, 0.0
-    for k in sorted({0, *tiers}):
-        ms = cost.verify_ms(num_rows, num_rows * (1 + k), context) + cost.draft_ms(num_rows, k)
-        rate = (num_rows + gains[k]) / ms
+    choices = sorted({0, *tiers})
+    verify = cost.verify_many(num_rows, [num_rows * (1 + k) for k in choices], context)
+    for k, verify_ms in zip(choices, verify, strict=True):
+        rate = (num_rows + gains[k]) / (verify_ms + cost.draft_ms(num_rows, k))
         if k > previous_k:
             rate /= 1.0 + hysteresis
         if rate > best_rate:
@@ -62,7 +65,7 @@ def _column_sums(survivals: Survivals, max_k: int) -> list[float]:
     return sums
 
 
-def choose_ragged(cost: CostTable, survivals: Survivals, context: float, min_gain: float = 0.01) -> list[int]:
+def choose_ragged(cost: CostTable, survivals: Survivals, context: float, min_gain: float = _MIN_GAIN) -> list[int]:
     """How many of its drafts each row should verify, given drafts that exist already (their cost is spent).
 
     `survivals` [R][drafts of row r] are non-increasing. Draft tokens are handed out by descending survival, which for
@@ -102,10 +105,17 @@ def _first(item: tuple[float, int]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A kind of draft that does not pay is tried again after `wait` more steps that could, then every `interval`."""
+    """When to try what the estimates advise against: after `wait` more steps that could, then every `interval`.
+
+    Kinds of draft that do not pay are tried so that they can come back. A step without drafts is tried so that the cost
+    table, corrected only where steps are measured, can not praise drafting for ever on a plain cost it got wrong.
+    """
 
     wait: int = _FIRST_PROBE_INTERVAL
     interval: int = _FIRST_PROBE_INTERVAL
+
+
+_FIRST_PROBES = {_PLAIN: Probe(wait=4, interval=8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,42 +134,37 @@ class PolicyState:
 def plan_ragged(
     state: PolicyState, cost: CostTable, classes: Sequence[str], survivals: Survivals, context: float
 ) -> tuple[list[int], PolicyState]:
-    """`choose_ragged`, and now and then one or two drafts of a class that was trimmed to nothing.
+    """`choose_ragged`, and now and then a probe: a draft of a class trimmed to nothing, or a step without drafts.
 
     `classes` [R] name each row's kind of draft. Returns the drafts to verify per row and the next state.
     """
-    counts, curve = _choose_ragged(cost, survivals, context, 0.01)
+    counts, curve = _choose_ragged(cost, survivals, context, _MIN_GAIN)
+    num_drafts = sum(counts)
     if not curve:
         return counts, state
-    num_drafts = sum(counts)
-    drafted: set[str] = set()
-    trimmed: dict[str, int] = {}
-    for row, name in enumerate(classes):
-        if counts[row]:
-            drafted.add(name)
-        elif survivals[row]:
-            trimmed.setdefault(name, row)
-    idle = [name for name in trimmed if name not in drafted]
-    credit = min(state.credit + PROBE_SHARE, _MAX_CREDIT)
-    if not idle and drafted.isdisjoint(state.probes):
-        return counts, replace(state, credit=credit)
+    drafted = {name for name, count in zip(classes, counts, strict=True) if count}
+    trimmed = {name: row for row, name in enumerate(classes) if survivals[row] and name not in drafted}
     probes = {name: probe for name, probe in state.probes.items() if name not in drafted}
-    due: str | None = None
-    for name in idle:
-        probe = probes.get(name, Probe())
-        probes[name] = replace(probe, wait=max(0, probe.wait - 1))
-        if due is None and probe.wait <= 1:
-            due = name
-    if due is not None:
-        loss, negative_size = min(
-            (max(0.0, curve[num_drafts + size] / curve[num_drafts] - 1.0), -size)
-            for size in range(1, min(2, len(survivals[trimmed[due]])) + 1)
-        )
-        if loss <= credit:
-            counts[trimmed[due]] = -negative_size
-            credit -= loss
-            probes[due] = _backed_off(probes[due])
+    credit = min(state.credit + PROBE_SHARE, _MAX_CREDIT)
+    if num_drafts:
+        emitted = len(counts) + sum(sum(row[:count]) for row, count in zip(survivals, counts, strict=True))
+        loss = 1.0 - len(counts) / emitted * curve[num_drafts] / curve[0]
+        if _is_due(probes, _PLAIN, loss, credit):
+            return [0] * len(counts), replace(state, probes=probes, credit=credit - max(0.0, loss))
+    else:
+        _postpone(probes, _PLAIN)
+    for name, row in trimmed.items():
+        loss, size = _cheapest_probe(curve, num_drafts, len(survivals[row]))
+        if _is_due(probes, name, loss, credit):
+            counts[row] = size
+            return counts, replace(state, probes=probes, credit=credit - loss)
     return counts, replace(state, probes=probes, credit=credit)
+
+
+def _cheapest_probe(curve: Sequence[float], num_drafts: int, available: int) -> tuple[float, int]:
+    """What one or two drafts more cost, in steps, and which of the two costs less; two where that is as cheap."""
+    losses = [max(0.0, curve[num_drafts + size] / curve[num_drafts] - 1.0) for size in range(1, min(2, available) + 1)]
+    return min(losses), len(losses) if losses[-1] <= losses[0] else 1
 
 
 def plan_uniform(
@@ -170,22 +175,47 @@ def plan_uniform(
     tiers: Sequence[int],
     hysteresis: float = 0.03,
 ) -> tuple[int, PolicyState]:
-    """`choose_uniform`, and now and then the smallest k while it says 0. Returns k and the next state."""
+    """`choose_uniform`, and now and then a probe: the smallest k while it says 0, and 0 while it says more.
+
+    Returns k and the next state.
+    """
     num_rows = len(survivals)
     k = choose_uniform(cost, survivals, context, tiers, state.previous_k, hysteresis)
     smallest = min((tier for tier in tiers if tier > 0), default=0)
     if num_rows == 0 or smallest == 0:
         return k, state
     credit = min(state.credit + PROBE_SHARE, _MAX_CREDIT)
+    probes = dict(state.probes)
+    plain_ms = cost.verify_ms(num_rows, num_rows, context)
+    size = k or smallest
+    ms = cost.verify_ms(num_rows, num_rows * (1 + size), context) + cost.draft_ms(num_rows, size)
     if k > 0:
-        return k, PolicyState(previous_k=k, credit=credit)
-    probe = state.probes.get(_ALL_ROWS, Probe())
-    probe = replace(probe, wait=max(0, probe.wait - 1))
-    probe_ms = cost.verify_ms(num_rows, num_rows * (1 + smallest), context) + cost.draft_ms(num_rows, smallest)
-    loss = max(0.0, probe_ms / cost.verify_ms(num_rows, num_rows, context) - 1.0)
-    if probe.wait > 0 or loss > credit:
-        return 0, PolicyState(probes={_ALL_ROWS: probe}, credit=credit)
-    return smallest, PolicyState(probes={_ALL_ROWS: _backed_off(probe)}, credit=credit - loss)
+        probes.pop(_ALL_ROWS, None)
+        loss = 1.0 - num_rows / (num_rows + _column_sums(survivals, k)[k]) * ms / plain_ms
+        name, other = _PLAIN, 0
+    else:
+        _postpone(probes, _PLAIN)
+        loss = ms / plain_ms - 1.0
+        name, other = _ALL_ROWS, smallest
+    if _is_due(probes, name, loss, credit):
+        return other, PolicyState(k, probes, credit - max(0.0, loss))
+    return k, PolicyState(k, probes, credit)
+
+
+def _is_due(probes: dict[str, Probe], name: str, loss: float, credit: float) -> bool:
+    """Count one step towards the probe `name`; True, and the next one is farther off, if it is due and affordable."""
+    probe = probes.get(name) or _FIRST_PROBES.get(name, Probe())
+    wait = max(0, probe.wait - 1)
+    due = wait == 0 and loss <= credit
+    interval = min(2 * probe.interval, _MAX_PROBE_INTERVAL) if due else probe.interval
+    probes[name] = Probe(wait=interval if due else wait, interval=interval)
+    return due
+
+
+def _postpone(probes: dict[str, Probe], name: str) -> None:
+    """What a probe would show was just seen anyway."""
+    if name in probes:
+        probes[name] = replace(probes[name], wait=probes[name].interval)
 
 
 def record(state: PolicyState, cls: str | None, num_accepted: int) -> PolicyState:
@@ -197,8 +227,3 @@ def record(state: PolicyState, cls: str | None, num_accepted: int) -> PolicyStat
     if num_accepted == 0 or name not in state.probes:
         return state
     return replace(state, probes={**state.probes, name: Probe(wait=1, interval=_FIRST_PROBE_INTERVAL)})
-
-
-def _backed_off(probe: Probe) -> Probe:
-    interval = min(2 * probe.interval, _MAX_PROBE_INTERVAL)
-    return Probe(wait=interval, interval=interval)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import aiohttp
@@ -26,8 +27,16 @@ class Live:
     url: str
     engine: FakeEngine
     state: ServerState
-    client: openai.AsyncOpenAI
     http: aiohttp.ClientSession
+
+    @cached_property
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
+
+    async def close(self) -> None:
+        await self.http.close()
+        if "client" in vars(self):
+            await self.client.close()
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
         async with self.http.post(self.url + path, json=body, **options) as response:
@@ -67,10 +76,9 @@ async def serve() -> AsyncIterator[Serve]:
             state.text = ByteText()
             await engine.wait_ready()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        http = aiohttp.ClientSession()
-        closers.extend([runner.cleanup, http.close, client.close])
-        return Live(url, engine, state, client, http)
+        live = Live(url, engine, state, aiohttp.ClientSession())
+        closers.extend([runner.cleanup, live.close])
+        return live
 
     yield start
     for close in reversed(closers):

@@ -23,8 +23,8 @@ GOLDEN_STREAM = (
     '"choices":[{"index":0,"delta":{"content":" world"},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
     'data: {"id":"ID","object":"chat.completion.chunk","created":0,"model":"fake","system_fingerprint":"FP",'
     '"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\n'
-    'data: {"id":"ID","object":"chat.completion.chunk","created":0,"model":"fake","system_fingerprint":"FP","choices":[],'
-    '"usage":{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":1},'
+    'data: {"id":"ID","object":"chat.completion.chunk","created":0,"model":"fake","system_fingerprint":"FP",'
+    '"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":1},'
     '"completion_tokens_details":{"accepted_prediction_tokens":9,"rejected_prediction_tokens":2}}}\n\n'
     "data: [DONE]\n\n"
 )

@@ -65,7 +65,7 @@ from tests.api.fakes import INFO, FakeEngine, endless
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"content": "a"}]}, "messages[0].role", "missing_required_parameter"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", None),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "unsupported_parameter"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "invalid_type"),
         ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages[0].x", "unknown_parameter"),
@@ -93,14 +93,14 @@ from tests.api.fakes import INFO, FakeEngine, endless
     ],
 )
 async def test_a_wrong_field_is_named_and_nothing_runs(
-    live: Live, fields: dict[str, Any], param: str, code: str | None
+    live: Live, fields: dict[str, Any], param: str, code: str
 ) -> None:
     status, answer = await live.chat(**fields)
     assert status == 400, answer
     error = answer["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
-    assert param.split("[")[0].split(".")[0] in error["message"] or code == "invalid_value"
+    assert param.split("[")[0].split(".")[0] in error["message"] or param == "messages"
     assert not live.engine.requests
 
 

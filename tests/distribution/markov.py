@@ -10,13 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 from server.core import SamplingParams
+from server.sampling.distribution import Processed
 from server.sampling.process import process
 from server.sampling.state import SamplingBatch, SamplingState
 from server.spec.types import Drafts, Layout, SlotState, Verdict
@@ -24,8 +27,9 @@ from server.spec.verify import draft_token, verify
 
 V = 6
 LENGTH = 4  # emitted tokens under test
+Array = NDArray[Any]
 PROMPT = (1, 4, 2)
-Verifier = Callable[[object, Layout, Drafts, SamplingBatch, Tensor, str], Verdict]
+Verifier = Callable[[Processed, Layout, Drafts, SamplingBatch, Tensor, str], Verdict]
 
 
 def target_table() -> Tensor:
@@ -60,7 +64,7 @@ class Case:
         return f"{self.rule}-{self.drafter}-k{self.k}"
 
 
-def simulate(case: Case, num_trials: int, verifier: Verifier = verify) -> np.ndarray:
+def simulate(case: Case, num_trials: int, verifier: Verifier = verify) -> Array:
     """The first LENGTH emitted tokens of every trial, [N, LENGTH]; trial n has seed n."""
     n, k = num_trials, case.k
     target, drafter = target_table(), drafter_table(case.drafter)
@@ -136,7 +140,7 @@ def commit(state: SlotState, verdict: Verdict) -> None:
     state.num_tokens = (state.num_tokens + verdict.num_emitted).clamp(max=len(PROMPT) + LENGTH)
 
 
-def next_token_probs(output: tuple[int, ...], params: SamplingParams) -> np.ndarray:
+def next_token_probs(output: tuple[int, ...], params: SamplingParams) -> Array:
     """Distribution [V] after PROMPT and `output`, from the definitions."""
     stream = PROMPT + output
     logits = target_table()[stream[-2], stream[-1]].double().numpy().copy()
@@ -148,7 +152,8 @@ def next_token_probs(output: tuple[int, ...], params: SamplingParams) -> np.ndar
             logits[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
         logits[token] += params.logit_bias.get(token, 0.0)
     if params.greedy:
-        return np.eye(V)[logits.argmax()]
+        one_hot: Array = np.eye(V)[logits.argmax()]
+        return one_hot
     probs = _softmax(logits / params.temperature)
     order = np.argsort(-probs)
     if params.top_k:
@@ -158,15 +163,17 @@ def next_token_probs(output: tuple[int, ...], params: SamplingParams) -> np.ndar
         before = np.cumsum(probs[order]) - probs[order]
         probs[order[before >= params.top_p]] = 0.0
     probs[probs < params.min_p * probs.max()] = 0.0
-    return probs / probs.sum()
+    normalised: Array = probs / probs.sum()
+    return normalised
 
 
-def _softmax(x: np.ndarray) -> np.ndarray:
+def _softmax(x: Array) -> Array:
     e = np.exp(x - x.max())
-    return e / e.sum()
+    probs: Array = e / e.sum()
+    return probs
 
 
-def joint(params: SamplingParams) -> np.ndarray:
+def joint(params: SamplingParams) -> Array:
     """Exact probability [V] * LENGTH of every sequence of LENGTH emitted tokens."""
     full = np.ones((V,) * LENGTH)
     for length in range(LENGTH):
@@ -176,7 +183,7 @@ def joint(params: SamplingParams) -> np.ndarray:
     return full
 
 
-def p_value(tokens: np.ndarray, exact: np.ndarray) -> float:
+def p_value(tokens: Array, exact: Array) -> float:
     """Smallest chi-square p-value over single positions, pairs, triples and the whole; Bonferroni-corrected."""
     counts = np.zeros(exact.shape)
     np.add.at(counts, tuple(tokens.T), 1)
@@ -188,7 +195,7 @@ def p_value(tokens: np.ndarray, exact: np.ndarray) -> float:
     return min(1.0, min(values) * len(subsets))
 
 
-def _chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
+def _chi_square(observed: Array, expected: Array) -> float:
     if observed[expected == 0.0].sum() > 0:
         return 0.0  # a token that the filters forbid
     rare = expected < 10.0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.core import SamplingParams
-from server.sampling import penalties, rng
+from server.sampling import penalties, rng, rows
 from server.spec import verify as verification
 from server.spec.types import Verdict
 from tests.distribution.markov import Case, joint, p_value, simulate
@@ -78,7 +78,7 @@ def test_position_one_short_after_every_step(rule: str) -> None:
 
 def test_draft_compared_with_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     def match(target: Any, layout: Any, drafts: Any) -> Verdict:
-        tokens = verification.spread(target, layout)
+        tokens = rows.spread(target, layout)
         agrees = tokens[:, 1:] == drafts.tokens
         accepted = verification._prefix_length(agrees, drafts)
         padded = torch.nn.functional.pad(drafts.tokens, (0, 1))
@@ -121,7 +121,11 @@ def test_residual_without_subtraction(drafter: str, monkeypatch: pytest.MonkeyPa
 
 def test_residual_in_place_of_the_bonus_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     residual = verification._residual
-    monkeypatch.setattr(verification, "_residual", lambda *args: residual(*args[:-1], torch.ones_like(args[-1])))
+
+    def always_rejected(p: Any, tokens: Any, drafts: Any, num_accepted: Any, rejected: Any) -> Any:
+        return residual(p, tokens, drafts, num_accepted, torch.ones_like(rejected))
+
+    monkeypatch.setattr(verification, "_residual", always_rejected)
     assert p_of(Case("ratio", "good", PLAIN)) < CERTAIN
 
 
@@ -136,7 +140,7 @@ def test_q_of_another_draft() -> None:
 
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
 def test_penalties_once_per_window(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penalties, "_count_drafts", lambda *_: None)
+    monkeypatch.setattr(penalties, "_count_drafts", lambda before: torch.zeros(before.shape, dtype=torch.int64))
     assert p_of(Case(rule, "good", PENALISED)) < CERTAIN
 
 

@@ -132,7 +132,7 @@ def test_typical_filters_leave_candidates_only() -> None:
     state = empty_state(2)
     processed = process(language_like(2), one_each(2), Drafts.none(2, torch.device("cpu")), batch, state,
                         torch.arange(2), 4)  # fmt: skip
-    assert processed.ids is not None and processed.logits.shape == (2, 256)
+    assert processed.ids is not None and processed.logits.shape == (2, 64)
 
 
 def penalised_once(logits: Tensor, prompt: list[int], output: list[int], params: SamplingParams) -> Tensor:

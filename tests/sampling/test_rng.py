@@ -16,7 +16,8 @@ ALPHA = 1e-5
 
 def keys(seeds: object = 0, choices: object = 0, positions: object = 0, purpose: int = TARGET) -> torch.Tensor:
     tensors = [torch.as_tensor(x, dtype=torch.int64).reshape(-1) for x in (seeds, choices, positions)]
-    return noise_keys(*(t.contiguous() for t in torch.broadcast_tensors(*tensors)), purpose)
+    seed, choice, position = (t.contiguous() for t in torch.broadcast_tensors(*tensors))
+    return noise_keys(seed, choice, position, purpose)
 
 
 def axes() -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ CHATML = (
 )
 
 
-def save(backend: Backend, directory: Path, config: dict[str, object]) -> Path:
+def save(backend: Backend, directory: Path, config: Mapping[str, object]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

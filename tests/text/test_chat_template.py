@@ -73,7 +73,8 @@ def test_equals_transformers(
         tokenizer_file=str(byte_level_directory / "tokenizer.json"), bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
     template = ChatTemplate(source, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
-    for variables in ({}, {"tools": TOOLS, "custom": "yes"}):
+    cases: list[dict[str, Any]] = [{}, {"tools": TOOLS, "custom": "yes"}]
+    for variables in cases:
         expected = reference.apply_chat_template(
             messages, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )

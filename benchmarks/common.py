@@ -1,0 +1,94 @@
+"""What every benchmark needs: prompts, the machine's description, a result file that says where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PROMPTS = ROOT.parent / "shared" / "prompts" / "spec_bench.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. `spread` is (lowest, highest) of the repeats."""
+
+    case: str
+    value: float
+    unit: str
+    spread: tuple[float, float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One evaluation prompt, first turn."""
+
+    id: str
+    category: str
+    text: str
+
+
+def load_prompts(path: Path = PROMPTS, per_category: int | None = None) -> list[Prompt]:
+    """Evaluation prompts, the first `per_category` of each category. Raises FileNotFoundError saying what is needed."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: the evaluation prompts are not part of the repository; give a path to a JSONL "
+                                "file with id, category, turns")
+    seen: dict[str, int] = {}
+    prompts: list[Prompt] = []
+    for line in path.read_text().splitlines():
+        raw = json.loads(line)
+        seen[raw["category"]] = seen.get(raw["category"], 0) + 1
+        if per_category is None or seen[raw["category"]] <= per_category:
+            prompts.append(Prompt(raw["id"], raw["category"], raw["turns"][0]))
+    return prompts
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and load of this machine."""
+    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())
+    flags = Path("/proc/cpuinfo").read_text()
+    isa = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "other"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    return {"cpu": cpu, "isa": isa, "cores": len(os.sched_getaffinity(0)), "memory_mib": memory,
+            "load_1m": round(os.getloadavg()[0], 2), "python": platform.python_version()}
+
+
+def versions(names: Iterable[str] = ("torch", "transformers", "numpy", "aiohttp", "pyzmq")) -> dict[str, str]:
+    return {name: metadata.version(name) for name in names}
+
+
+def median_row(case: str, values: Sequence[float], unit: str, note: str = "") -> Row:
+    """Median of repeats with their range."""
+    return Row(case, round(statistics.median(values), 4), unit, (round(min(values), 4), round(max(values), 4)), note)
+
+
+def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = None) -> Path:
+    """Writes `results/<name>.json` and prints the rows."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    dirty = bool(subprocess.run(["git", "status", "--porcelain", "server", "draft_models"], cwd=ROOT, capture_output=True,
+                                text=True).stdout.strip())
+    script, *arguments = sys.argv
+    command = shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *arguments])
+    content = {"name": name, "command": command, "commit": commit + ("+dirty" if dirty else ""),
+               "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": versions(),
+               "rows": [asdict(r) for r in rows], **({"detail": detail} if detail else {})}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    for r in rows:
+        print(f"{r.case:60} {r.value:10.3f} {r.unit:8} {r.spread or ''} {r.note}")
+    return file

@@ -1,0 +1,105 @@
+"""Measures what steps cost on this machine, once: the table is cached by machine, model and settings."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from server.config import cache_dir
+from server.engine.runner import Runner
+from server.models.base import TargetModel
+from server.models.paging import Span, ragged_batch
+from server.models.source import ModelSource
+from server.spec.cost_measure import measure
+from server.spec.cost_table import CostGrid, CostTable, cache_key, machine_identity
+
+BUDGET_S = 4.0
+
+
+def load_or_measure(runner: Runner, source: ModelSource, say: Callable[[str], None]) -> CostTable:
+    """The cached table of this machine and model, or a new one."""
+    grid = _grid(runner)
+    machine = {**machine_identity(), "device": str(runner.device), "threads": str(torch.get_num_threads())}
+    drafter = runner.drafter.name if runner.drafter is not None else "none"
+    artifact = f"{source.directory}|{runner.model.dtype}|{runner.model.linear_path}|{torch.__version__}|{drafter}"
+    file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
+    cached = _read(file)
+    if cached is not None:
+        return cached
+    say("measuring what drafting and verifying cost here (once)")
+    table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
+    _clear(runner)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(table.to_json())
+    partial.replace(file)
+    return table
+
+
+def _read(file: Path) -> CostTable | None:
+    """A damaged file is measured anew."""
+    try:
+        return CostTable.from_json(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _grid(runner: Runner) -> CostGrid:
+    shape = runner.shape
+    rows = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < shape.max_num_seqs} | {shape.max_num_seqs})
+    drafts = sorted({k for k in (0, 1, 2, 3, 5, 7) if k < shape.max_draft_tokens} | {shape.max_draft_tokens})
+    longest = min(shape.max_model_len, (shape.num_blocks - 1) * shape.block_size) - shape.max_draft_tokens - 1
+    # One context on the CPU: attention is a small and equal part of plain and of speculative steps there.
+    contexts = sorted({max(1, min(n, longest)) for n in ((256,) if runner.ragged else (128, 1024))})
+    return CostGrid(tuple(rows), tuple(drafts), tuple(contexts))
+
+
+def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:
+    def run(rows: int, drafts: int, context: int) -> float:
+        return _timed(runner, runner.model, runner.pools, rows, 1 + drafts, context)
+
+    return run
+
+
+def _draft_timer(runner: Runner) -> Callable[[int, int], float] | None:
+    """Small-LM drafters: k passes of one token a row. Drafters without a network cost next to nothing."""
+    model = getattr(runner.drafter, "model", None)
+    if model is None or runner.drafter is None:
+        return None
+    pools: list[torch.Tensor] = runner.drafter.pools  # type: ignore[attr-defined]
+
+    def draft(rows: int, k: int) -> float:
+        context = min(128, runner.shape.max_model_len - 2)
+        return k * _timed(runner, model, pools, rows, 1, context)
+
+    return draft
+
+
+def _timed(
+    runner: Runner, model: TargetModel, pools: list[torch.Tensor], rows: int, width: int, context: int
+) -> float:
+    """Milliseconds of one forward pass and argmax over `rows` rows of `width` tokens that see `context` before them."""
+    size, num_blocks = runner.shape.block_size, runner.shape.num_blocks
+    per_row = -(-(context + width) // size)
+    room = max(1, (num_blocks - 1) // per_row)  # small pools: rows share blocks, which costs the same
+    spans = [
+        Span(context, width, list(range(first, first + per_row)), True)
+        for first in (1 + (r % room) * per_row for r in range(rows))
+    ]
+    short = max(0, model.min_rows - rows * width)
+    batch = ragged_batch(spans, size, short).to(runner.device)
+    token_ids = torch.randint(0, model.vocab_size, (rows * width + short,), device=runner.device)
+    started = time.perf_counter()
+    logits, _ = model.forward(token_ids, pools, batch, torch.arange(token_ids.shape[0], device=runner.device))
+    logits.argmax(-1).tolist()  # waits for the device
+    return (time.perf_counter() - started) * 1e3
+
+
+def _clear(runner: Runner) -> None:
+    """Nothing that was measured with may be left behind."""
+    for pool in runner.pools:
+        pool.zero_()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.core import FinishReason
+from server.engine.messages import EngineFrame, EngineStats
+from server.telemetry.metrics import Metrics
+from tests.api.fakes import INFO
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """`name{label=value}` -> value."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_a_step_of_n_tokens_after_a_gap_counts_as_n_intervals() -> None:
+    clock = Clock()
+    metrics = Metrics("1", clock)
+    timer = metrics.choice_timer(arrival=clock.now)
+    clock.now += 0.3
+    timer.observe_step(1)
+    clock.now += 0.4
+    timer.observe_step(4)
+    clock.now += 0.2
+    timer.observe_step(0)
+    clock.now += 0.2
+    timer.observe_step(1)
+    timer.finish(FinishReason.LENGTH, 6)
+    found = samples(metrics)
+    assert found["outpace_time_to_first_token_seconds_count"] == 1
+    assert round(found["outpace_time_to_first_token_seconds_sum"], 9) == 0.3
+    assert found["outpace_inter_token_latency_seconds_count"] == 5
+    assert round(found["outpace_inter_token_latency_seconds_sum"], 9) == 0.8
+    assert found["outpace_inter_token_latency_seconds_bucket{le=0.2}"] == 4
+    assert found["outpace_step_gap_seconds_count"] == 2
+    assert found["outpace_step_gap_seconds_bucket{le=0.3}"] == 0
+    assert round(found["outpace_e2e_request_latency_seconds_sum"], 9) == 1.1
+    assert found["outpace_generation_tokens_total"] == 6
+    assert found["outpace_requests_total{finish_reason=length}"] == 1
+
+
+def test_aborted_and_failed_choices_have_no_latency() -> None:
+    metrics = Metrics("1")
+    metrics.choice_timer(0.0).finish(FinishReason.ABORT, 0)
+    metrics.choice_timer(0.0).finish(FinishReason.ERROR, 0)
+    found = samples(metrics)
+    assert found["outpace_e2e_request_latency_seconds_count"] == 0
+    assert found["outpace_requests_total{finish_reason=abort}"] == 1
+    assert found["outpace_requests_total{finish_reason=error}"] == 1
+
+
+def frame(**stats: object) -> EngineFrame:
+    return EngineFrame(outputs=[], stats=EngineStats(**stats))  # type: ignore[arg-type]
+
+
+def test_engine_counters_survive_a_restart() -> None:
+    metrics = Metrics("1")
+    metrics.on_frame(frame(num_steps=5, num_emitted=9, drafted_per_position=[4, 3], accepted_per_position=[3, 1]))
+    metrics.on_frame(frame(num_steps=7, num_emitted=12, drafted_per_position=[6, 5], accepted_per_position=[4, 2]))
+    metrics.on_frame(frame(num_steps=1, num_emitted=2, drafted_per_position=[1], accepted_per_position=[1]))
+    found = samples(metrics)
+    assert found["outpace_engine_steps_total"] == 8
+    assert found["outpace_emitted_tokens_total"] == 14
+    assert found["outpace_draft_tokens_total"] == 12
+    assert found["outpace_draft_tokens_per_position_total{position=1}"] == 7
+    assert found["outpace_draft_tokens_per_position_total{position=2}"] == 5
+    assert found["outpace_accepted_draft_tokens_total"] == 7
+    assert found["outpace_accepted_draft_tokens_per_position_total{position=2}"] == 2
+
+
+def test_gauges_are_of_the_latest_frame() -> None:
+    metrics = Metrics("1")
+    assert samples(metrics)["outpace_kv_cache_usage_ratio"] == 0
+    metrics.on_frame(frame(num_running=3, num_waiting=2, kv_blocks_used=5, kv_blocks_total=20, speculation_paused=True))
+    found = samples(metrics)
+    assert found["outpace_requests_running"] == 3
+    assert found["outpace_requests_waiting"] == 2
+    assert found["outpace_kv_cache_usage_ratio"] == 0.25
+    assert found["outpace_speculation_paused"] == 1
+    metrics.on_frame(frame(kv_blocks_total=20))
+    assert samples(metrics)["outpace_requests_running"] == 0
+
+
+def test_build_info_and_engine_state() -> None:
+    metrics = Metrics("1.2.3")
+    restarts = 0
+    metrics.watch_engine(lambda: True, lambda: restarts)
+    restarts = 2
+    metrics.on_ready(INFO)
+    found = samples(metrics)
+    assert found["outpace_engine_ready"] == 1
+    assert found["outpace_engine_restarts_total"] == 2
+    build = next(name for name in found if name.startswith("outpace_build_info"))
+    assert "version=1.2.3" in build and "drafter=suffix" in build
+
+
+def test_every_name_has_the_prefix_and_help() -> None:
+    metrics = Metrics("1")
+    metrics.watch_engine(lambda: True, lambda: 0)
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        assert family.name.startswith("outpace_"), family.name
+        assert family.documentation, family.name
