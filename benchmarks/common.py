@@ -1,4 +1,5 @@
-"""What every benchmark needs: prompts, the machine's description, a result file that says where its numbers come from."""
+"""What every benchmark needs: prompts, the machine's description, a result file that says where its numbers come
+from."""
 
 from __future__ import annotations
 
@@ -44,8 +45,10 @@ class Prompt:
 def load_prompts(path: Path = PROMPTS, per_category: int | None = None) -> list[Prompt]:
     """Evaluation prompts, the first `per_category` of each category. Raises FileNotFoundError saying what is needed."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the evaluation prompts are not part of the repository; give a path to a JSONL "
-                                "file with id, category, turns")
+        raise FileNotFoundError(
+            f"{path}: the evaluation prompts are not part of the repository; give a path to a JSONL "
+            "file with id, category, turns"
+        )
     seen: dict[str, int] = {}
     prompts: list[Prompt] = []
     for line in path.read_text().splitlines():
@@ -58,13 +61,25 @@ def load_prompts(path: Path = PROMPTS, per_category: int | None = None) -> list[
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and load of this machine."""
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     flags = Path("/proc/cpuinfo").read_text()
     isa = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "other"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    return {"cpu": cpu, "isa": isa, "cores": len(os.sched_getaffinity(0)), "memory_mib": memory,
-            "load_1m": round(os.getloadavg()[0], 2), "python": platform.python_version()}
+    return {
+        "cpu": cpu,
+        "isa": isa,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_mib": memory,
+        "load_1m": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+    }
 
 
 def versions(names: Iterable[str] = ("torch", "transformers", "numpy", "aiohttp", "pyzmq")) -> dict[str, str]:
@@ -78,14 +93,26 @@ def median_row(case: str, values: Sequence[float], unit: str, note: str = "") ->
 
 def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = None) -> Path:
     """Writes `results/<name>.json` and prints the rows."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain", "server", "draft_models"], cwd=ROOT, capture_output=True,
-                                text=True).stdout.strip())
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    dirty = bool(
+        subprocess.run(
+            ["git", "status", "--porcelain", "server", "draft_models"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    )
     script, *arguments = sys.argv
     command = shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *arguments])
-    content = {"name": name, "command": command, "commit": commit + ("+dirty" if dirty else ""),
-               "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": versions(),
-               "rows": [asdict(r) for r in rows], **({"detail": detail} if detail else {})}
+    content = {
+        "name": name,
+        "command": command,
+        "commit": commit + ("+dirty" if dirty else ""),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "rows": [asdict(r) for r in rows],
+        **({"detail": detail} if detail else {}),
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_speed.py [--per-category 4] [--max-tokens 128] [--repeats 5]
 
-Prefix caching is off, so nothing is measured twice for free. One stream: tokens a second after the first token, the same prompts
+Prefix caching is off, so nothing is measured twice for free. One stream: tokens a second after the first token, the
+same prompts
 on each side in turn. Sixteen streams: all tokens over all seconds, prompts included, against `generate` one by one.
 """
 
@@ -17,12 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.common import PROMPTS, Row, load_prompts, median_row, write_result  # noqa: E402
-from benchmarks.engine import Prompter, Run, build, run  # noqa: E402
-from server.core import SamplingParams  # noqa: E402
-from server.engine.core import EngineCore  # noqa: E402
+from benchmarks.common import PROMPTS, Row, load_prompts, median_row, write_result
+from benchmarks.engine import Prompter, Run, build, run
+from server.core import SamplingParams
+from server.engine.core import EngineCore
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -43,14 +44,21 @@ class Reference:
 
         handle = self.model.register_forward_hook(stamp)
         started = time.perf_counter()
-        out = self.model.generate(torch.tensor([ids]), max_new_tokens=max_tokens, do_sample=False,
-                                  attention_mask=torch.ones(1, len(ids), dtype=torch.int64), pad_token_id=2)
+        out = self.model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            pad_token_id=2,
+        )
         seconds = time.perf_counter() - started
         handle.remove()
-        return Run([out[0, len(ids):].tolist()], seconds, stamps[0] - started, len(stamps), 0, 0)
+        return Run([out[0, len(ids) :].tolist()], seconds, stamps[0] - started, len(stamps), 0, 0)
 
 
-def one_stream(reference: Reference, plain: EngineCore, prompts: list[list[int]], max_tokens: int, repeats: int) -> list[Row]:
+def one_stream(
+    reference: Reference, plain: EngineCore, prompts: list[list[int]], max_tokens: int, repeats: int
+) -> list[Row]:
     theirs, ours, ratios = [], [], []
     same = 0
     for i in range(repeats):
@@ -60,12 +68,16 @@ def one_stream(reference: Reference, plain: EngineCore, prompts: list[list[int]]
         ours.append(b.decode_tok_s)
         ratios.append(b.decode_tok_s / a.decode_tok_s)
         same += a.tokens == b.tokens
-    return [median_row("cpu2/tok_s/smollm2-f32/b1/transformers", theirs, "tok/s"),
-            median_row("cpu2/tok_s/smollm2-f32/b1/plain", ours, "tok/s", f"same tokens in {same} of {repeats}"),
-            median_row("cpu2/ratio/smollm2-f32/b1/plain_vs_transformers", ratios, "x", "target 1.3")]
+    return [
+        median_row("cpu2/tok_s/smollm2-f32/b1/transformers", theirs, "tok/s"),
+        median_row("cpu2/tok_s/smollm2-f32/b1/plain", ours, "tok/s", f"same tokens in {same} of {repeats}"),
+        median_row("cpu2/ratio/smollm2-f32/b1/plain_vs_transformers", ratios, "x", "target 1.3"),
+    ]
 
 
-def sixteen_streams(reference: Reference, plain: EngineCore, prompts: list[list[int]], max_tokens: int, repeats: int) -> list[Row]:
+def sixteen_streams(
+    reference: Reference, plain: EngineCore, prompts: list[list[int]], max_tokens: int, repeats: int
+) -> list[Row]:
     theirs, ours, ratios = [], [], []
     for _ in range(repeats):
         sequential = [reference.run(ids, max_tokens) for ids in prompts[:4]]
@@ -75,12 +87,16 @@ def sixteen_streams(reference: Reference, plain: EngineCore, prompts: list[list[
         theirs.append(a)
         ours.append(b)
         ratios.append(b / a)
-    return [median_row("cpu2/tok_s/smollm2-f32/sequential/transformers", theirs, "tok/s", "4 of the 16 prompts"),
-            median_row("cpu2/tok_s/smollm2-f32/b16/plain", ours, "tok/s", "prompts included"),
-            median_row("cpu2/ratio/smollm2-f32/b16/plain_vs_transformers", ratios, "x", "target 6")]
+    return [
+        median_row("cpu2/tok_s/smollm2-f32/sequential/transformers", theirs, "tok/s", "4 of the 16 prompts"),
+        median_row("cpu2/tok_s/smollm2-f32/b16/plain", ours, "tok/s", "prompts included"),
+        median_row("cpu2/ratio/smollm2-f32/b16/plain_vs_transformers", ratios, "x", "target 6"),
+    ]
 
 
-def by_category(plain: EngineCore, spec: EngineCore, prompter: Prompter, args: argparse.Namespace) -> tuple[list[Row], list[dict[str, Any]]]:
+def by_category(
+    plain: EngineCore, spec: EngineCore, prompter: Prompter, args: argparse.Namespace
+) -> tuple[list[Row], list[dict[str, Any]]]:
     """Decoding speed with speculation over plain, per category: total tokens over total decode seconds of either."""
     prompts = load_prompts(args.prompts, args.per_category)
     totals: dict[str, list[tuple[Run, Run]]] = {}
@@ -91,21 +107,42 @@ def by_category(plain: EngineCore, spec: EngineCore, prompter: Prompter, args: a
         runs = {id(core): run(core, [ids], args.max_tokens, GREEDY) for core in order}
         a, b = runs[id(plain)], runs[id(spec)]
         totals.setdefault(prompt.category, []).append((a, b))
-        detail.append({"id": prompt.id, "category": prompt.category, "prompt_tokens": len(ids), "tokens": b.num_tokens,
-                       "plain_s": round(a.seconds - a.first_token_s, 4), "spec_s": round(b.seconds - b.first_token_s, 4),
-                       "steps": b.num_steps, "drafted": b.num_drafted, "accepted": b.num_accepted,
-                       "same_tokens": a.tokens == b.tokens})
+        detail.append(
+            {
+                "id": prompt.id,
+                "category": prompt.category,
+                "prompt_tokens": len(ids),
+                "tokens": b.num_tokens,
+                "plain_s": round(a.seconds - a.first_token_s, 4),
+                "spec_s": round(b.seconds - b.first_token_s, 4),
+                "steps": b.num_steps,
+                "drafted": b.num_drafted,
+                "accepted": b.num_accepted,
+                "same_tokens": a.tokens == b.tokens,
+            }
+        )
         print(detail[-1], flush=True)
     rows = []
     for category, pairs in totals.items():
-        decode = [(sum(r.seconds - r.first_token_s for r in side), sum(r.num_tokens - 1 for r in side))
-                  for side in zip(*pairs, strict=True)]
+        decode = [
+            (sum(r.seconds - r.first_token_s for r in side), sum(r.num_tokens - 1 for r in side))
+            for side in zip(*pairs, strict=True)
+        ]
         ratio = (decode[1][1] / decode[1][0]) / (decode[0][1] / decode[0][0])
         each = [(b.decode_tok_s / a.decode_tok_s) for a, b in pairs if a.num_tokens > 1]
         target = 1.3 if category in ("summarization", "rag") else 0.97
-        emitted = sum(b.num_accepted for _, b in pairs) / max(1, sum(b.num_tokens - b.num_accepted - 1 for _, b in pairs)) + 1
-        rows.append(Row(f"cpu2/speedup/smollm2-f32-suffix/b1/{category}", round(ratio, 3), "x", (round(min(each), 3), round(max(each), 3)),
-                        f"target {target}; {emitted:.2f} emitted a step; plain {decode[0][1] / decode[0][0]:.1f} tok/s"))
+        emitted = (
+            sum(b.num_accepted for _, b in pairs) / max(1, sum(b.num_tokens - b.num_accepted - 1 for _, b in pairs)) + 1
+        )
+        rows.append(
+            Row(
+                f"cpu2/speedup/smollm2-f32-suffix/b1/{category}",
+                round(ratio, 3),
+                "x",
+                (round(min(each), 3), round(max(each), 3)),
+                f"target {target}; {emitted:.2f} emitted a step; plain {decode[0][1] / decode[0][0]:.1f} tok/s",
+            )
+        )
     macro = statistics.mean(r.value for r in rows)
     rows.append(Row("cpu2/speedup/smollm2-f32-suffix/b1/macro", round(macro, 3), "x", None, "mean over categories"))
     return rows, detail

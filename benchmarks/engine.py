@@ -12,7 +12,7 @@ from server.core import Request, SamplingParams
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
 from server.models.source import resolve
-from server.text.chat_template import ChatTemplate
+from server.text.chat_template import ChatTemplate, encode_chat
 from server.text.tokenizer import Tokenizer
 
 
@@ -50,19 +50,22 @@ class Prompter:
         source = resolve(model)
         self.directory = source.directory
         self.tokenizer = Tokenizer.from_directory(source.directory)
-        self.template = ChatTemplate.from_directory(source.directory)
+        self.template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
 
     def ids(self, prompt: Prompt, max_tokens: int = 6000) -> list[int]:
-        text = self.template.render([{"role": "user", "content": prompt.text}], add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
+        return encode_chat(self.tokenizer, self.template, [{"role": "user", "content": prompt.text}])[:max_tokens]
 
 
-def run(core: EngineCore, prompts: Sequence[list[int]], max_tokens: int, sampling: SamplingParams, **fields: object) -> Run:
+def run(
+    core: EngineCore, prompts: Sequence[list[int]], max_tokens: int, sampling: SamplingParams, **fields: object
+) -> Run:
     """Generates for all prompts at once; the prefix cache is off unless the engine was built with it."""
     before = core.stats()
     stamp = time.time_ns()
-    requests = [Request(f"{stamp}-{i}", list(ids), sampling, max_tokens=max_tokens, **fields)  # type: ignore[arg-type]
-                for i, ids in enumerate(prompts)]
+    requests = [
+        Request(f"{stamp}-{i}", list(ids), sampling, max_tokens=max_tokens, **fields)  # type: ignore[arg-type]
+        for i, ids in enumerate(prompts)
+    ]
     order = {r.request_id: i for i, r in enumerate(requests)}
     tokens: list[list[int]] = [[] for _ in requests]
     started = time.perf_counter()
@@ -74,6 +77,11 @@ def run(core: EngineCore, prompts: Sequence[list[int]], max_tokens: int, samplin
         tokens[order[output.request_id]].extend(output.token_ids)
     seconds = time.perf_counter() - started
     after = core.stats()
-    return Run(tokens, seconds, first, after.num_steps - before.num_steps,
-               sum(after.drafted_per_position) - sum(before.drafted_per_position),
-               sum(after.accepted_per_position) - sum(before.accepted_per_position))
+    return Run(
+        tokens,
+        seconds,
+        first,
+        after.num_steps - before.num_steps,
+        sum(after.drafted_per_position) - sum(before.drafted_per_position),
+        sum(after.accepted_per_position) - sum(before.accepted_per_position),
+    )

@@ -1,7 +1,9 @@
-"""A small language model as drafter (Leviathan et al. 2023; Chen et al. 2023): any decoder with the target's vocabulary.
+"""A small language model as drafter (Leviathan et al. 2023; Chen et al. 2023): any decoder with the target's
+vocabulary.
 
 Its keys and values live in pools of its own under the target's block tables, so a block of the target is a block
-here too. `valid` is the watermark a slot: keys and values of the first `valid[slot]` tokens are right. Prefill raises it
+here too. `valid` is the watermark a slot: keys and values of the first `valid[slot]` tokens are right. Prefill raises
+it
 with the target's prompt chunks; whatever is missing when drafting starts (a prefix hit, a pause, the last accepted
 draft) is computed in the first pass of `propose`.
 """
@@ -26,7 +28,8 @@ CATCH_UP_CHUNK = 512
 
 
 class SmallLMDrafter:
-    """Implements draft_models.protocol.Drafter. Drafts with the target's own processing and, under `coupled`, its noise."""
+    """Implements draft_models.protocol.Drafter. Drafts with the target's own processing and, under `coupled`, its
+    noise."""
 
     name = "small-lm"
     feature_layers: tuple[int, ...] = ()
@@ -35,7 +38,9 @@ class SmallLMDrafter:
     def __init__(self, model: TargetModel, max_num_seqs: int, num_blocks: int, block_size: int, rule: str) -> None:
         self.model, self.block_size, self.rule = model, block_size, rule
         self.pools = [
-            torch.zeros(num_blocks * block_size, 2 * kv.num_kv_heads, kv.head_dim, dtype=model.dtype, device=model.device)
+            torch.zeros(
+                num_blocks * block_size, 2 * kv.num_kv_heads, kv.head_dim, dtype=model.dtype, device=model.device
+            )
             for kv in model.kv_layers
         ]
         self._valid = [0] * max_num_seqs
@@ -143,7 +148,9 @@ class SmallLMDrafter:
         spans = []
         for r, start, length in parts:
             blocks = carry.blocks[r]
-            side_by_side = blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1))
+            side_by_side = blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(
+                range(blocks[0], blocks[-1] + 1)
+            )
             spans.append(Span(start, length, blocks, side_by_side))
         batch = ragged_batch(spans, self.block_size, padding)
         return batch if self.model.device.type == "cpu" else batch.to(self.model.device)

@@ -40,7 +40,8 @@ class EngineConfig:
     `kv_memory_share` of the memory that is free once the weights are loaded, or exactly
     `kv_cache_tokens` tokens where that is given. `num_threads` None means every core; `max_num_batched_tokens` (the
     token budget of a prefill step) None means 256 on a CPU, 2048 on a GPU.
-    `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's own tokens).
+    `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
+    own tokens).
     """
 
     model: str = "smollm2-135m"

@@ -7,7 +7,7 @@ hold plain Python values only and this module never imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class Request:
     ignore_eos: bool = False
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a sequence ended, in OpenAI's words where OpenAI has one."""
 
     STOP = "stop"
@@ -75,7 +71,7 @@ class FinishReason(str, Enum):
     ERROR = "error"
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """A step is one of the two, never a mixture: a prompt chunk can not be taken for a verify batch."""
 
     PREFILL = "prefill"

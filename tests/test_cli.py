@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -149,3 +150,23 @@ def test_serve_hands_the_settings_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.api.serve, "serve", serve)
     assert cli.main(["serve", "m", "--port", "0"]) == 7
     assert seen == [(ServerConfig(engine=EngineConfig(model="m"), port=0), cli.version())]
+
+
+def test_a_model_that_does_not_exist_is_one_clear_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server", "serve", str(tmp_path / "nowhere"), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "nowhere: there is no such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "server", "serve", "--port", port]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"outpace serve: port {port} on 127.0.0.1 is in use; choose another with --port (0: any free port)\n"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from server.config import ServerConfig
 from server.engine.messages import EngineInfo
@@ -37,7 +38,7 @@ def drafting(config: ServerConfig, info: EngineInfo) -> str:
 def curl(model: str, url: str) -> str:
     """A command line that asks for a streamed answer."""
     body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
-    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def quantity(count: int) -> str:

@@ -32,8 +32,7 @@ class EventStream:
         await self.response.prepare(self._request)
 
     async def send(self, *payloads: dict[str, Any]) -> None:
-        if payloads:
-            await self._write(b"".join(map(event, payloads)))
+        await self._write(b"".join(map(event, payloads)))
 
     async def done(self) -> None:
         await self._write(DONE)

@@ -20,7 +20,12 @@ class EngineCore:
     """
 
     def __init__(
-        self, runner: Runner, limits: Limits, speculation: Speculation, eos_token_ids: Iterable[int], max_waiting: int = 1024
+        self,
+        runner: Runner,
+        limits: Limits,
+        speculation: Speculation,
+        eos_token_ids: Iterable[int],
+        max_waiting: int = 1024,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(limits)

@@ -1,6 +1,7 @@
 """`python -m server.engine.process`: loads the model, measures costs, then serves the loop.
 
-Settings arrive as JSON on standard input; what went wrong leaves as one line of JSON on standard output, what is going on is
+Settings arrive as JSON on standard input; what went wrong leaves as one line of JSON on standard output, what is
+going on is
 written to standard error.
 """
 
@@ -31,7 +32,7 @@ def main() -> int:
         from server.engine.build import build_engine  # imports torch
 
         core, info = build_engine(config, say)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 - whatever it is, the operator gets one line and exit code 1
         reason = str(e) or type(e).__name__
         if not _expected(e):
             traceback.print_exc()

@@ -1,6 +1,7 @@
 """Runs one step on the device: draft, forward, verify, commit. Plain decoding is the same step with no drafts.
 
-The sequence state (tokens, lengths, block tables, sampling parameters) lives in per-slot tensors; a step gathers from them by slot
+The sequence state (tokens, lengths, block tables, sampling parameters) lives in per-slot tensors; a step gathers from
+them by slot
 index. On the CPU rows are ragged, since padding costs compute there; elsewhere every row has the same width and
 nothing between `prepare` and `StepResult` waits for the device.
 """
@@ -88,6 +89,7 @@ class Runner:
         self._synced = [0] * slots
         self.sampling = SamplingState(slots, model.vocab_size, self.device)
         self._feature_layers = drafter.feature_layers if drafter is not None else ()
+
     # -- host events ---------------------------------------------------------------------------------------
 
     def admit(self, seq: Sequence) -> None:
@@ -184,9 +186,7 @@ class Runner:
             valid = drafts.num_valid_host if drafts.num_valid_host is not None else drafts.num_valid.tolist()
             widths = [1 + v for v in valid]
             layout = self._layout(widths, max(widths))
-            spans = [
-                Span(s.num_tokens - 1, w, s.blocks, s.contiguous) for s, w in zip(sequences, widths, strict=True)
-            ]
+            spans = [Span(s.num_tokens - 1, w, s.blocks, s.contiguous) for s, w in zip(sequences, widths, strict=True)]
             token_ids = table[layout.rows, layout.offsets] if layout.width > 1 else last
             return layout, token_ids, self._ragged(spans, token_ids.shape[0])
         width = table.shape[1]
@@ -281,8 +281,6 @@ def _logprobs_to_host(
         found.append(
             None
             if n is None
-            else [
-                TokenLogprobs(tokens[r][j], chosen[r][j], ids[r][j][:n], values[r][j][:n]) for j in range(counts[r])
-            ]
+            else [TokenLogprobs(tokens[r][j], chosen[r][j], ids[r][j][:n], values[r][j][:n]) for j in range(counts[r])]
         )
     return found

@@ -1,7 +1,8 @@
 """Decides what runs next: admission, prompt chunks, verify batches, preemption. Pure bookkeeping, no tensors.
 
 First come, first served. Prompt chunks and verify steps alternate while both have work, so a long prompt never
-stalls decoding for longer than one token budget. When blocks run out, the youngest running sequence gives up its own and is
+stalls decoding for longer than one token budget. When blocks run out, the youngest running sequence gives up its own
+and is
 computed anew later; drafts never cause that.
 """
 
@@ -72,8 +73,9 @@ class Scheduler:
             )
         if need > self.limits.kv_tokens:
             return (
-                f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.max_tokens}) make {need}, more than "
-                f"the whole KV cache of {self.limits.kv_tokens} tokens; start the server with a larger one or ask for less"
+                f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.max_tokens}) make {need}, "
+                f"more than the whole KV cache of {self.limits.kv_tokens} tokens; start the server with a larger one "
+                "or ask for less"
             )
         if request.request_id in self.by_id:
             return f"request id {request.request_id!r} is in use"
@@ -103,7 +105,8 @@ class Scheduler:
     def schedule(self, num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]] | None:
         """The next step with at most `num_draft_tokens` drafts a row, or None if nothing can run.
 
-        `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their place.
+        `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their
+        place.
         """
         self._admit()
         prefilling = [s for s in self.running if not s.decoding]
@@ -166,7 +169,9 @@ class Scheduler:
             if seq.running and seq.decoding:
                 sequences.append(seq)
         rows = [
-            RowPlan(seq.slot, seq.num_tokens - 1, 1, samples=True, max_drafts=self._reserve_drafts(seq, num_draft_tokens))
+            RowPlan(
+                seq.slot, seq.num_tokens - 1, 1, samples=True, max_drafts=self._reserve_drafts(seq, num_draft_tokens)
+            )
             for seq in sequences
         ]
         return (StepPlan(Phase.VERIFY, rows, num_draft_tokens), sequences) if rows else None
@@ -187,7 +192,8 @@ class Scheduler:
         return max(0, min(own, seq.num_left - 1))
 
     def commit(self, seq: Sequence, num_run: int, emitted: list[int]) -> None:
-        """A step ran `num_run` committed tokens of `seq` (chunk, or last token and accepted drafts) and emitted these."""
+        """A step ran `num_run` committed tokens of `seq` (chunk, or last token and accepted drafts) and emitted
+        these."""
         seq.num_computed += num_run
         seq.token_ids.extend(emitted)
         size = self.limits.block_size

@@ -1,6 +1,7 @@
 """How much to draft: keeps acceptance and costs current and asks the policy. Host only.
 
-Drafters whose drafts cost nothing (n-gram, suffix) draft first and are trimmed row by row, on ragged batches; elsewhere one k
+Drafters whose drafts cost nothing (n-gram, suffix) draft first and are trimmed row by row, on ragged batches;
+elsewhere one k
 for all rows is chosen before anything is drafted.
 """
 
@@ -22,7 +23,8 @@ ANY = "any"
 class Speculation:
     """Draft-length control of one engine. Without a cost table every step drafts `max_draft_tokens`.
 
-    `trims`: choose per row after drafting rather than one k before it. `paused` says that the last choice was not to draft.
+    `trims`: choose per row after drafting rather than one k before it. `paused` says that the last choice was not to
+    draft.
     """
 
     def __init__(self, costs: CostTable | None, max_draft_tokens: int, trims: bool) -> None:
@@ -30,7 +32,7 @@ class Speculation:
         self.max_draft_tokens = max_draft_tokens
         self.trims = trims
         self.acceptance = AcceptanceTracker()
-        self.tiers = tuple(k for k in (1, 2, 3, 5, 7, 10, 15) if k < max_draft_tokens) + (max_draft_tokens,)
+        self.tiers = (*(k for k in (1, 2, 3, 5, 7, 10, 15) if k < max_draft_tokens), max_draft_tokens)
         self.num_draft_steps = 0
         self.drafted_per_position = [0] * max_draft_tokens
         self.accepted_per_position = [0] * max_draft_tokens

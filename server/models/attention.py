@@ -6,6 +6,12 @@ values in the second, so that one copy writes both. Block 0 is nobody's: padding
 Two implementations of the same function: `ragged` (CPU) runs each row over exactly its own tokens and uses a view where
 the row's blocks lie side by side; `padded` (any device, nothing syncs) gathers every row to the longest. Later a
 kernel takes the place of `padded` on GPUs.
+
+`ragged` in float32 gives a token the same bits however many tokens its row computes at once, so that decoding, verifying and
+prefilling in any chunks agree. Three things make it so (measured with MKL; tests/models/test_attention.py watches them):
+the mask is always explicit; products have a multiple of 4 rows, from which on MKL's kernels treat rows alike; and keys are
+padded, masked, to lengths at which MKL and the fused operator cut the reduction in the same places. The padding reads
+places that are not the row's, so a pool must be finite everywhere: allocate it zeroed.
 """
 
 from __future__ import annotations
@@ -38,7 +44,8 @@ class AttentionBatch:
     """How the tokens of one step see the KV pool.
 
     `slot_mapping` [N]: place in the pool that each token's key and value are written to. Exactly one of `rows`
-    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places in the
+    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places in
+    the
     pool; what a token sees follows from `positions` [N].
     """
 
@@ -48,42 +55,52 @@ class AttentionBatch:
     gather: Tensor | None = None
     width: int = 0
     _masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+    _indices: dict[int, Tensor] = field(default_factory=dict)
 
-    def mask(self, row: Row, window: int | None, dtype: torch.dtype, fold: int) -> Tensor | None:
-        """Additive mask [fold * q_len, kv_len] of a ragged row; None where every token sees everything."""
-        if row.q_len == 1 and (window is None or row.kv_len <= window):
-            return None
+    def mask(self, row: Row, window: int | None, dtype: torch.dtype, fold: int) -> Tensor:
+        """Additive mask [fold * q_len, kv_len] of a ragged row, both padded: rows see everything, keys are masked."""
         key = (row.q_len, row.kv_len, fold, window)
         found = self._masks.get(key)
         if found is None:
             mask = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat(fold, 1)
-            found = self._masks[key] = mask.to(self.positions.device, non_blocking=True)
+            found = self._masks[key] = F.pad(mask, (0, 0, 0, padded_rows(len(mask)) - len(mask)))
         return found
 
-    def to(self, device: torch.device) -> AttentionBatch:
-        """The same batch on `device`; itself if it is there."""
-        if self.positions.device == device:
-            return self
+    def keys_and_values(self, row: Row, pool: Tensor) -> Tensor:
+        """The row's places of `pool`, [padded_keys(kv_len), 2 * kv_heads, head_dim]; a view where they lie side by side."""
+        length = padded_keys(row.kv_len)
+        if isinstance(row.index, slice) and row.index.start + length <= len(pool):
+            return pool[row.index.start : row.index.start + length]
+        found = self._indices.get(row.q_start)
+        if found is None:
+            at = row.index
+            places = torch.arange(at.start, at.start + row.kv_len) if isinstance(at, slice) else at
+            found = self._indices[row.q_start] = F.pad(places, (0, length - row.kv_len))
+        return pool[found]
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
 
-        rows = self.rows
-        if rows is not None:
-            rows = [replace(r, index=r.index if isinstance(r.index, slice) else move(r.index)) for r in rows]
-        gather = None if self.gather is None else move(self.gather)
-        return replace(
-            self, slot_mapping=move(self.slot_mapping), positions=move(self.positions), rows=rows, gather=gather, _masks={}
-        )
+def padded_rows(n: int) -> int:
+    """The next multiple of 4: with it, a row's product does not depend on how many rows there are."""
+    return -(-n // 4) * 4
+
+
+def padded_keys(n: int) -> int:
+    """The next length at which masked keys at the end change no bit.
+
+    The fused operator takes 512 keys at a time; of the rest, MKL reduces up to 192 in one go, more in parts of 192, but
+    between 192 and 384 in two halves. Multiples of 16 keep its vectors whole.
+    """
+    whole, rest = divmod(n, 512)
+    return whole * 512 + (384 if 192 < rest < 384 else -(-rest // 16) * 16)
 
 
 def _causal_mask(q_len: int, kv_len: int, window: int | None, dtype: torch.dtype) -> Tensor:
     queries = torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
-    keys = torch.arange(kv_len).unsqueeze(0)
-    visible = keys <= queries
+    keys = torch.arange(padded_keys(kv_len)).unsqueeze(0)
+    hidden = keys > queries
     if window is not None:
-        visible &= keys > queries - window
-    return torch.zeros(q_len, kv_len, dtype=dtype).masked_fill_(~visible, float("-inf"))
+        hidden |= keys <= queries - window
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
 def write_kv(pool: Tensor, slot_mapping: Tensor, kv: Tensor) -> None:
@@ -129,34 +146,38 @@ def _ragged(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Ten
     assert batch.rows is not None
     num_tokens, heads, dim = q.shape
     kv_heads = pool.shape[1] // 2
-    group = heads // kv_heads
     shape = (num_tokens, heads, dim)
     out = q.new_zeros(shape) if _has_padding(batch.rows, num_tokens) else q.new_empty(shape)
     plain = how.softcap is None and how.sinks is None
     for row in batch.rows:
-        kv = pool[row.index]
+        kv = batch.keys_and_values(row, pool)
         key = kv[:, :kv_heads].transpose(0, 1).unsqueeze(0)
         value = kv[:, kv_heads:].transpose(0, 1).unsqueeze(0)
-        query = q[row.q_start : row.q_start + row.q_len]
-        target = out[row.q_start : row.q_start + row.q_len]
-        if row.q_len <= FOLD_LIMIT or not plain:
-            n = row.q_len
-            folded = query.view(n, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * n, dim)
-            mask = batch.mask(row, how.window, q.dtype, group)
-            if plain:
-                res = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=how.scale)
-            else:
-                res = _explicit(folded, key, value, mask, how)
-            target.view(n, kv_heads, group, dim).copy_(res.view(kv_heads, group, n, dim).permute(2, 0, 1, 3))
-        else:
-            whole = row.q_len == row.kv_len and (how.window is None or row.kv_len <= how.window)
-            mask = None if whole else batch.mask(row, how.window, q.dtype, 1)
-            heads_first = query.transpose(0, 1).unsqueeze(0)
+        fold = heads // kv_heads if row.q_len <= FOLD_LIMIT or not plain else 1
+        tokens = slice(row.q_start, row.q_start + row.q_len)
+        query = _heads_first(q[tokens], fold)
+        mask = batch.mask(row, how.window, q.dtype, fold)
+        if plain:
             res = F.scaled_dot_product_attention(
-                heads_first, key, value, attn_mask=mask, is_causal=whole, scale=how.scale, enable_gqa=group > 1
+                query, key, value, attn_mask=mask, scale=how.scale, enable_gqa=query.shape[1] != kv_heads
             )
-            target.copy_(res[0].transpose(0, 1))
+        else:
+            res = _explicit(query, key, value, mask, how)
+        res = res[0, :, : fold * row.q_len]
+        out[tokens].view(row.q_len, -1, fold, dim).copy_(res.unflatten(1, (fold, -1)).permute(2, 0, 1, 3))
     return out.view(num_tokens, heads * dim)
+
+
+def _heads_first(q: Tensor, fold: int) -> Tensor:
+    """[n, heads, D] -> [1, heads / fold, padded_rows(fold * n), D]: query i of the group's j-th head is row j * n + i."""
+    n, heads, dim = q.shape
+    grouped = q.view(n, heads // fold, fold, dim).permute(1, 2, 0, 3)
+    rows, padded = fold * n, padded_rows(fold * n)
+    if rows == padded:
+        return grouped.reshape(1, heads // fold, rows, dim)
+    out = q.new_zeros(1, heads // fold, padded, dim)
+    out[0, :, :rows].unflatten(1, (fold, n)).copy_(grouped)
+    return out
 
 
 def _has_padding(rows: list[Row], num_tokens: int) -> bool:

@@ -99,7 +99,7 @@ def row_order(file: GgufFile, gguf_name: str, config: dict[str, Any]) -> NDArray
     heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
     rows = file.tensors[gguf_name].shape[0]
     interleaved = np.arange(rows, dtype=np.int64).reshape(heads, rows // heads // 2, 2)
-    return np.ascontiguousarray(interleaved).reshape(-1)
+    return np.ascontiguousarray(interleaved.swapaxes(1, 2)).reshape(-1)
 
 
 def convert(file: GgufFile, directory: Path, *, progress: Progress | None = None) -> None:

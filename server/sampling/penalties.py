@@ -67,5 +67,5 @@ def _history(state: SlotState, slot_ids: Tensor, max_tokens: int) -> tuple[Tenso
 
 
 def _count_drafts(before: Tensor) -> Tensor:
-    """What each draft adds to its token's count at each position, [T, k]: it will have been output before that offset."""
+    """What each draft adds to its token's count, [T, k]: `before` says whether it precedes the position."""
     return before.to(torch.int64)

@@ -7,6 +7,8 @@ without their assumption that it is the same at every position.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class _ClassStatistics:
     """Exponentially forgotten trials and acceptances of one class, per draft position."""
@@ -23,18 +25,25 @@ class AcceptanceTracker:
     """EWMA of conditional acceptance with a prior.
 
     `window` is the effective sample size: how many recent trials of a position the estimate remembers. The prior weighs
-    as much as `prior_strength` trials; at the first position it is `prior`, at later ones the estimate of the position
-    before, but at least `prior`, since text that follows a source tends to go on following it. Positions that a step
-    did not reach forget too, `stale_factor` times more slowly: what is no longer drafted drifts back to the prior, is
-    tried again and so can not stay condemned by old evidence.
+    as much as `prior_strength` trials. At the first position it is the class's own of `priors`, else `prior`; at later
+    ones the estimate of the position before, but at least `prior`, since text that follows a source tends to go on
+    following it. Positions that a step did not reach forget too, `stale_factor` times more slowly: what is no longer
+    drafted drifts back to the prior, is tried again and so can not stay condemned by old evidence.
     """
 
     def __init__(
-        self, prior: float = 0.5, prior_strength: float = 3.0, window: int = 64, stale_factor: int = 8
+        self,
+        prior: float = 0.5,
+        priors: Mapping[str, float] | None = None,
+        prior_strength: float = 3.0,
+        window: int = 64,
+        stale_factor: int = 8,
     ) -> None:
-        if not 0.0 <= prior <= 1.0:
-            raise ValueError(f"prior: {prior} is not valid; use 0 to 1")
         self._prior = prior
+        self._priors = dict(priors or {})
+        for name, value in {"prior": prior, **self._priors}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}: {value} is not valid; use 0 to 1")
         self._strength = prior_strength
         self._keep = 1.0 - 1.0 / window
         self._keep_stale = 1.0 - 1.0 / (window * stale_factor)
@@ -68,12 +77,12 @@ class AcceptanceTracker:
         if statistics is None:
             statistics = self._classes[cls] = _ClassStatistics()
         if len(statistics.survival) < k:
-            statistics.survival = self._survival(statistics, k)
+            statistics.survival = self._survival(statistics, self._priors.get(cls, self._prior), k)
         return statistics.survival[:k]
 
-    def _survival(self, statistics: _ClassStatistics, k: int) -> list[float]:
+    def _survival(self, statistics: _ClassStatistics, prior: float, k: int) -> list[float]:
         result: list[float] = []
-        prior, product, known = self._prior, 1.0, len(statistics.trials)
+        product, known = 1.0, len(statistics.trials)
         for position in range(k):
             estimate = prior
             if position < known:

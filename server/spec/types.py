@@ -41,7 +41,8 @@ class Layout:
 
     `rows`, `offsets`: [T] int64; offset 0 is the position after the last committed token, offset j has j
     drafts before it. Rows are stored one after another with rising offsets. `num_rows` = R and
-    `width` = 1 + largest number of drafts of any row are host integers. On the CPU rows are ragged; on a GPU every row has `width`
+    `width` = 1 + largest number of drafts of any row are host integers. On the CPU rows are ragged; on a GPU every
+    row has `width`
     positions and those past `Drafts.num_valid` are ignored by verification.
     """
 
@@ -56,7 +57,8 @@ class Verdict:
     """What verification decided, all on the device.
 
     `tokens` [R, width] int64: the emitted tokens are `tokens[r, : num_emitted[r]]` (the rest is undefined but
-    valid ids). `num_accepted` [R] counts accepted drafts; `num_emitted` = `num_accepted` + 1 counts the bonus token too.
+    valid ids). `num_accepted` [R] counts accepted drafts; `num_emitted` = `num_accepted` + 1 counts the bonus token
+    too.
     """
 
     tokens: Tensor
@@ -68,7 +70,8 @@ class Verdict:
 class SlotState:
     """Per-slot sequence state on the device; rows of a step gather from it by slot index.
 
-    `history` [S, L] int64: all known tokens of the slot (prompt, then emitted); `num_tokens` [S] int64: how many are known;
+    `history` [S, L] int64: all known tokens of the slot (prompt, then emitted); `num_tokens` [S] int64: how many are
+    known;
     `prompt_len` [S] int64. Entries of `history` at or past `num_tokens` are undefined.
     """
 
@@ -83,7 +86,8 @@ class Carry:
 
     `slots` are host integers and `slot_ids` [R] the same on the device. `state` is the slot state;
     `max_tokens_host` is a host upper bound of `state.num_tokens` over the rows. `limits` [R] (host) is the most drafts
-    each row may get (0: none). `features` [R, F] are the fused target features of the last committed token for drafters that asked
+    each row may get (0: none). `features` [R, F] are the fused target features of the last committed token for
+    drafters that asked
     for them (`Drafter.feature_layers`), else None. `block_tables` [R, NB] int64 addresses the paged KV pool.
     """
 

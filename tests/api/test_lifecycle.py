@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -8,7 +11,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
-from server.api.lifecycle import Server, StartError
+from server.api import lifecycle
+from server.api.lifecycle import Server, StartError, bind_failure
 from server.config import EngineConfig, ServerConfig
 from tests.api.fakes import ByteText, FakeEngine, endless, steps
 
@@ -81,6 +85,28 @@ async def test_the_first_signal_drains() -> None:
     assert not engine.aborted
 
 
+async def test_it_is_a_signal_that_stops_it() -> None:
+    server = make(FakeEngine())
+    async with running(server) as task:
+        await until(lambda: server.state.not_ready is None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(task, 5)
+
+
+async def test_an_engine_that_does_not_close_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lifecycle, "_ENGINE_CLOSE_S", 0.01)
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "close", asyncio.Event().wait)
+    server = make(engine)
+    async with running(server) as task:
+        await until(lambda: server.state.not_ready is None)
+        server.stop()
+        await asyncio.wait_for(task, 5)
+    assert "the engine did not close" in caplog.text
+
+
 async def test_what_does_not_finish_in_time_is_told_so() -> None:
     engine = FakeEngine(endless, step_s=0.01)
     server = make(engine, drain_timeout_s=0.05)
@@ -148,3 +174,8 @@ async def test_a_busy_port_is_one_clear_line_and_no_engine_starts() -> None:
 async def test_a_host_that_is_not_ours() -> None:
     with pytest.raises(StartError, match=r"^cannot listen on no\.such\.host\.invalid:0: "):
         await make(FakeEngine(), host="no.such.host.invalid").run()
+
+
+def test_a_privileged_port_says_so() -> None:
+    line = bind_failure("127.0.0.1", 80, PermissionError(errno.EACCES, "Permission denied"))
+    assert line.startswith("port 80 on 127.0.0.1 needs privileges")

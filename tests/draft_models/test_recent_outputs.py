@@ -55,3 +55,10 @@ def test_memory_stays_bounded_and_every_match_refers_to_a_held_output() -> None:
     for _ in range(3):
         store.add([7, 7, 7, 7])
     assert store.num_keys == 1
+
+
+def test_eviction_spares_the_same_words_of_a_newer_output() -> None:
+    store = RecentOutputs(1)
+    store.add([1, 2, 3, 4])
+    store.add([1, 2, 3, 5])
+    assert store.follow([1, 2, 3], 1) == ([5], 3)

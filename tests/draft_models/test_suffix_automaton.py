@@ -72,3 +72,9 @@ def test_nothing_follows_without_a_match_or_a_request() -> None:
     assert SuffixAutomaton([1, 2, 3]).follow(3).tokens == []
     assert SuffixAutomaton([1, 1]).follow(0).tokens == []
     assert SuffixAutomaton().match_length() == 0
+
+
+def test_a_split_state_keeps_the_occurrences_of_both_halves() -> None:
+    a, b, c = 1, 2, 3
+    text = [7, a, b, 7, a, b, 8, a, b, 9, a, c, 10, a, c, 11, a]
+    assert SuffixAutomaton(text).follow(1).tokens == [b]

@@ -108,23 +108,48 @@ MIXED = [
 ]  # fmt: skip
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("vocab_size", [V, 12_800, 50_257])
+@pytest.mark.parametrize("all_filtered", [False, True])
+def test_a_row_does_not_depend_on_its_batch(vocab_size: int, all_filtered: bool) -> None:
     """Bit for bit, whatever path the others force it through."""
-    logits = language_like(len(MIXED), seed=3)
-    together = run(logits, MIXED)
-    for row, params in enumerate(MIXED):
-        alone = run(logits[row : row + 1], [params])[0]
+    rows = [params for params in MIXED if params.top_k or params.top_p < 1.0 or not all_filtered]
+    logits = language_like(len(rows), seed=3, vocab_size=vocab_size)
+    together = run(logits, rows, vocab_size)
+    for row, params in enumerate(rows):
+        alone = run(logits[row : row + 1], [params], vocab_size)[0]
         if params.greedy:
             assert together[row].argmax() == alone.argmax() and together[row].amax() == alone.amax()
         else:
             assert torch.equal(together[row], alone)
 
 
-def test_candidates_and_full_sort_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = language_like(len(MIXED), seed=4)
-    quick = run(logits, MIXED)
+@pytest.mark.parametrize("vocab_size", [V, 6400])
+def test_candidates_and_full_sort_agree(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = language_like(len(MIXED), seed=4, vocab_size=vocab_size)
+    quick = run(logits, MIXED, vocab_size)
     monkeypatch.setattr(filters, "_CANDIDATES", ())
-    assert torch.equal(quick, run(logits, MIXED))
+    assert torch.equal(quick, run(logits, MIXED, vocab_size))
+
+
+@pytest.mark.parametrize("vocab_size", [V, 64 * 65, 12_800])
+@pytest.mark.parametrize("num", [64, 256])
+def test_largest_is_topk(vocab_size: int, num: int) -> None:
+    for logits in (language_like(5, vocab_size=vocab_size), language_like(5, vocab_size=vocab_size).round()):
+        values, ids = filters._largest(logits, num)
+        assert torch.equal(values, logits.topk(num).values)
+        assert torch.equal(logits.gather(1, ids), values)
+        assert all(len(set(row)) == num for row in ids.tolist())
+
+
+def test_short_and_long_rows_share_candidates() -> None:
+    """One row survives in hundreds of tokens, its neighbours in a few: each is as it is alone."""
+    params = [SamplingParams(top_k=3), SamplingParams(top_k=200), SamplingParams(top_k=900), SamplingParams(top_p=0.5)]
+    logits = language_like(4)
+    batch = SamplingBatch.of(params, V)
+    n = torch.arange(4)
+    processed = process(logits, one_each(4), Drafts.none(4, logits.device), batch, empty_state(4), n, 4)
+    assert processed.ids is not None and processed.logits.shape == (4, 1024)
+    assert kept(processed.to_dense()) == [naive_keep(row, p) for row, p in zip(logits, params, strict=True)]
 
 
 def test_typical_filters_leave_candidates_only() -> None:

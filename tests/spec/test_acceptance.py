@@ -20,6 +20,14 @@ def test_an_unknown_class_has_the_prior() -> None:
     assert AcceptanceTracker(prior=0.5).survival("new", 3) == [0.5, 0.25, 0.125]
 
 
+def test_a_class_may_have_a_prior_of_its_own_for_its_first_position() -> None:
+    tracker = AcceptanceTracker(prior=0.5, priors={"short": 0.2})
+    assert tracker.survival("short", 2) == [0.2, 0.1]
+    assert tracker.survival("other", 1) == [0.5]
+    with pytest.raises(ValueError, match=r"short: 1\.5"):
+        AcceptanceTracker(priors={"short": 1.5})
+
+
 def test_positions_are_conditional_on_the_one_before() -> None:
     tracker = converged((3, 0), (3, 1), (3, 2), (3, 3))
     assert tracker.conditional("c", 0) == pytest.approx(3 / 4, abs=0.01)
