@@ -7,11 +7,12 @@ Two implementations of the same function: `ragged` (CPU) runs each row over exac
 the row's blocks lie side by side; `padded` (any device, nothing syncs) gathers every row to the longest. Later a
 kernel takes the place of `padded` on GPUs.
 
-`ragged` in float32 gives a token the same bits however many tokens its row computes at once, so that decoding, verifying and
-prefilling in any chunks agree. Three things make it so (measured with MKL; tests/models/test_attention.py watches them):
-the mask is always explicit; products have a multiple of 4 rows, from which on MKL's kernels treat rows alike; and keys are
-padded, masked, to lengths at which MKL and the fused operator cut the reduction in the same places. The padding reads
-places that are not the row's, so a pool must be finite everywhere: allocate it zeroed.
+On a CPU in float32 `ragged` gives a token the same bits however many tokens its row computes at once, so that
+decoding, verifying and prefilling in any chunks agree. Three things make it so (found by measuring MKL;
+tests/models/test_attention.py watches them): the mask is always explicit; products have a multiple of 4 rows, with
+which MKL treats all rows alike; and keys are padded, masked, to lengths at which MKL and the fused operator cut the
+reduction in the same places. The padding reads places that are not the row's: a pool must be finite everywhere, so
+allocate it zeroed.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ class AttentionBatch:
     """How the tokens of one step see the KV pool.
 
     `slot_mapping` [N]: place in the pool that each token's key and value are written to. Exactly one of `rows`
-    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places in
-    the
-    pool; what a token sees follows from `positions` [N].
+    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places
+    in the pool; what a token sees follows from `positions` [N].
     """
 
     slot_mapping: Tensor
@@ -57,24 +57,40 @@ class AttentionBatch:
     _masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
     _indices: dict[int, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> AttentionBatch:
+        """The same batch on `device`; itself if it is there."""
+        if self.positions.device == device:
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        rows = self.rows
+        if rows is not None:
+            rows = [replace(r, index=r.index if isinstance(r.index, slice) else move(r.index)) for r in rows]
+        gather = None if self.gather is None else move(self.gather)
+        slots, positions = move(self.slot_mapping), move(self.positions)
+        return replace(self, slot_mapping=slots, positions=positions, rows=rows, gather=gather, _masks={}, _indices={})
+
     def mask(self, row: Row, window: int | None, dtype: torch.dtype, fold: int) -> Tensor:
-        """Additive mask [fold * q_len, kv_len] of a ragged row, both padded: rows see everything, keys are masked."""
+        """Additive mask [padded_rows(fold * q_len), padded_keys(kv_len)] of a ragged row; padded rows see everything."""
         key = (row.q_len, row.kv_len, fold, window)
         found = self._masks.get(key)
         if found is None:
             mask = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat(fold, 1)
-            found = self._masks[key] = F.pad(mask, (0, 0, 0, padded_rows(len(mask)) - len(mask)))
+            mask = F.pad(mask, (0, 0, 0, padded_rows(len(mask)) - len(mask)))
+            found = self._masks[key] = mask.to(self.positions.device, non_blocking=True)
         return found
 
     def keys_and_values(self, row: Row, pool: Tensor) -> Tensor:
-        """The row's places of `pool`, [padded_keys(kv_len), 2 * kv_heads, head_dim]; a view where they lie side by side."""
+        """The row's places [padded_keys(kv_len), 2 * kv_heads, head_dim]; a view where they lie side by side."""
         length = padded_keys(row.kv_len)
         if isinstance(row.index, slice) and row.index.start + length <= len(pool):
             return pool[row.index.start : row.index.start + length]
         found = self._indices.get(row.q_start)
         if found is None:
             at = row.index
-            places = torch.arange(at.start, at.start + row.kv_len) if isinstance(at, slice) else at
+            places = torch.arange(at.start, at.start + row.kv_len, device=pool.device) if isinstance(at, slice) else at
             found = self._indices[row.q_start] = F.pad(places, (0, length - row.kv_len))
         return pool[found]
 
@@ -121,6 +137,11 @@ class Scoring:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused operator computes it."""
+        return self.softcap is None and self.sinks is None
+
 
 def paged_attention(
     q: Tensor,
@@ -148,28 +169,35 @@ def _ragged(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Ten
     kv_heads = pool.shape[1] // 2
     shape = (num_tokens, heads, dim)
     out = q.new_zeros(shape) if _has_padding(batch.rows, num_tokens) else q.new_empty(shape)
-    plain = how.softcap is None and how.sinks is None
     for row in batch.rows:
         kv = batch.keys_and_values(row, pool)
         key = kv[:, :kv_heads].transpose(0, 1).unsqueeze(0)
         value = kv[:, kv_heads:].transpose(0, 1).unsqueeze(0)
-        fold = heads // kv_heads if row.q_len <= FOLD_LIMIT or not plain else 1
+        fold = heads // kv_heads if row.q_len <= FOLD_LIMIT or not how.fused else 1
         tokens = slice(row.q_start, row.q_start + row.q_len)
         query = _heads_first(q[tokens], fold)
-        mask = batch.mask(row, how.window, q.dtype, fold)
-        if plain:
-            res = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=how.scale, enable_gqa=query.shape[1] != kv_heads
+        if not how.fused:
+            res = _explicit(query, key, value, batch.mask(row, how.window, q.dtype, fold), how, row.q_len)
+        elif q.is_cuda and fold == 1 and row.q_len == row.kv_len and how.window is None:
+            res = F.scaled_dot_product_attention(  # a GPU's fused kernels take no mask
+                query,
+                key[:, :, : row.kv_len],
+                value[:, :, : row.kv_len],
+                is_causal=True,
+                scale=how.scale,
+                enable_gqa=True,
             )
         else:
-            res = _explicit(query, key, value, mask, how)
+            mask = batch.mask(row, how.window, q.dtype, fold)
+            gqa = query.shape[1] != kv_heads
+            res = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scale, enable_gqa=gqa)
         res = res[0, :, : fold * row.q_len]
         out[tokens].view(row.q_len, -1, fold, dim).copy_(res.unflatten(1, (fold, -1)).permute(2, 0, 1, 3))
     return out.view(num_tokens, heads * dim)
 
 
 def _heads_first(q: Tensor, fold: int) -> Tensor:
-    """[n, heads, D] -> [1, heads / fold, padded_rows(fold * n), D]: query i of the group's j-th head is row j * n + i."""
+    """[n, heads, D] -> [1, heads / fold, padded_rows(fold * n), D]; row j * n + i is query i of head j."""
     n, heads, dim = q.shape
     grouped = q.view(n, heads // fold, fold, dim).permute(1, 2, 0, 3)
     rows, padded = fold * n, padded_rows(fold * n)
@@ -184,18 +212,16 @@ def _has_padding(rows: list[Row], num_tokens: int) -> bool:
     return sum(row.q_len for row in rows) != num_tokens
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: Scoring) -> Tensor:
-    """Attention spelled out, for what the fused operator lacks: query [R, kv_heads, group * n, D], additive mask."""
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Scoring, q_len: int) -> Tensor:
+    """Attention spelled out, for what the fused operator lacks: folded query [R, kv_heads, group * q_len, D]."""
     scores = (query @ key.transpose(-1, -2)).float() * how.scale
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
-    if mask is not None:
-        scores = scores + mask
+    scores = scores + mask
     if how.sinks is not None:
-        num_rows, kv_heads, folded, _ = scores.shape
-        sinks = how.sinks.float().view(1, kv_heads, -1, 1)
-        sinks = sinks.repeat_interleave(folded // sinks.shape[2], dim=2).expand(num_rows, -1, -1, -1)
-        scores = torch.cat((scores, sinks), dim=-1)
+        sinks = how.sinks.float().view(1, query.shape[1], -1, 1).repeat_interleave(q_len, dim=2)
+        sinks = F.pad(sinks, (0, 0, 0, query.shape[2] - sinks.shape[2]))
+        scores = torch.cat((scores, sinks.expand(query.shape[0], -1, -1, -1)), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value
 
@@ -216,14 +242,14 @@ def _padded(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Ten
     visible = keys_at <= at
     if how.window is not None:
         visible = visible & (keys_at > at - how.window)
-    if how.softcap is None and how.sinks is None:
+    if how.fused:
         res = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=how.scale, enable_gqa=group > 1
         )
     else:
         mask = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf")).repeat(1, 1, group, 1)
         folded = query.reshape(num_rows, kv_heads, group * width, dim)
-        res = _explicit(folded, key, value, mask, how).view(num_rows, heads, width, dim)
+        res = _explicit(folded, key, value, mask, how, width).view(num_rows, heads, width, dim)
     out = q.new_zeros(num_tokens, heads, dim)
     out[:used] = res.transpose(1, 2).reshape(used, heads, dim)
     return out.view(num_tokens, heads * dim)

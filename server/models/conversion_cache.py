@@ -139,7 +139,7 @@ def _point_record_at(directory: Path, path: Path) -> None:
 def _lock(path: Path, progress: Progress | None) -> Iterator[None]:
     with path.open("a") as stream:
         try:
-            pass
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if progress is not None:
                 print(f"waiting for another process to finish converting ({path.name})", file=sys.stderr, flush=True)

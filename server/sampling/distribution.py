@@ -18,8 +18,8 @@ class Processed:
 
     Column c of position t is token `ids[t, c]` (or `ids[c]`, if `ids` is [C]); `ids` None means that C is the
     vocabulary and column c is token c. Candidates (`ids` given) hold every token that survived the filters, so that
-    noise is drawn for a few hundred tokens instead of the vocabulary. Greedy rows hold unscaled logits and may be
-    filtered down to their maximum.
+    noise is drawn for a few dozen tokens instead of the vocabulary; short rows are padded with -inf, of any id. Greedy
+    rows hold unscaled logits and may be filtered down to their maximum.
     """
 
     logits: Tensor
@@ -33,11 +33,17 @@ class Processed:
 
     def to_dense(self) -> Tensor:
         """The same logits over the whole vocabulary, [T, V]."""
-        return self._over_vocabulary(self.logits, -float("inf"))
+        if self.ids is None:
+            return self.logits
+        full = self.logits.new_full((self.logits.shape[0], self.vocab_size), -float("inf"))
+        return full.scatter_reduce_(1, self.ids.expand(self.logits.shape), self.logits, "amax")
 
     def probs(self, greedy: Tensor | None = None) -> Tensor:
         """Probabilities [T, V] float32; rows with `greedy` [T] bool are one-hot at their maximum."""
-        probs = self._over_vocabulary(self.logits.softmax(-1), 0.0)
+        probs = self.logits.softmax(-1)
+        if self.ids is not None:
+            full = probs.new_zeros(probs.shape[0], self.vocab_size)
+            probs = full.scatter_add_(1, self.ids.expand(probs.shape), probs)
         if greedy is None:
             return probs
         one_hot = torch.zeros_like(probs).scatter_(1, self.argmax()[:, None], 1.0)
@@ -63,12 +69,6 @@ class Processed:
         # Columns are in any order: the tie must go where it would go over the whole vocabulary.
         is_best = scores == scores.amax(-1, keepdim=True)
         return torch.where(is_best, self.ids, self.vocab_size).amin(-1)
-
-    def _over_vocabulary(self, values: Tensor, fill: float) -> Tensor:
-        if self.ids is None:
-            return values
-        full = values.new_full((values.shape[0], self.vocab_size), fill)
-        return full.scatter_(1, self.ids.expand(values.shape), values)
 
 
 def _argmax(scores: Tensor) -> Tensor:

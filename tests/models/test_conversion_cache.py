@@ -119,12 +119,14 @@ def held_conversion(path: str, folder: str) -> None:
 
 
 def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
     while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.01)
 
 
 def test_a_killed_conversion_is_not_taken_for_whole(cache: Path, gguf: Path, tmp_path: Path) -> None:
-    process = CONTEXT.Process(target=held_conversion, args=(str(gguf), str(tmp_path)))
+    process = CONTEXT.Process(daemon=True, target=held_conversion, args=(str(gguf), str(tmp_path)))
     process.start()
     wait_for(tmp_path / "started")
     process.kill()
@@ -138,12 +140,16 @@ def test_a_killed_conversion_is_not_taken_for_whole(cache: Path, gguf: Path, tmp
 def test_two_starts_share_one_conversion(
     cache: Path, gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    processes = [CONTEXT.Process(target=held_conversion, args=(str(gguf), str(tmp_path))) for _ in range(2)]
+    processes = [
+        CONTEXT.Process(daemon=True, target=held_conversion, args=(str(gguf), str(tmp_path))) for _ in range(2)
+    ]
     processes[0].start()
     wait_for(tmp_path / "started")
     processes[1].start()
     printed = ""
     while "waiting for another process" not in printed:
+        assert processes[1].is_alive(), "did not wait"
+        assert len(list(cache.glob("models/.converting-*"))) == 1
         time.sleep(0.01)
         printed += capfd.readouterr().err
     (tmp_path / "go").touch()

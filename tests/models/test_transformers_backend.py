@@ -15,6 +15,9 @@ from server.models.transformers_backend import supports
 from tests.models.paging import Chunk, contiguous_blocks, make_pools, ragged_batch
 from tests.models.parity import assert_close, check_parity, random_prompts
 
+# GPT-BigCode's module uses torch.jit.script when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 COMMON: dict[str, Any] = {
     "vocab_size": 120,
     "hidden_size": 32,
@@ -45,7 +48,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", COMMON | ALTERNATE | {"head_dim": 8, "attn_logit_softcapping": 1.5}),
     "gemma3": ("Gemma3ForCausalLM", COMMON | ALTERNATE | {"head_dim": 16}),
     "opt": ("OPTForCausalLM", COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
-    "opt-projected": ("OPTForCausalLM", COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "opt-projected": (
+        "OPTForCausalLM",
+        COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
     "cohere": ("CohereForCausalLM", COMMON | {"logit_scale": 0.25}),
     "cohere2": ("Cohere2ForCausalLM", COMMON | ALTERNATE),
     "olmo": ("OlmoForCausalLM", COMMON),

@@ -94,6 +94,17 @@ def test_ties_at_the_threshold_are_all_kept(params: SamplingParams) -> None:
     assert kept(run(logits, [params] * 2)) == [naive_keep(row, params) for row in logits]
 
 
+def test_top_p_counts_all_that_ties_with_the_last_of_top_k() -> None:
+    """The mass that top_k left includes equals past the largest few, and nothing below them."""
+    logits = torch.full((1, V), 2.0)
+    logits[0, 7], logits[0, 100:200] = 6.0, 4.0
+    for params in (SamplingParams(top_k=10, top_p=0.06), SamplingParams(top_k=10, top_p=0.08)):
+        expected = naive_keep(logits[0], params)
+        assert kept(run(logits, [params])) == [expected]
+        assert kept(run(logits.repeat(2, 1), [params, SamplingParams()]))[0] == expected  # beside an unfiltered row
+    assert kept(run(logits, [SamplingParams(top_k=10, top_p=0.06)])) == [[7]]
+
+
 def test_masked_tokens_stay_masked() -> None:
     logits = torch.full((2, V), -float("inf"))
     logits[0, [3, 9]] = torch.tensor([1.0, 1.1])
@@ -145,11 +156,14 @@ def test_short_and_long_rows_share_candidates() -> None:
     """One row survives in hundreds of tokens, its neighbours in a few: each is as it is alone."""
     params = [SamplingParams(top_k=3), SamplingParams(top_k=200), SamplingParams(top_k=900), SamplingParams(top_p=0.5)]
     logits = language_like(4)
+    logits[:, 0] = logits.amax(-1) - 1.0  # what pads short rows must not hide a token that survives
     batch = SamplingBatch.of(params, V)
     n = torch.arange(4)
     processed = process(logits, one_each(4), Drafts.none(4, logits.device), batch, empty_state(4), n, 4)
     assert processed.ids is not None and processed.logits.shape == (4, 1024)
-    assert kept(processed.to_dense()) == [naive_keep(row, p) for row, p in zip(logits, params, strict=True)]
+    expected = [naive_keep(row, p) for row, p in zip(logits, params, strict=True)]
+    assert kept(processed.to_dense()) == expected
+    assert [row.nonzero().squeeze(1).tolist() for row in processed.probs()] == expected
 
 
 def test_typical_filters_leave_candidates_only() -> None:

@@ -90,6 +90,14 @@ def test_every_bit_of_the_hash_is_fair_and_follows_every_bit_of_the_key() -> Non
             assert (share - 0.5).abs().max() < 0.06, (half, bit)
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_both_halves_of_a_key_count(half: int) -> None:
+    base = keys(seeds=torch.arange(100))
+    other = base.clone()
+    other[:, half] ^= 1
+    assert (gumbel(base, 50) == gumbel(other, 50)).double().mean() < 0.01
+
+
 def test_streams_of_different_purpose_are_independent() -> None:
     n = torch.arange(N)
     u = [uniform(keys(seeds=3, positions=n, purpose=p)).numpy() for p in (TARGET, DRAFT, ACCEPT, RESIDUAL)]

@@ -68,11 +68,11 @@ def test_seeds_are_64_bits_of_either_sign(seed: int, stored: int) -> None:
 
 def test_bias_grows_and_is_not_inherited() -> None:
     state = SamplingState(3, 5000, CPU)
-    state.set(0, SamplingParams(logit_bias={i: float(i) for i in range(1024)}), 0)
+    state.set(0, SamplingParams(logit_bias={i: float(i) + 1.0 for i in range(1024)}), 0)
     state.set(1, SamplingParams(logit_bias={4999: -100.0}), 0)
     both = gather(state, 0, 1)
     assert both.bias_ids is not None and both.bias_values is not None
-    assert both.bias_ids.shape == (2, 1024) and both.bias_values[0].tolist() == [float(i) for i in range(1024)]
+    assert both.bias_ids.shape == (2, 1024) and both.bias_values[0].tolist() == [float(i) + 1.0 for i in range(1024)]
     dense = torch.zeros(2, 5000).scatter_add_(1, both.bias_ids, both.bias_values)
     assert dense[1].nonzero().tolist() == [[4999]]
     only = gather(state, 1)

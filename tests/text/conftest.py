@@ -89,6 +89,14 @@ def byte_fallback_unstripped(tmp_path_factory: pytest.TempPathFactory) -> Tokeni
 
 
 @pytest.fixture(scope="session")
+def odd_decoder(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Bytes that the project does not read itself: characters may be broken between tokens, the library decodes."""
+    backend = byte_level_backend()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("hello", "HELLO")])
+    return Tokenizer.from_directory(save(backend, tmp_path_factory.mktemp("odd"), {"eos_token": "<|im_end|>"}))
+
+
+@pytest.fixture(scope="session")
 def word_piece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_directory(save(word_piece_backend(), tmp_path_factory.mktemp("wp"), {"eos_token": "[SEP]"}))
 

@@ -45,6 +45,23 @@ def test_characters_are_never_broken(byte_level: Tokenizer, text: str, size: int
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("hi é€😀", max_size=20), size=st.integers(1, 7))
+def test_characters_are_never_broken_where_the_library_decodes(odd_decoder: Tokenizer, text: str, size: int) -> None:
+    assert odd_decoder.bytes_decoding is None
+    ids = odd_decoder.encode(text, add_special_tokens=False)
+    pieces = pieces_of(odd_decoder, [ids[i : i + size] for i in range(0, len(ids), size)], True)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_what_stays_broken_is_given_up_where_the_library_decodes(odd_decoder: Tokenizer) -> None:
+    first = odd_decoder.encode("€", add_special_tokens=False)[0]
+    pieces = Detokenizer(odd_decoder).feed([first] * 20)
+    assert pieces[:7] == [""] * 7 and pieces[7] == "\ufffd" * 8
+    assert Detokenizer(odd_decoder).feed(odd_decoder.encode("hello", add_special_tokens=False)) == ["HELLO"]
+
+
 def test_a_character_belongs_to_the_token_that_completes_it(byte_level: Tokenizer) -> None:
     ids = byte_level.encode("a€b", add_special_tokens=False)
     assert Detokenizer(byte_level).feed(ids) == ["a", "", "", "€", "b"]

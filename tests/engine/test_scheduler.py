@@ -1,0 +1,325 @@
+"""Admission, prompt chunks, draft limits, preemption, and that every request ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.core import Phase
+from server.engine.scheduler import Scheduler
+from tests.engine.scheduling import Driver, drive, limits, request
+
+
+def rows_of(driver: Driver) -> list[tuple[str, int, int, int]]:
+    """(phase, start, tokens, drafts) of the first row of every plan."""
+    return [(p.phase.value, p.rows[0].start, p.rows[0].num_tokens, p.rows[0].max_drafts) for p in driver.plans]
+
+
+# -- admission and phases ----------------------------------------------------------------------------------
+
+
+def test_first_come_first_served_and_no_more_than_the_slots() -> None:
+    driver = drive(max_num_seqs=2, budget=64)
+    driver.submit(*(request(name) for name in "abc"))
+    driver.step()
+    assert [s.request.request_id for s in driver.scheduler.running] == ["a", "b"]
+    assert [s.request.request_id for s in driver.scheduler.waiting] == ["c"]
+    driver.run()
+    assert driver.finished == {"a", "b", "c"}
+
+
+def test_a_request_that_does_not_fit_yet_is_not_overtaken() -> None:
+    driver = drive(num_blocks=9, budget=64, prefix_cache=False)
+    driver.submit(request("a", 20, 4), request("large", 20, 4), request("small", 2, 1))
+    driver.step()
+    assert [s.request.request_id for s in driver.scheduler.waiting] == ["large", "small"]
+    driver.run()
+    assert len(driver.finished) == 3
+
+
+def test_a_prompt_runs_in_chunks_of_the_budget() -> None:
+    driver = drive(budget=8, k=0)
+    driver.submit(request("a", 19, 2))
+    driver.run()
+    assert rows_of(driver) == [("prefill", 0, 8, 0), ("prefill", 8, 8, 0), ("prefill", 16, 3, 0), ("verify", 19, 1, 0)]
+
+
+def test_the_budget_is_shared_in_order() -> None:
+    driver = drive(budget=8)
+    driver.submit(request("a", 5), request("b", 6), request("c", 4))
+    plan = driver.step()
+    assert plan is not None
+    assert [(r.start, r.num_tokens, r.samples) for r in plan.rows] == [(0, 5, True), (0, 3, False)]
+
+
+def test_prompts_and_verify_steps_alternate() -> None:
+    driver = drive(budget=4, k=0)
+    driver.submit(request("a", 4, 30))
+    driver.step()
+    driver.submit(request("b", 20, 2))
+    phases = []
+    for _ in range(8):
+        plan = driver.step()
+        assert plan is not None
+        phases.append(plan.phase)
+    assert phases[:8] == [Phase.VERIFY, Phase.PREFILL] * 4
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_a_prompt_chunk_of_k_plus_one_tokens_is_still_a_prefill(k: int) -> None:
+    driver = drive(budget=1 + k, k=k)
+    driver.submit(request("a", 3 * (1 + k), 10))
+    for i in range(3):
+        plan = driver.step()
+        assert plan is not None
+        assert plan.phase is Phase.PREFILL
+        assert (plan.rows[0].num_tokens, plan.rows[0].samples, plan.rows[0].max_drafts) == (1 + k, i == 2, 0)
+
+
+def test_a_single_token_left_of_the_prompt_is_a_verify_row() -> None:
+    """It is one token that samples, like any other; drafts may follow it."""
+    driver = drive(budget=8, k=2)
+    driver.submit(request("a", 9), request("b", 1))
+    driver.run()
+    assert rows_of(driver)[0] == ("prefill", 0, 8, 0) or rows_of(driver)[0] == ("verify", 0, 1, 2)
+    assert driver.finished == {"a", "b"}
+
+
+def test_prompts_in_progress_do_not_count_as_decoding() -> None:
+    driver = drive(budget=4)
+    driver.submit(request("a", 3, 20))
+    driver.step()
+    driver.submit(request("b", 20, 2))
+    assert driver.scheduler.num_decoding() == 1
+    driver.step()
+    driver.step()
+    assert len(driver.scheduler.running) == 2
+    assert driver.scheduler.num_decoding() == 1
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    scheduler = Scheduler(limits())
+    assert not scheduler.has_work
+    assert scheduler.schedule(3) is None
+    assert scheduler.num_decoding() == 0
+
+
+# -- drafts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "enabled", "own", "k", "expected"),
+    [
+        (9, True, None, 3, 3),
+        (9, True, 2, 3, 2),
+        (9, True, 5, 3, 3),
+        (9, True, 0, 3, 0),
+        (9, False, None, 3, 0),
+        (9, False, 2, 3, 0),
+        (9, True, None, 0, 0),
+        (3, True, None, 3, 1),  # one emitted by the prompt, two left: a draft and the bonus token
+        (2, True, None, 3, 0),
+    ],
+)
+def test_most_drafts_of_a_row(max_tokens: int, enabled: bool, own: int | None, k: int, expected: int) -> None:
+    driver = drive(k=k)
+    driver.submit(request("a", 5, max_tokens, enabled, own))
+    driver.step()
+    plan = driver.step()
+    assert plan is not None
+    assert plan.phase is Phase.VERIFY
+    assert plan.rows[0].max_drafts == expected
+
+
+def test_accepted_drafts_end_exactly_at_max_tokens() -> None:
+    driver = drive(k=7)
+    driver.submit(*(request(f"r{n}", 5, n) for n in range(1, 13)))
+    driver.run()
+    assert {name: len(tokens) for name, tokens in driver.emitted.items()} == {f"r{n}": n for n in range(1, 13)}
+
+
+def test_drafts_never_preempt() -> None:
+    """Six blocks of four, two rows: drafts get what is left over, and where nothing is, none."""
+    driver = drive(num_blocks=7, k=7, accept=lambda n: 0, prefix_cache=False, budget=64)
+    driver.submit(request("a", 7, 6), request("b", 7, 6))
+    seen = []
+    while driver.scheduler.has_work:
+        plan = driver.step()
+        assert plan is not None
+        seen += [row.max_drafts for row in plan.rows if plan.phase is Phase.VERIFY]
+    assert driver.scheduler.counters.num_preemptions == 0
+    assert 0 < max(seen)
+    assert min(seen) < 4, "the pool was never short, so nothing was shown"
+
+
+# -- preemption --------------------------------------------------------------------------------------------
+
+
+def test_the_youngest_is_preempted_and_comes_back_first() -> None:
+    driver = drive(num_blocks=7, k=0, prefix_cache=False, budget=64, max_num_seqs=2)
+    driver.submit(request("a", 8, 10), request("b", 8, 10), request("c", 2, 2))
+    while driver.scheduler.counters.num_preemptions == 0:
+        driver.step()
+    assert [s.request.request_id for s in driver.scheduler.running] == ["a"]
+    assert [s.request.request_id for s in driver.scheduler.waiting] == ["b", "c"]
+    b = driver.scheduler.waiting[0]
+    assert (b.slot, b.blocks, b.num_computed, b.keys) == (-1, [], 0, [])
+    assert b.num_emitted > 0, "what was emitted is computed again, not emitted again"
+    driver.run()
+    assert {name: len(tokens) for name, tokens in driver.emitted.items()} == {"a": 10, "b": 10, "c": 2}
+
+
+def test_several_preempted_come_back_in_their_order() -> None:
+    driver = drive(num_blocks=9, k=0, prefix_cache=False, budget=64, block_size=2, max_model_len=16, max_num_seqs=4)
+    driver.submit(*(request(name, 2, 12) for name in "abcd"))
+    order: list[list[str]] = []
+    while driver.scheduler.has_work:
+        driver.step()
+        order.append([s.request.request_id for s in driver.scheduler.waiting])
+    assert driver.scheduler.counters.num_preemptions >= 3
+    assert all(names == sorted(names) for names in order)
+    assert driver.finished == set("abcd")
+
+
+def test_a_row_that_finds_no_block_behind_a_prompt_gives_itself_up() -> None:
+    """The decoding sequence is the youngest and the only candidate: no rows are left, and the prompt goes on."""
+    driver = drive(num_blocks=8, k=0, prefix_cache=False, budget=4, block_size=4, max_model_len=28)
+    driver.submit(request("old", 20, 4), request("young", 2, 9))
+    steps = 0
+    while driver.scheduler.has_work:
+        driver.step()
+        steps += 1
+        assert steps < 200
+    assert driver.finished == {"old", "young"}
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    driver = drive(num_blocks=7, k=0, budget=64, max_num_seqs=2)
+    driver.submit(request("a", 8, 10), request("b", 8, 10))
+    while driver.scheduler.counters.num_preemptions == 0:
+        driver.step()
+    driver.run()
+    assert len(driver.emitted["b"]) == 10
+    # The recomputation of b is not a second cache hit of its prompt in the books.
+    assert driver.scheduler.counters.num_cached_tokens == 0
+
+
+# -- prefix cache ------------------------------------------------------------------------------------------
+
+
+def test_a_block_aligned_prompt_hit_in_full_still_computes_one_block() -> None:
+    driver = drive(k=0)
+    prompt = list(range(50, 58))
+    driver.submit(request("first", prompt, 2))
+    driver.run()
+    driver.submit(request("second", prompt, 2))
+    driver.plans.clear()
+    driver.run()
+    assert rows_of(driver)[0] == ("prefill", 4, 4, 0)
+    assert driver.scheduler.counters.num_cached_tokens == 4
+
+
+def test_a_hit_of_all_but_the_last_token_goes_straight_to_verification() -> None:
+    driver = drive(k=3)
+    prompt = list(range(50, 59))
+    driver.submit(request("first", prompt, 2))
+    driver.run()
+    driver.submit(request("second", prompt, 6))
+    driver.plans.clear()
+    driver.run()
+    assert rows_of(driver)[0] == ("verify", 8, 1, 3)
+    assert len(driver.emitted["second"]) == 6
+
+
+def test_a_running_sequence_shares_its_prompt_blocks() -> None:
+    driver = drive(k=0, budget=64)
+    prompt = list(range(50, 62))
+    driver.submit(request("first", prompt, 20))
+    driver.step()
+    driver.submit(request("second", [*prompt, 1, 2], 4))
+    driver.step()
+    first, second = driver.scheduler.running
+    assert second.blocks[:3] == first.blocks[:3]
+    assert [driver.scheduler.pool.refs(b) for b in first.blocks[:3]] == [2, 2, 2]
+    assert second.num_cached == 12
+    driver.abort("first")
+    assert [driver.scheduler.pool.refs(b) for b in second.blocks[:3]] == [1, 1, 1]
+    driver.run()
+
+
+def test_a_turn_of_a_conversation_reuses_the_answer_before_it() -> None:
+    driver = drive(k=3)
+    driver.submit(request("turn", 8, 8))
+    driver.run()
+    history = [*request("turn", 8).prompt_ids, *driver.emitted["turn"], 7, 7]
+    driver.submit(request("next", history, 2))
+    driver.step()
+    (seq,) = driver.scheduler.running
+    # Of 16 tokens the last was emitted and never computed, so the block it fills is not there.
+    assert seq.num_cached == 12
+
+
+def test_rejected_drafts_never_enter_the_cache() -> None:
+    driver = drive(k=7, accept=lambda n: 0)
+    driver.submit(request("a", 4, 3))
+    driver.run()
+    assert len(driver.scheduler.cache) == 1
+
+
+def test_switched_off_nothing_is_shared() -> None:
+    driver = drive(prefix_cache=False)
+    for name in "ab":
+        driver.submit(request(name, list(range(50, 62)), 2))
+        driver.run()
+    assert driver.scheduler.counters.num_cached_tokens == 0
+
+
+# -- refusals and ends -------------------------------------------------------------------------------------
+
+
+def test_refusals_name_the_numbers() -> None:
+    scheduler = Scheduler(limits(max_model_len=64, num_blocks=9))
+    assert scheduler.refusal(request("a", 24, 8)) is None
+    assert "empty" in str(scheduler.refusal(request("a", [], 8)))
+    too_long = str(scheduler.refusal(request("a", 60, 5)))
+    assert all(part in too_long for part in ("60 tokens", "(5)", "65", "context of 64"))
+    too_large = str(scheduler.refusal(request("a", 30, 3)))
+    assert all(part in too_large for part in ("30 tokens", "(3)", "33", "KV cache of 32"))
+    scheduler.submit(request("a", 4, 4))
+    assert "'a' is in use" in str(scheduler.refusal(request("a", 4, 4)))
+
+
+def test_a_request_as_large_as_the_pool_runs_through() -> None:
+    driver = drive(num_blocks=9, k=7, max_model_len=64)
+    driver.submit(request("a", 20, 12))
+    driver.run()
+    assert len(driver.emitted["a"]) == 12
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 4])
+def test_an_end_in_any_state_frees_everything(num_steps: int) -> None:
+    """Waiting, in the middle of the prompt, and decoding."""
+    driver = drive(budget=4, max_num_seqs=2)
+    driver.submit(*(request(name, 10, 20) for name in "abc"))
+    for _ in range(num_steps):
+        driver.step()
+    for name in "abc":
+        driver.abort(name)
+    driver.scheduler.check_integrity()
+    assert driver.scheduler.pool.num_used == 0
+    assert driver.scheduler.slots.num_free == 2
+    assert not driver.scheduler.has_work
+    driver.submit(request("a", 10, 2))  # the id is free again
+    driver.run()
+
+
+def test_integrity_finds_sequences_that_lost_their_place() -> None:
+    driver = drive()
+    driver.submit(request("a"))
+    scheduler = driver.scheduler
+    scheduler.waiting[0].blocks.append(3)
+    with pytest.raises(AssertionError, match="a waits but owns"):
+        scheduler.check_integrity()
+    scheduler.waiting[0].blocks.clear()
+    scheduler.waiting.clear()
+    with pytest.raises(AssertionError, match="neither waiting nor running"):
+        scheduler.check_integrity()
