@@ -18,6 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import omp  # noqa: F401  before torch
+
+# isort: split
+
 import torch
 
 from benchmarks.common import PROMPTS, Row, load_prompts, median_row, write_result

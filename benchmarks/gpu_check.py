@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import omp  # noqa: F401  before torch
+
+# isort: split
+
 import torch
 
 from benchmarks.common import PROMPTS, ROOT, Row, load_prompts, write_result

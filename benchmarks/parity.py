@@ -25,6 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import omp  # noqa: F401  before torch
+
+# isort: split
+
 import torch
 
 from benchmarks.common import PROMPTS, Row, load_prompts, write_result
@@ -73,7 +77,7 @@ def cases() -> Iterator[Case]:
 
 
 class Reference:
-    """transformers' greedy tokens and plain seeded ones of ours, kept in `file` so that several processes share them."""
+    """transformers' greedy tokens and plain seeded ones of ours, kept in `file` that several processes share."""
 
     def __init__(self, prompter: Prompter, prompts: list[list[int]], max_tokens: int, file: Path | None) -> None:
         from transformers import AutoModelForCausalLM

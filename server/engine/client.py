@@ -18,6 +18,7 @@ import zmq.asyncio
 
 from server.config import EngineConfig
 from server.core import Request, StepOutput
+from server.engine.environment import engine_environment
 from server.engine.errors import EngineUnavailable
 from server.engine.kinds import ABORT, FRAME, HELLO, INFO, STOP, SUBMIT
 from server.engine.messages import EngineFrame, EngineInfo, EngineStats
@@ -176,6 +177,7 @@ class EngineClient:
             endpoint,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=engine_environment(),
         )
         process = self._process
         try:

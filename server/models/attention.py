@@ -73,7 +73,7 @@ class AttentionBatch:
         return replace(self, slot_mapping=slots, positions=positions, rows=rows, gather=gather, _masks={}, _indices={})
 
     def mask(self, row: Row, window: int | None, dtype: torch.dtype, fold: int) -> Tensor:
-        """Additive mask [padded_rows(fold * q_len), padded_keys(kv_len)] of a ragged row; padded rows see everything."""
+        """Additive mask [padded_rows(fold * q_len), padded_keys(kv_len)] of a row; padding rows see everything."""
         key = (row.q_len, row.kv_len, fold, window)
         found = self._masks.get(key)
         if found is None:

@@ -53,12 +53,11 @@ def _check_alone(model: TargetModel, prompt: list[int], expected: Tensor) -> Non
         "decode": [5] + [1] * (n - 5),
         "verify": [6, 4, 4, 4, n - 18],
     }
-    for blocks in (contiguous_blocks(1, BLOCKS_EACH)[0], scattered_blocks(1, BLOCKS_EACH)[0]):
-        for what, sizes in ways.items():
-            for padding in (0, 3):
-                pools = make_pools(model, BLOCKS_EACH + 1)
-                actual = in_chunks(model, pools, prompt, blocks, sizes, padding=padding)
-                assert_close(actual, expected, f"{what}, blocks {blocks}, {padding} padding tokens")
+    for what, sizes in ways.items():
+        for padding, layout in ((0, contiguous_blocks), (3, scattered_blocks)):
+            pools = make_pools(model, BLOCKS_EACH + 1)
+            actual = in_chunks(model, pools, prompt, layout(1, BLOCKS_EACH)[0], sizes, padding=padding)
+            assert_close(actual, expected, f"{what}, {layout.__name__}, {padding} padding tokens")
 
 
 def _check_together(model: TargetModel, prompts: list[list[int]], expected: list[Tensor]) -> None:
