@@ -62,7 +62,7 @@ def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo
     costs = load_or_measure(runner, source, say) if drafter is not None and config.adaptive else None
     trims = runner.ragged and drafter is not None and not drafter.has_distribution
     speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0, trims)
-    core = EngineCore(runner, limits, speculation, model.eos_token_ids or _eos(source), config.max_waiting)
+    core = EngineCore(runner, limits, speculation, _eos(source) or model.eos_token_ids, config.max_waiting)
     info = EngineInfo(
         model=source.name,
         architecture=model.architecture,

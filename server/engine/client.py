@@ -103,6 +103,7 @@ class EngineClient:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
+        self._settled.set()
         self._fail_all("the server is shutting down")
         if self._context is not None:
             self._context.destroy(linger=0)
@@ -114,8 +115,10 @@ class EngineClient:
     async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Yields one StepOutput a step until one has a finish reason. Closing the generator aborts the request.
 
-        Raises EngineUnavailable if the engine is not ready or dies.
+        Raises EngineUnavailable if the engine is not ready or dies, ValueError if the request's id is in flight.
         """
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is in flight")
         if not self.ready or self._socket is None:
             raise EngineUnavailable(self.failure or "the engine is not ready")
         stream: Stream = asyncio.Queue()
@@ -193,11 +196,15 @@ class EngineClient:
             self._socket.connect(endpoint)
             await self._socket.send_multipart([HELLO, b""])
             reader = asyncio.create_task(self._read_frames(self._socket))
+            exited = asyncio.create_task(process.wait())
             try:
-                await process.wait()
+                await asyncio.wait({reader, exited}, return_when=asyncio.FIRST_COMPLETED)
+                if reader.done():  # it never ends by itself: what it could not handle would leave requests hanging
+                    log.error("a frame from the engine could not be handled", exc_info=reader.exception())
             finally:
                 reader.cancel()
-                await asyncio.gather(reader, return_exceptions=True)
+                exited.cancel()
+                await asyncio.gather(reader, exited, return_exceptions=True)
                 self.ready = False
                 self._socket.close(linger=0)
                 self._socket = None
@@ -214,7 +221,8 @@ class EngineClient:
             verdict = {"failure": "the engine process died while loading (see the log above)"}
         if verdict.get("ready"):
             return True
-        self.failure = verdict["failure"]
+        if not self._closing:  # else it died because it was told to
+            self.failure = verdict["failure"]
         return False
 
     async def _read_frames(self, socket: zmq.asyncio.Socket) -> None:

@@ -136,7 +136,7 @@ class EngineCore:
             logprobs[: len(emitted)] if logprobs is not None else None,
             reason,
             result.num_drafted[i],
-            result.num_accepted[i],
+            min(result.num_accepted[i], len(emitted)),  # a stop token may cut accepted drafts off
             cached,
         )
 

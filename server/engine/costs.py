@@ -25,6 +25,9 @@ def load_or_measure(runner: Runner, source: ModelSource, say: Callable[[str], No
     grid = _grid(runner)
     machine = {**machine_identity(), "device": str(runner.device), "threads": str(torch.get_num_threads())}
     drafter = runner.drafter.name if runner.drafter is not None else "none"
+    draft_model = getattr(runner.drafter, "model", None)
+    if draft_model is not None:  # another draft model has other costs
+        drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
     artifact = f"{source.directory}|{runner.model.dtype}|{runner.model.linear_path}|{torch.__version__}|{drafter}"
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
     cached = _read(file)
@@ -82,6 +85,8 @@ def _draft_timer(runner: Runner) -> Callable[[int, int], float] | None:
 def _timed(runner: Runner, model: TargetModel, pools: list[torch.Tensor], rows: int, width: int, context: int) -> float:
     """Milliseconds of one forward pass and argmax over `rows` rows of `width` tokens that see `context` before them."""
     size, num_blocks = runner.shape.block_size, runner.shape.num_blocks
+    width = min(width, (num_blocks - 1) * size)
+    context = max(0, min(context, (num_blocks - 1) * size - width))  # a tiny pool is measured as full as it gets
     per_row = -(-(context + width) // size)
     room = max(1, (num_blocks - 1) // per_row)  # small pools: rows share blocks, which costs the same
     spans = [

@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
+from typing import TextIO
 
 import msgspec
 import zmq
@@ -24,6 +26,7 @@ from server.config import ConfigError, EngineConfig
 def main() -> int:
     """Exit codes: 0 asked to stop, 1 could not start (reason on standard output)."""
     endpoint = sys.argv[1]
+    verdict = _own_stdout()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
@@ -37,7 +40,7 @@ def main() -> int:
         if not _expected(e):
             traceback.print_exc()
             reason = f"{type(e).__name__}: {reason}"
-        print(json.dumps({"failure": reason}), flush=True)
+        print(json.dumps({"failure": reason}), file=verdict, flush=True)
         return 1
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
@@ -45,7 +48,7 @@ def main() -> int:
     socket.setsockopt(zmq.SNDHWM, 0)  # frames to a slow client wait here rather than being dropped
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.bind(endpoint)
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"ready": True}), file=verdict, flush=True)
     from server.engine.loop import EngineLoop
 
     EngineLoop(core, info, socket).run()
@@ -61,6 +64,13 @@ def say(text: str) -> None:
 def _expected(error: Exception) -> bool:
     """Mistakes in settings or model files: their message is for the operator, their traceback for nobody."""
     return isinstance(error, (ConfigError, ValueError, FileNotFoundError))
+
+
+def _own_stdout() -> TextIO:
+    """Standard output for our one line; whatever a library prints goes to standard error instead."""
+    verdict = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return verdict
 
 
 def _die_with_parent() -> None:

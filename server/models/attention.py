@@ -31,6 +31,8 @@ FOLD_LIMIT = 16
 class Row:
     """One sequence's share of a ragged batch: query tokens `q_start .. q_start + q_len`, `kv_len` visible tokens.
 
+    Rows lie one after another; tokens beyond the last are padding.
+
     `index` addresses the tokens' places in the pool: a slice where the blocks lie side by side, else a [kv_len] tensor.
     """
 
@@ -56,6 +58,7 @@ class AttentionBatch:
     width: int = 0
     _masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
     _indices: dict[int, Tensor] = field(default_factory=dict)
+    _queries: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> AttentionBatch:
         """The same batch on `device`; itself if it is there."""
@@ -70,29 +73,52 @@ class AttentionBatch:
             rows = [replace(r, index=r.index if isinstance(r.index, slice) else move(r.index)) for r in rows]
         gather = None if self.gather is None else move(self.gather)
         slots, positions = move(self.slot_mapping), move(self.positions)
-        return replace(self, slot_mapping=slots, positions=positions, rows=rows, gather=gather, _masks={}, _indices={})
+        return replace(
+            self, slot_mapping=slots, positions=positions, rows=rows, gather=gather, _masks={}, _indices={}, _queries={}
+        )
 
     def mask(self, row: Row, window: int | None, dtype: torch.dtype, fold: int) -> Tensor:
         """Additive mask [padded_rows(fold * q_len), padded_keys(kv_len)] of a row; padding rows see everything."""
         key = (row.q_len, row.kv_len, fold, window)
         found = self._masks.get(key)
         if found is None:
-            mask = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat(fold, 1)
+            mask = _causal_mask(row.q_len, row.kv_len, window, dtype).repeat_interleave(fold, dim=0)
             mask = F.pad(mask, (0, 0, 0, padded_rows(len(mask)) - len(mask)))
             found = self._masks[key] = mask.to(self.positions.device, non_blocking=True)
         return found
 
-    def keys_and_values(self, row: Row, pool: Tensor) -> Tensor:
-        """The row's places [padded_keys(kv_len), 2 * kv_heads, head_dim]; a view where they lie side by side."""
+    def keys_and_values(self, row: Row, pool: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [1, kv_heads, padded_keys(kv_len), head_dim] each; views where they lie side by side."""
         length = padded_keys(row.kv_len)
         if isinstance(row.index, slice) and row.index.start + length <= len(pool):
-            return pool[row.index.start : row.index.start + length]
+            kv = pool.narrow(0, row.index.start, length)
+        else:
+            kv = pool.index_select(0, self._places(row, length, pool.device))
+        key, value = kv.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+        return key, value
+
+    def _places(self, row: Row, length: int, device: torch.device) -> Tensor:
         found = self._indices.get(row.q_start)
         if found is None:
             at = row.index
-            places = torch.arange(at.start, at.start + row.kv_len, device=pool.device) if isinstance(at, slice) else at
+            places = torch.arange(at.start, at.start + row.kv_len, device=device) if isinstance(at, slice) else at
             found = self._indices[row.q_start] = F.pad(places, (0, length - row.kv_len))
-        return pool[found]
+        return found
+
+    def heads_first(self, q: Tensor, fold: int) -> Tensor:
+        """[n, heads, D] -> [1, heads / fold, padded_rows(n * fold), D].
+
+        Row i * fold + j is query i of a group's j-th head. The result is one buffer a shape, overwritten by the next
+        call: layers come one after another.
+        """
+        n, heads, dim = q.shape
+        found = self._queries.get(q.shape)
+        if found is None or found[1].shape[2] != fold:
+            whole = q.new_zeros(1, heads // fold, padded_rows(n * fold), dim)
+            part = whole[0, :, : n * fold].unflatten(1, (n, fold)).transpose(0, 1)
+            found = self._queries[q.shape] = (whole, part)
+        found[1].copy_(q.view(n, -1, fold, dim))
+        return found[0]
 
 
 def padded_rows(n: int) -> int:
@@ -167,61 +193,42 @@ def _ragged(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Ten
     assert batch.rows is not None
     num_tokens, heads, dim = q.shape
     kv_heads = pool.shape[1] // 2
-    shape = (num_tokens, heads, dim)
-    out = q.new_zeros(shape) if _has_padding(batch.rows, num_tokens) else q.new_empty(shape)
+    last = batch.rows[-1]
+    padding = last.q_start + last.q_len != num_tokens
+    out = (q.new_zeros if padding else q.new_empty)(num_tokens, heads, dim)
     for row in batch.rows:
-        kv = batch.keys_and_values(row, pool)
-        key = kv[:, :kv_heads].transpose(0, 1).unsqueeze(0)
-        value = kv[:, kv_heads:].transpose(0, 1).unsqueeze(0)
-        fold = heads // kv_heads if row.q_len <= FOLD_LIMIT or not how.fused else 1
-        tokens = slice(row.q_start, row.q_start + row.q_len)
-        query = _heads_first(q[tokens], fold)
+        n = row.q_len
+        key, value = batch.keys_and_values(row, pool)
+        fold = heads // kv_heads if n <= FOLD_LIMIT or not how.fused else 1
+        query = batch.heads_first(q.narrow(0, row.q_start, n), fold)
         if not how.fused:
-            res = _explicit(query, key, value, batch.mask(row, how.window, q.dtype, fold), how, row.q_len)
-        elif q.is_cuda and fold == 1 and row.q_len == row.kv_len and how.window is None:
-            res = F.scaled_dot_product_attention(  # a GPU's fused kernels take no mask
-                query,
-                key[:, :, : row.kv_len],
-                value[:, :, : row.kv_len],
-                is_causal=True,
-                scale=how.scale,
-                enable_gqa=True,
-            )
+            res = _explicit(query, key, value, batch.mask(row, how.window, q.dtype, fold), how)
+        elif q.is_cuda and fold == 1 and n == row.kv_len and how.window is None:
+            key, value = key[:, :, :n], value[:, :, :n]  # a GPU's fused kernels take no mask
+            res = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=how.scale, enable_gqa=True)
         else:
             mask = batch.mask(row, how.window, q.dtype, fold)
             gqa = query.shape[1] != kv_heads
             res = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scale, enable_gqa=gqa)
-        res = res[0, :, : fold * row.q_len]
-        out[tokens].view(row.q_len, -1, fold, dim).copy_(res.unflatten(1, (fold, -1)).permute(2, 0, 1, 3))
+        grouped = res.transpose(1, 2).narrow(1, 0, n * fold).view(n, fold, -1, dim).transpose(1, 2)
+        out.narrow(0, row.q_start, n).view(n, -1, fold, dim).copy_(grouped)
     return out.view(num_tokens, heads * dim)
 
 
-def _heads_first(q: Tensor, fold: int) -> Tensor:
-    """[n, heads, D] -> [1, heads / fold, padded_rows(fold * n), D]; row j * n + i is query i of head j."""
-    n, heads, dim = q.shape
-    grouped = q.view(n, heads // fold, fold, dim).permute(1, 2, 0, 3)
-    rows, padded = fold * n, padded_rows(fold * n)
-    if rows == padded:
-        return grouped.reshape(1, heads // fold, rows, dim)
-    out = q.new_zeros(1, heads // fold, padded, dim)
-    out[0, :, :rows].unflatten(1, (fold, n)).copy_(grouped)
-    return out
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Scoring) -> Tensor:
+    """Attention spelled out, for what the fused operator lacks.
 
-
-def _has_padding(rows: list[Row], num_tokens: int) -> bool:
-    return sum(row.q_len for row in rows) != num_tokens
-
-
-def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Scoring, q_len: int) -> Tensor:
-    """Attention spelled out, for what the fused operator lacks: folded query [R, kv_heads, group * q_len, D]."""
+    query [R, kv_heads, M, D]: row i * group + j is query i of a group's j-th head; mask broadcasts to [R, 1, M, L].
+    """
     scores = (query @ key.transpose(-1, -2)).float() * how.scale
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     scores = scores + mask
     if how.sinks is not None:
-        sinks = how.sinks.float().view(1, query.shape[1], -1, 1).repeat_interleave(q_len, dim=2)
-        sinks = F.pad(sinks, (0, 0, 0, query.shape[2] - sinks.shape[2]))
-        scores = torch.cat((scores, sinks.expand(query.shape[0], -1, -1, -1)), dim=-1)
+        num_rows, kv_heads, folded, _ = query.shape
+        sinks = how.sinks.float().view(kv_heads, -1)
+        sinks = sinks.repeat(1, -(-folded // sinks.shape[1]))[:, :folded]
+        scores = torch.cat((scores, sinks.expand(num_rows, -1, -1).unsqueeze(-1)), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value
 
@@ -236,20 +243,22 @@ def _padded(q: Tensor, pool: Tensor, batch: AttentionBatch, how: Scoring) -> Ten
     kv = pool[batch.gather]  # [R, L, 2 * kv_heads, D]
     key, value = kv[:, :, :kv_heads].transpose(1, 2), kv[:, :, kv_heads:].transpose(1, 2)
     used = num_rows * width
-    query = q[:used].reshape(num_rows, width, heads, dim).transpose(1, 2)
+    query = q[:used].reshape(num_rows, width, heads, dim)
     keys_at = torch.arange(length, device=q.device)
     at = batch.positions[:used].view(num_rows, 1, width, 1)
     visible = keys_at <= at
     if how.window is not None:
         visible = visible & (keys_at > at - how.window)
     if how.fused:
+        query = query.transpose(1, 2)
         res = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=how.scale, enable_gqa=group > 1
-        )
+        ).transpose(1, 2)
     else:
-        mask = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf")).repeat(1, 1, group, 1)
-        folded = query.reshape(num_rows, kv_heads, group * width, dim)
-        res = _explicit(folded, key, value, mask, how, width).view(num_rows, heads, width, dim)
+        mask = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, float("-inf"))
+        folded = query.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3)
+        res = _explicit(folded, key, value, mask.repeat_interleave(group, dim=2), how)
+        res = res.unflatten(2, (width, group)).transpose(1, 2)
     out = q.new_zeros(num_tokens, heads, dim)
-    out[:used] = res.transpose(1, 2).reshape(used, heads, dim)
+    out[:used] = res.reshape(used, heads, dim)
     return out.view(num_tokens, heads * dim)

@@ -14,6 +14,9 @@ LLAMA_FAMILY = {
 }
 """Architectures with a network definition of our own; all others go through transformers."""
 
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Frequencies that change once the longest position of the *batch* passes a bound: rows would disturb each other."""
+
 
 class UnsupportedModelError(ValueError):
     """The model can not be served; the message says what can."""
@@ -68,6 +71,21 @@ def rope_from(raw: dict[str, Any]) -> RopeConfig:
     kind = params.get("rope_type") or params.get("type") or "default"
     params["rope_type"] = kind
     return RopeConfig(theta=float(theta), scaling={} if kind == "default" else params)
+
+
+def check_rope_length(raw: dict[str, Any], max_positions: int) -> None:
+    """Raises UnsupportedModelError if sequences of `max_positions` tokens would change the rotation of shorter ones."""
+    text = raw.get("text_config") or raw
+    params = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for entry in [p for p in params.values() if isinstance(p, dict)] or [params]:  # one entry, or one a layer type
+        kind = entry.get("rope_type") or entry.get("type")
+        bound = entry.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        bound = int(bound or text.get("max_position_embeddings") or 0)
+        if kind in LENGTH_DEPENDENT_ROPE and max_positions > bound:
+            raise UnsupportedModelError(
+                f"rope type {kind!r} changes every token's rotation once a sequence passes {bound} tokens; "
+                f"set max_model_len to at most {bound} (it is {max_positions})"
+            )
 
 
 def eos_ids(raw: dict[str, Any]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from server.models.attention import AttentionBatch, paged_attention, write_kv
 from server.models.base import KVLayer
 from server.models.config import ModelConfig
+from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
 from server.quant.dense import MIN_PACKED_ROWS, Linear
 
@@ -23,12 +24,12 @@ Get = Callable[[str], Tensor]
 class Layer:
     """Weights of one decoder layer; qkv and gate/up are fused."""
 
-    input_norm: Tensor
+    input_norm: RMSNorm
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
     out: Linear
-    post_norm: Tensor
+    post_norm: RMSNorm
     gate_up: Linear
     down: Linear
     window: int | None
@@ -48,7 +49,7 @@ class LlamaModel:
         self.eos_token_ids = c.eos_token_ids
         self.embedding = get("model.embed_tokens.weight")
         self.layers = [_load_layer(c, i, get) for i in range(c.num_layers)]
-        self.norm = get("model.norm.weight")
+        self.norm = RMSNorm(get("model.norm.weight"), c.rms_norm_eps)
         tied = c.tie_word_embeddings or not has("lm_head.weight")
         self.head = Linear(self.embedding if tied else get("lm_head.weight"))
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
@@ -70,22 +71,20 @@ class LlamaModel:
         rotation = self.rotations[attn.positions].unsqueeze(1)
         features: list[Tensor] = []
         for i, (layer, pool) in enumerate(zip(self.layers, pools, strict=True)):
-            x = x + self._attention(layer, x, pool, attn, rotation)
-            x = x + self._mlp(layer, x)
+            x = self._attention(layer, x, pool, attn, rotation).add_(x)
+            x = self._mlp(layer, x).add_(x)
             if i in feature_layers:
                 features.append(x)
-        hidden = F.rms_norm(x[logits_at], (x.shape[-1],), self.norm, self.config.rms_norm_eps)
-        return self.head(hidden).float(), torch.cat(features, dim=-1) if features else None
+        return self.head(self.norm(x[logits_at])).float(), torch.cat(features, dim=-1) if features else None
 
     def _attention(self, layer: Layer, x: Tensor, pool: Tensor, attn: AttentionBatch, rotation: Tensor) -> Tensor:
         c = self.config
         num_tokens = x.shape[0]
-        h = F.rms_norm(x, (c.hidden_size,), layer.input_norm, c.rms_norm_eps)
-        qkv = layer.qkv(h).view(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = layer.qkv(layer.input_norm(x)).view(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         qk = qkv[:, : c.num_heads + c.num_kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            qk[:, : c.num_heads] = F.rms_norm(qk[:, : c.num_heads], (c.head_dim,), layer.q_norm, c.rms_norm_eps)
-            qk[:, c.num_heads :] = F.rms_norm(qk[:, c.num_heads :], (c.head_dim,), layer.k_norm, c.rms_norm_eps)
+            qk[:, : c.num_heads] = layer.q_norm(qk[:, : c.num_heads])
+            qk[:, c.num_heads :] = layer.k_norm(qk[:, c.num_heads :])
         if layer.rotates:
             rotate_(qk, rotation)
         write_kv(pool, attn.slot_mapping, qkv[:, c.num_heads :])
@@ -93,8 +92,7 @@ class LlamaModel:
         return layer.out(mixed)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        h = F.rms_norm(x, (x.shape[-1],), layer.post_norm, self.config.rms_norm_eps)
-        gate, up = layer.gate_up(h).chunk(2, dim=-1)
+        gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, dim=-1)
         return layer.down(F.silu(gate).mul_(up))
 
 
@@ -106,16 +104,21 @@ def _load_layer(c: ModelConfig, index: int, get: Get) -> Layer:
         biases = [_maybe_interleave(n, get(f"{prefix}{n}.bias"), c) for n in names] if bias else []
         return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
 
-    def norm(name: str) -> Tensor | None:
-        return interleave_rows(get(f"{prefix}self_attn.{name}.weight"), c.head_dim) if c.qk_norm else None
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(get(f"{prefix}{name}.weight"), c.rms_norm_eps)
+
+    def head_norm(name: str) -> RMSNorm | None:
+        if not c.qk_norm:
+            return None
+        return RMSNorm(interleave_rows(get(f"{prefix}self_attn.{name}.weight"), c.head_dim), c.rms_norm_eps)
 
     return Layer(
-        input_norm=get(prefix + "input_layernorm.weight"),
+        input_norm=norm("input_layernorm"),
         qkv=linear(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c.attention_bias),
-        q_norm=norm("q_norm"),
-        k_norm=norm("k_norm"),
+        q_norm=head_norm("q_norm"),
+        k_norm=head_norm("k_norm"),
         out=linear(["self_attn.o_proj"], c.output_bias),
-        post_norm=get(prefix + "post_attention_layernorm.weight"),
+        post_norm=norm("post_attention_layernorm"),
         gate_up=linear(["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias),
         down=linear(["mlp.down_proj"], c.mlp_bias),
         window=c.sliding_window[index],

@@ -24,19 +24,17 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from server.models.attention import AttentionBatch, paged_attention, write_kv
 from server.models.base import KVLayer, TargetModel
-from server.models.config import UnsupportedModelError, architecture_of, eos_ids
-from server.quant.dense import MIN_PACKED_ROWS, Linear, packing_available
+from server.models.config import UnsupportedModelError, architecture_of, check_rope_length, eos_ids
+from server.quant.dense import MIN_PACKED_ROWS, packing_available
+from server.quant.modules import pack_linears
 
 ATTENTION = "outpace_paged"
 PROBE_CHUNKS = (4, 8)
 """The tokens of the check at load: the first chunk fills the pool, the second must find them there."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Frequencies that change once the longest position of the *batch* passes a bound: rows would disturb each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,40 +132,6 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class PackedLinear(nn.Module):
-    """Takes the place of an `nn.Linear` whose weight is prepacked; x [..., K] -> [..., O]."""
-
-    def __init__(self, linear: Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    @property
-    def weight(self) -> Tensor:
-        """The packed weight: its dtype and device are what some models ask for."""
-        return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, [O]."""
-        return self.linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps x [..., K] to [..., O]."""
-        return self.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.linear.out_features)
-
-
-def _pack_linears(model: nn.Module) -> bool:
-    """Replaces every plain linear layer of a float32 network on the CPU; tied embeddings keep the plain weight."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) not in (nn.Linear, Conv1D):
-                continue
-            stored, bias = child.get_parameter("weight").detach(), dict(child.named_parameters()).get("bias")
-            weight = stored.t() if type(child) is Conv1D else stored  # GPT-2's: stored transposed
-            setattr(parent, name, PackedLinear(Linear(weight, None if bias is None else bias.detach())))
-    return any(isinstance(m, PackedLinear) and m.linear.path == "onednn-packed" for m in model.modules())
-
-
 class TransformersModel:
     """A causal language model of transformers. Implements server.models.base.TargetModel."""
 
@@ -184,8 +148,9 @@ class TransformersModel:
         with torch.inference_mode():
             expected = net(input_ids=probe, use_cache=False).logits[0]
             net.set_attn_implementation(ATTENTION)
-            packs = self.device.type == "cpu" and self.dtype == torch.float32 and packing_available()
-            packed = packs and _pack_linears(net)
+            packed = self.device.type == "cpu" and self.dtype == torch.float32 and packing_available()
+            if packed:
+                pack_linears(net)
             self.vocab_size = int(expected.shape[-1])
             self.linear_path = "onednn-packed" if packed else "torch"
             self.min_rows = MIN_PACKED_ROWS if packed else 1
@@ -278,13 +243,6 @@ def _model_class(raw: dict[str, Any]) -> Any:
     return getattr(transformers, name, None) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
 
 
-def _rope_entries(text: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rope parameters, one entry or one a layer type."""
-    params = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    nested = [p for p in params.values() if isinstance(p, dict)]
-    return nested or [params]
-
-
 def supports(raw: dict[str, Any]) -> bool:
     """Whether the installed transformers has this architecture as a decoder whose attention can be replaced.
 
@@ -301,19 +259,6 @@ def supports(raw: dict[str, Any]) -> bool:
     return {"position_ids", "logits_to_keep"} <= set(inspect.signature(cls.forward).parameters)
 
 
-def _check_rope(raw: dict[str, Any], max_positions: int) -> None:
-    text = raw.get("text_config") or raw
-    for params in _rope_entries(text):
-        kind = params.get("rope_type") or params.get("type")
-        bound = params.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-        bound = int(bound or text.get("max_position_embeddings") or 0)
-        if kind in LENGTH_DEPENDENT_ROPE and max_positions > bound:
-            raise UnsupportedModelError(
-                f"rope type {kind!r} changes every token's rotation once a sequence passes {bound} tokens; "
-                f"set max_model_len to at most {bound} (it is {max_positions})"
-            )
-
-
 def load_transformers_model(
     directory: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype, max_positions: int
 ) -> TargetModel:
@@ -323,7 +268,7 @@ def load_transformers_model(
     """
     from server.models.loader import WeightsError  # the loader imports this module
 
-    _check_rope(raw, max_positions)
+    check_rope_length(raw, max_positions)
     try:
         net, info = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_PACKED_ROWS = 4
-"""Smaller steps are padded to this. With AVX-512, one pass takes 26 ms at 2 rows and 18 ms at 4; with AVX2 29 and 30 ms."""
+"""Smaller steps are padded to this.
+
+With AVX-512, one pass takes 26 ms at 2 rows and 18 ms at 4; with AVX2 29 and 30 ms.
+"""
 PACK_HINT_ROWS = 8
 """Row count the packed layout is chosen for; measured flat from 8 to 32."""
 

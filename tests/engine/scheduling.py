@@ -126,3 +126,8 @@ class Driver:
 
 def drive(k: int = 3, accept: Accept = lambda n: n, **sizes: int | bool) -> Driver:
     return Driver(Scheduler(limits(**sizes)), k, accept)  # type: ignore[arg-type]
+
+
+def rows_of(driver: Driver) -> list[tuple[str, int, int, int]]:
+    """(phase, start, tokens, drafts) of the first row of every plan."""
+    return [(p.phase.value, p.rows[0].start, p.rows[0].num_tokens, p.rows[0].max_drafts) for p in driver.plans]

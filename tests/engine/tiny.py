@@ -184,7 +184,7 @@ class Scripted:
         valid = []
         for r, (slot, limit) in enumerate(zip(carry.slots, carry.limits, strict=True)):
             known = int(carry.state.num_tokens[slot])
-            assert self.tokens[slot] == carry.state.history[slot, :known].tolist(), "host and device tell the same story"
+            assert self.tokens[slot] == carry.state.history[slot, :known].tolist(), "host and device agree"
             assert carry.tokens_host[r] == known
             row = list(self.propose_row(self.tokens[slot], k))[:limit]
             valid.append(len(row))

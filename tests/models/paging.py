@@ -58,7 +58,10 @@ def _index(places: list[int]) -> slice | Tensor:
 
 def ragged_batch(chunks: list[Chunk], padding: int = 0) -> tuple[Tensor, AttentionBatch]:
     """(token_ids, batch) for rows of any length, followed by `padding` tokens that belong to nobody."""
-    ids, slots, positions, rows = [], [], [], []
+    ids: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    rows: list[Row] = []
     for chunk in chunks:
         places = chunk.places()
         rows.append(Row(len(ids), len(chunk.token_ids), chunk.end, _index(places)))

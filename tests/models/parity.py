@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from server.models.base import TargetModel
@@ -14,6 +15,14 @@ LENGTHS = (23, 9, 14)
 BLOCKS_EACH = 8
 TOLERANCE = 1e-4
 """Absolute, relative to the largest logit: float32 sums in another order."""
+
+
+def spelled_for_installed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Transformers 4 knows rope parameters as `rope_theta` and `rope_scaling`."""
+    if int(transformers.__version__.split(".")[0]) >= 5 or "rope_parameters" not in changes:
+        return changes
+    scaling = dict(changes["rope_parameters"])
+    return {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
 
 
 def random_prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:

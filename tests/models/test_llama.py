@@ -13,8 +13,8 @@ from torch import Tensor
 from server.models.config import parse_config
 from server.models.llama import LlamaModel
 from server.models.loader import load_model
-from tests.models.paging import Chunk, contiguous_blocks, make_pools, ragged_batch, step
-from tests.models.parity import assert_close, check_parity, random_prompts
+from tests.models.paging import Chunk, contiguous_blocks, in_chunks, make_pools, ragged_batch, scattered_blocks, step
+from tests.models.parity import assert_close, check_parity, random_prompts, spelled_for_installed
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -65,7 +65,7 @@ def build(case: str) -> tuple[Any, dict[str, Any]]:
     """(a random transformers model, what its config.json says)."""
     family, changes = CASES[case]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**BASE | changes)
+    config = getattr(transformers, f"{family}Config")(**BASE | spelled_for_installed(changes))
     reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
@@ -139,3 +139,24 @@ def test_loads_a_saved_directory(case: str, tmp_path: Path) -> None:
     model = load_model(tmp_path, raw, torch.device("cpu"), torch.float32, 64)
     check_parity(model, reference)
     assert model.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen3"])
+def test_bits_do_not_depend_on_chunks_or_company(case: str) -> None:
+    """What makes drafts, chunked prefill, prefix hits and preemption invisible in the output."""
+    reference, raw = build(case)
+    model = ours(reference, raw)
+    if model.linear_path != "onednn-packed":
+        pytest.skip("this torch has no oneDNN prepacked linear")
+    prompts = random_prompts(model.vocab_size)
+    for layout in (contiguous_blocks, scattered_blocks):
+        blocks = layout(3, 8)
+        alone = [in_chunks(model, make_pools(model, 25), p, b, [len(p)]) for p, b in zip(prompts, blocks, strict=True)]
+        for sizes in ([20, 3], [6, 4, 4, 4, 5], [5] + [1] * 18):
+            chunked = in_chunks(model, make_pools(model, 25), prompts[0], blocks[0], sizes, padding=model.min_rows - 1)
+            assert torch.equal(chunked, alone[0]), f"{sizes}, {layout.__name__}"
+        pools = make_pools(model, 25)
+        step(model, pools, [Chunk(p[:5], 0, b) for p, b in zip(prompts, blocks, strict=True)])
+        together = step(model, pools, [Chunk(p[5:], 5, b) for p, b in zip(prompts, blocks, strict=True)], padding=1)
+        for actual, whole in zip(together, alone, strict=True):
+            assert torch.equal(actual, whole[5:]), layout.__name__

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from server.models.config import RopeConfig, UnsupportedModelError, rope_from
 from server.models.rope import interleave_rows, inverse_frequencies, rotate_, rotation_table
+from tests.models.parity import spelled_for_installed
 
 SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
@@ -36,7 +37,7 @@ def test_frequencies_equal_transformers(scaling: dict[str, Any], theta: float) -
         hidden_size=256,
         num_attention_heads=4,
         max_position_embeddings=int(original * scaling["factor"]),
-        rope_parameters={**scaling, "rope_theta": theta},
+        **spelled_for_installed({"rope_parameters": {**scaling, "rope_theta": theta}}),
     )
     expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
     actual, actual_factor = inverse_frequencies(RopeConfig(theta, scaling), 64, config.max_position_embeddings)

@@ -1,0 +1,283 @@
+"""A real engine process on a tiny model: start, stream, abort, death, restart, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.config import EngineConfig
+from server.core import FinishReason, Request, SamplingParams, StepOutput
+from server.engine.client import EngineClient
+from server.engine.errors import EngineUnavailable
+from server.engine.messages import EngineFrame
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PATIENCE_S = 60.0
+LONG = 400
+
+
+def settings(model: Path | str) -> EngineConfig:
+    return EngineConfig(
+        model=str(model), adaptive=False, num_threads=1, max_num_seqs=4, kv_cache_tokens=2048, max_waiting=8
+    )
+
+
+def request(name: str, max_tokens: int = 8, prompt: list[int] | None = None) -> Request:
+    sampling = SamplingParams(temperature=0.0)
+    return Request(name, prompt or [5, 6, 7, 8], sampling, max_tokens=max_tokens, ignore_eos=True)
+
+
+async def collect(client: EngineClient, req: Request) -> list[StepOutput]:
+    return [output async for output in client.submit(req)]
+
+
+def tokens(outputs: list[StepOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(int(PATIENCE_S / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"waited {PATIENCE_S} s in vain: {what}")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(tiny_llama_dir: Path) -> AsyncIterator[EngineClient]:
+    """One engine for the module; a test that kills it leaves the restarted one behind."""
+    client = EngineClient(settings(tiny_llama_dir))
+    await client.start()
+    await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    yield client
+    await client.close()
+
+
+async def test_it_says_what_it_is(client: EngineClient) -> None:
+    info = await client.wait_ready()
+    assert (info.vocab_size, info.max_model_len, info.kv_cache_tokens, info.drafter) == (288, 512, 2048, "suffix")
+    assert client.ready
+    assert client.failure is None
+    assert client.pid is not None
+    assert alive(client.pid)
+
+
+async def test_streams_end_and_repeat(client: EngineClient) -> None:
+    frames: list[EngineFrame] = []
+    client.on_frame = frames.append
+    requests = [request(f"r{i}", 4 + i, [5 + i, 6, 7]) for i in range(8)]
+    crowd = await asyncio.gather(*(collect(client, r) for r in requests))
+    alone = [await collect(client, request(f"again{i}", 4 + i, [5 + i, 6, 7])) for i in range(8)]
+    for i, (outputs, once_more) in enumerate(zip(crowd, alone, strict=True)):
+        assert len(tokens(outputs)) == 4 + i
+        assert tokens(outputs) == tokens(once_more)
+        assert [o.finish_reason for o in outputs[:-1]] == [None] * (len(outputs) - 1)
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert outputs[0].num_cached is not None
+    client.on_frame = None
+    assert client.num_in_flight == 0
+    assert sum(len(o.token_ids) for f in frames for o in f.outputs) == 2 * sum(range(4, 12))
+
+
+async def test_a_refusal_is_the_only_output(client: EngineClient) -> None:
+    (output,) = await collect(client, request("long", 600))
+    assert output.finish_reason is FinishReason.ERROR
+    assert "context of 512" in str(output.error)
+    assert client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+async def test_a_client_that_goes_away_frees_its_blocks(client: EngineClient, how: str) -> None:
+    started = asyncio.Event()
+
+    async def watch(name: str) -> None:
+        stream = client.submit(request(name, LONG))
+        async with contextlib.aclosing(stream):
+            async for _ in stream:
+                started.set()
+                if how == "close":
+                    return
+
+    tasks = [asyncio.create_task(watch(f"{how}{i}")) for i in range(3)]
+    await started.wait()
+    if how == "cancel":
+        for task in tasks:
+            task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert client.num_in_flight == 0
+    await until(lambda: client.stats.num_running == client.stats.kv_blocks_used == 0, "the abort reaches the engine")
+    assert client.stats.num_waiting == 0
+    assert len(tokens(await collect(client, request("after")))) == 8
+
+
+async def test_an_abort_does_not_disturb_others(client: EngineClient) -> None:
+    expected = tokens(await collect(client, request("alone", 60)))
+    stays = asyncio.create_task(collect(client, request("stays", 60)))
+    goes = client.submit(request("goes", LONG, [9, 9, 9]))
+    await anext(goes)
+    await goes.aclose()
+    assert tokens(await stays) == expected
+
+
+async def test_an_id_in_flight_can_not_be_used_twice(client: EngineClient) -> None:
+    first = client.submit(request("same", 40))
+    await anext(first)
+    with pytest.raises(ValueError, match="'same' is in flight"):
+        await collect(client, request("same", 40))
+    rest = [output async for output in first]
+    assert rest[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_drain_waits_for_what_is_in_flight(client: EngineClient) -> None:
+    task = asyncio.create_task(collect(client, request("slow", 100)))
+    await until(lambda: client.num_in_flight == 1, "the request is in flight")
+    await client.drain(0.0)
+    assert not task.done()
+    await client.drain(PATIENCE_S)
+    assert client.num_in_flight == 0
+    assert len(tokens(await task)) == 100
+
+
+async def test_a_killed_engine_fails_its_requests_and_comes_back(client: EngineClient) -> None:
+    restarts, pid = client.num_restarts, client.pid
+    assert pid is not None
+    doomed = [asyncio.create_task(collect(client, request(f"doomed{i}", LONG))) for i in range(6)]
+    await until(lambda: client.stats.num_running > 0, "they run")
+    os.kill(pid, signal.SIGKILL)
+    results = await asyncio.wait_for(asyncio.gather(*doomed, return_exceptions=True), PATIENCE_S)
+    lost = [r for r in results if isinstance(r, EngineUnavailable)]
+    assert lost, "they were all done before the kill"
+    assert all("died" in str(error) or "restarting" in str(error) for error in lost)
+    assert not client.ready
+    assert "exit code -9" in str(client.failure)
+    with pytest.raises(EngineUnavailable, match="restarting"):
+        await collect(client, request("too early"))
+    await until(lambda: client.ready, "the engine comes back")
+    assert client.num_restarts == restarts + 1
+    assert client.failure is None
+    assert client.pid != pid
+    assert len(tokens(await collect(client, request("after")))) == 8
+
+
+async def test_frames_that_can_not_be_handled_do_not_hang_requests(client: EngineClient) -> None:
+    """An error while a frame is handled is as bad as a dead engine: said, not swallowed."""
+
+    def broken(frame: EngineFrame) -> None:
+        raise RuntimeError("a broken listener")
+
+    client.on_frame = broken
+    with pytest.raises(EngineUnavailable):
+        await asyncio.wait_for(collect(client, request("r")), PATIENCE_S)
+    client.on_frame = None
+    await until(lambda: client.ready, "the engine comes back")
+    assert len(tokens(await collect(client, request("after")))) == 8
+
+
+# -- engines of their own ----------------------------------------------------------------------------------
+
+
+async def test_a_bad_model_path_is_told(tmp_path: Path) -> None:
+    client = EngineClient(settings(tmp_path / "nothing-here"))
+    await client.start()
+    directory = client._directory
+    with pytest.raises(EngineUnavailable, match="nothing-here"):
+        await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    assert not client.ready
+    assert client.num_restarts == 0
+    with pytest.raises(EngineUnavailable, match="nothing-here"):
+        await collect(client, request("r"))
+    await client.close()
+    assert directory is not None
+    assert not directory.exists()
+
+
+async def test_close_while_loading_leaves_nothing_behind_and_nobody_waiting(tiny_llama_dir: Path) -> None:
+    client = EngineClient(settings(tiny_llama_dir))
+    await client.start()
+    waiting = asyncio.create_task(client.wait_ready())
+    await until(lambda: client.pid is not None, "the process starts")
+    pid, directory = client.pid, client._directory
+    await client.close()
+    with pytest.raises(EngineUnavailable, match="stopped before it was ready"):
+        await asyncio.wait_for(waiting, PATIENCE_S)
+    assert pid is not None
+    assert not alive(pid)
+    assert directory is not None
+    assert not directory.exists()
+
+
+async def test_close_fails_what_is_in_flight_and_leaves_nothing_behind(tiny_llama_dir: Path) -> None:
+    client = EngineClient(settings(tiny_llama_dir))
+    await client.start()
+    await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    pid, directory = client.pid, client._directory
+    stream = client.submit(request("r", LONG))
+    await anext(stream)
+    await client.close()
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        async for _ in stream:
+            pass
+    assert client.num_in_flight == 0
+    assert client._process is not None
+    assert client._process.returncode == 0, "asked to stop, not killed"
+    assert pid is not None
+    assert not alive(pid)
+    assert directory is not None
+    assert not directory.exists()
+    await client.close()  # once more does no harm
+
+
+async def test_closing_what_was_never_started_is_nothing(tiny_llama_dir: Path) -> None:
+    await EngineClient(settings(tiny_llama_dir)).close()
+
+
+PARENT = """
+import asyncio, json, sys
+from server.config import EngineConfig
+from server.engine.client import EngineClient
+
+async def main():
+    client = EngineClient(EngineConfig(**json.loads(sys.argv[1])))
+    await client.start()
+    await client.wait_ready()
+    print(client.pid, any(name.split(".")[0] in ("torch", "transformers") for name in sys.modules), flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_dead_parent_takes_the_engine_with_it(
+    tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fields = {"model": str(tiny_llama_dir), "adaptive": False, "num_threads": 1, "kv_cache_tokens": 512}
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PARENT, json.dumps(fields)),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("p"))},  # nobody is left to remove its socket
+    )
+    assert parent.stdout is not None
+    pid_text, imported_torch = (await parent.stdout.readline()).split()
+    pid = int(pid_text)
+    assert alive(pid)
+    assert imported_torch == b"False", "the API process never imports torch"
+    parent.kill()
+    await parent.wait()
+    await until(lambda: not alive(pid), "the engine dies with its parent")
