@@ -162,8 +162,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     prompter = Prompter()
-    plain = build("none", prefix_cache=False)
-    spec = build("suffix", prefix_cache=False)
+    plain = build("none", device="cpu", prefix_cache=False)
+    spec = build("suffix", device="cpu", prefix_cache=False)
     reference = Reference(prompter)
     short = [p for p in (prompter.ids(p) for p in load_prompts(args.prompts)) if len(p) < 300]
     sixteen = short[:: len(short) // 16][:16]
