@@ -2,10 +2,9 @@
 vocabulary.
 
 Its keys and values live in pools of its own under the target's block tables, so a block of the target is a block
-here too. `valid` is the watermark a slot: keys and values of the first `valid[slot]` tokens are right. Prefill raises
-it
-with the target's prompt chunks; whatever is missing when drafting starts (a prefix hit, a pause, the last accepted
-draft) is computed in the first pass of `propose`.
+here too. `valid` is the watermark of a slot: keys and values of the first `valid[slot]` tokens are right. Prompt chunks
+raise it as the target runs them; what is missing when drafting starts (a prefix hit, a pause, the last accepted draft)
+is computed in the first pass of `propose`.
 """
 
 from __future__ import annotations
@@ -67,7 +66,19 @@ class SmallLMDrafter:
     def prefill(
         self, carry: Carry, token_ids: Tensor, positions: Tensor, rows: Tensor, features: Tensor | None
     ) -> None:
-        """Nothing to do: the prompt is read by the first `propose`, so an unspeculated request never costs a pass."""
+        """Runs the same chunk, so that prompts cost the drafter no longer at a time than the target's token budget."""
+        parts: list[tuple[int, int, int]] = []
+        kept: list[slice] = []
+        at = 0
+        for r, (start, length) in enumerate(carry.chunks):
+            if self._valid[carry.slots[r]] == start:  # else there is a gap before it: `propose` closes both
+                parts.append((r, start, length))
+                kept.append(slice(at, at + length))
+            at += length
+        if parts:
+            self._run(carry, parts, torch.cat([token_ids[part] for part in kept]))
+            for r, start, length in parts:
+                self._valid[carry.slots[r]] = start + length
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
         """A chain of `k` greedy or coupled draws a row; rows with a lower limit ignore the rest."""
@@ -75,13 +86,14 @@ class SmallLMDrafter:
         width = min(k, max(carry.limits))
         num_rows = len(carry.slots)
         tokens = torch.zeros(num_rows, width, dtype=torch.int64, device=self.model.device)
-        valid = torch.tensor([min(limit, width) for limit in carry.limits], dtype=torch.int64)
+        valid = [min(limit, width) for limit in carry.limits]
+        rows = torch.arange(num_rows, device=tokens.device)
         probs: list[Tensor] = []
         logits = self._catch_up(carry, active)
         known = carry.state.num_tokens[carry.slot_ids]
         for j in range(width):
             drafts = Drafts(tokens[:, :j], torch.full_like(known, j))
-            layout = Layout(torch.arange(num_rows), torch.full((num_rows,), j), num_rows, j + 1)
+            layout = Layout(rows, torch.full_like(rows, j), num_rows, j + 1)
             processed = process(logits, layout, drafts, sampling, carry.state, carry.slot_ids, carry.max_tokens_host)
             drawn, q = draft_token(processed, sampling, known + j, self.rule)
             tokens[:, j] = drawn
@@ -93,8 +105,8 @@ class SmallLMDrafter:
             self._valid[carry.slots[r]] = carry.tokens_host[r]
         return Drafts(
             tokens,
-            valid.to(tokens.device),
-            valid.tolist(),
+            torch.tensor(valid, dtype=torch.int64).to(tokens.device, non_blocking=True),
+            valid,
             torch.stack(probs, dim=1) if probs else None,
             [self.name] * num_rows,
         )
@@ -127,11 +139,12 @@ class SmallLMDrafter:
         """Feeds draft j of every active row, as far as the row owns blocks for it."""
         parts = [(r, carry.tokens_host[r] + j, 1) for r in active if carry.limits[r] > j]
         rows = torch.tensor([r for r, _, _ in parts], dtype=torch.int64)
-        return self._run(carry, parts, drawn[rows])
+        return self._run(carry, parts, drawn[rows.to(drawn.device, non_blocking=True)])
 
     def _run(self, carry: Carry, parts: list[tuple[int, int, int]], tokens: list[int] | Tensor) -> Tensor:
         """Runs `(row, start, length)` parts -> logits [R, V] after each part's last token (zeros for other rows)."""
         ids = tokens if isinstance(tokens, Tensor) else torch.tensor(tokens, dtype=torch.int64)
+        ids = ids.to(self.model.device, non_blocking=True)
         short = max(0, self.model.min_rows - ids.shape[0])
         batch = self._batch(carry, parts, short)
         ends = torch.tensor([n for _, _, n in parts]).cumsum(0) - 1
@@ -139,9 +152,10 @@ class SmallLMDrafter:
         if short:
             ids = torch.cat([ids, ids.new_zeros(short)])
         ends = torch.cat([ends, ends.new_zeros(max(0, self.model.min_rows - wanted))])
-        logits, _ = self.model.forward(ids.to(self.model.device), self.pools, batch, ends.to(self.model.device))
+        logits, _ = self.model.forward(ids, self.pools, batch, ends.to(self.model.device, non_blocking=True))
         full = logits.new_zeros(len(carry.slots), logits.shape[1])
-        full[torch.tensor([r for r, _, _ in parts])] = logits[:wanted]
+        rows = torch.tensor([r for r, _, _ in parts], dtype=torch.int64).to(full.device, non_blocking=True)
+        full[rows] = logits[:wanted]
         return full
 
     def _batch(self, carry: Carry, parts: list[tuple[int, int, int]], padding: int) -> AttentionBatch:

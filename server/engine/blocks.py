@@ -90,6 +90,14 @@ class BlockPool:
         """The block's content is worth finding again (it entered the prefix cache)."""
         self._kept.add(block)
 
+    def discard(self, block: int) -> bool:
+        """The block's content is not worth finding any more; whether it was until now."""
+        if block not in self._kept:
+            return False
+        self._kept.remove(block)
+        self._blank[block] = block in self._free
+        return True
+
     def refs(self, block: int) -> int:
         return self._refs[block]
 

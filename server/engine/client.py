@@ -152,15 +152,15 @@ class EngineClient:
         backoff = 0.5
         while not self._closing:
             started = asyncio.get_running_loop().time()
-            await self._run_once()
+            reason = await self._run_once()
             self.ready = False
             if self._closing:
                 return
             if self.info is None:
+                self.failure = reason
                 self._settled.set()
                 return
-            code = self._process.returncode if self._process else None
-            self.failure = f"the engine process ended unexpectedly (exit code {code}); restarting"
+            self.failure = f"{reason}; restarting"
             log.error("%s", self.failure)
             self._fail_all("the engine process died; the request was lost, send it again")
             lasted = asyncio.get_running_loop().time() - started
@@ -168,62 +168,66 @@ class EngineClient:
             await asyncio.sleep(backoff / 2)
             self.num_restarts += 1
 
-    async def _run_once(self) -> None:
-        """One life of the process: start, readiness, frames, death."""
-        assert self._directory is not None and self._context is not None
+    async def _run_once(self) -> str:
+        """One life of the process: start, readiness, frames, death. Returns why it ended."""
+        assert self._directory is not None
         endpoint = f"ipc://{self._directory / f'engine-{self.num_restarts}.sock'}"
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # never import from the directory the user happens to stand in
-            "-m",
-            "server.engine.process",
-            endpoint,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=engine_environment(),
-        )
-        process = self._process
+        try:
+            process = self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # never import from the directory the user happens to stand in
+                "-m",
+                "server.engine.process",
+                endpoint,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=engine_environment(),
+            )
+        except OSError as error:
+            return f"the engine process could not be started ({error})"
         try:
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(msgspec.json.encode(self.config))
             process.stdin.close()
-            if not await self._read_verdict(process.stdout):
-                await process.wait()
-                return
-            self._socket = self._context.socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.SNDHWM, 0)
-            self._socket.connect(endpoint)
-            await self._socket.send_multipart([HELLO, b""])
-            reader = asyncio.create_task(self._read_frames(self._socket))
-            exited = asyncio.create_task(process.wait())
-            try:
-                await asyncio.wait({reader, exited}, return_when=asyncio.FIRST_COMPLETED)
-                if reader.done():  # it never ends by itself: what it could not handle would leave requests hanging
-                    log.error("a frame from the engine could not be handled", exc_info=reader.exception())
-            finally:
-                reader.cancel()
-                exited.cancel()
-                await asyncio.gather(reader, exited, return_exceptions=True)
-                self.ready = False
-                self._socket.close(linger=0)
-                self._socket = None
+            refusal = await self._read_verdict(process.stdout)
+            if refusal is None:
+                await self._converse(process, endpoint)
         finally:
             if process.returncode is None:
                 process.kill()
-                await process.wait()
+            await process.wait()
+        return refusal or f"the engine process ended unexpectedly (exit code {process.returncode})"
 
-    async def _read_verdict(self, stdout: asyncio.StreamReader) -> bool:
+    async def _read_verdict(self, stdout: asyncio.StreamReader) -> str | None:
+        """None once the engine is ready, else why it will not be."""
         line = await stdout.readline()
         try:
             verdict = json.loads(line)
         except ValueError:
-            verdict = {"failure": "the engine process died while loading (see the log above)"}
-        if verdict.get("ready"):
-            return True
-        if not self._closing:  # else it died because it was told to
-            self.failure = verdict["failure"]
-        return False
+            return "the engine process died while loading (see the log above)"
+        return None if verdict.get("ready") else str(verdict["failure"])
+
+    async def _converse(self, process: asyncio.subprocess.Process, endpoint: str) -> None:
+        """Exchanges frames with a process that is ready, until it ends or a frame can not be handled."""
+        assert self._context is not None
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(endpoint)
+        await self._socket.send_multipart([HELLO, b""])
+        reader = asyncio.create_task(self._read_frames(self._socket))
+        exited = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({reader, exited}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():  # it never ends by itself: what it could not handle would leave requests hanging
+                log.error("a frame from the engine could not be handled", exc_info=reader.exception())
+        finally:
+            reader.cancel()
+            exited.cancel()
+            await asyncio.gather(reader, exited, return_exceptions=True)
+            self.ready = False
+            self._socket.close(linger=0)
+            self._socket = None
 
     async def _read_frames(self, socket: zmq.asyncio.Socket) -> None:
         decode_frame = msgspec.msgpack.Decoder(EngineFrame).decode

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
 from server.engine.messages import EngineStats
-from server.engine.runner import Runner, StepResult
+from server.engine.result import StepResult
+from server.engine.runner import Runner
 from server.engine.scheduler import Limits, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.speculation import Speculation
@@ -102,6 +103,9 @@ class EngineCore:
     def _publish(self, plan: StepPlan, sequences: list[Sequence], result: StepResult) -> list[StepOutput]:
         outputs: list[StepOutput] = []
         for i, (row, seq) in enumerate(zip(plan.rows, sequences, strict=True)):
+            if result.broken[i]:
+                outputs.append(self._fail(seq))
+                continue
             emitted, reason = self._cut(seq, result.emitted[i])
             num_run = len(emitted) if plan.phase is Phase.VERIFY else row.num_tokens
             self.scheduler.commit(seq, num_run, emitted)
@@ -114,6 +118,15 @@ class EngineCore:
             elif self.runner.drafter is not None:
                 self.runner.drafter.observe(seq.slot, emitted)
         return outputs
+
+    def _fail(self, seq: Sequence) -> StepOutput:
+        """Ends a sequence whose logits are not finite, and leaves nothing of it where others could read it."""
+        self.runner.scrub(self.scheduler.condemn(seq))
+        return StepOutput(
+            seq.request.request_id,
+            finish_reason=FinishReason.ERROR,
+            error="the model produced logits that are not finite (overflow or damaged weights)",
+        )
 
     def _cut(self, seq: Sequence, emitted: list[int]) -> tuple[list[int], FinishReason | None]:
         """What of the emitted tokens stands: up to the first stop token, at most what is left to emit."""

@@ -47,8 +47,9 @@ def free_memory(device: torch.device) -> int:
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(available, limit - used)
-    except (OSError, ValueError):  # no control group, or no limit ("max")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(available, limit - used + int(stat["inactive_file"]))  # page cache gives way
+    except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
         return available
 
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from draft_models.protocol import Drafter
-from server.core import Phase, StepPlan, TokenLogprobs
+from server.core import Phase, StepPlan
+from server.engine.result import StepResult, to_host
 from server.engine.sequence import Sequence
 from server.models.attention import AttentionBatch
 from server.models.base import TargetModel
 from server.models.paging import Span, padded_batch, ragged_batch
-from server.sampling.logprobs import Logprobs, emitted_logprobs
+from server.sampling.logprobs import emitted_logprobs
 from server.sampling.process import process
+from server.sampling.rows import spread
 from server.sampling.state import SamplingState
 from server.spec.types import Carry, Drafts, Layout, SlotState, Verdict
 from server.spec.verify import verify
@@ -42,27 +44,6 @@ class RunnerShape:
     num_blocks: int
     rule: str = "coupled"
     ragged: bool | None = None
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
-
-    `num_tokens_run` counts the tokens that went through the target; `draft_ms` is the host's time for drafting.
-    """
-
-    emitted: list[list[int]]
-    num_drafted: list[int]
-    num_accepted: list[int]
-    classes: list[str] | None
-    logprobs: list[list[TokenLogprobs] | None]
-    num_tokens_run: int
-    draft_ms: float = 0.0
-
-    @staticmethod
-    def silent(num_rows: int, num_tokens_run: int) -> StepResult:
-        zeros = [0] * num_rows
-        return StepResult([[] for _ in zeros], zeros, zeros, None, [None] * num_rows, num_tokens_run)
 
 
 class Runner:
@@ -88,6 +69,7 @@ class Runner:
         self.block_tables = torch.zeros(slots, table_len, dtype=torch.int64, device=self.device)
         self._synced = [0] * slots
         self.sampling = SamplingState(slots, model.vocab_size, self.device)
+        self._drafting = False
         self._feature_layers = drafter.feature_layers if drafter is not None else ()
 
     # -- host events ---------------------------------------------------------------------------------------
@@ -102,6 +84,13 @@ class Runner:
         self.sampling.set(slot, seq.request.sampling, seq.request.choice)
         if self.drafter is not None:
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len)
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN."""
+        size = self.shape.block_size
+        for pool in self.pools:
+            for block in blocks:
+                pool[block * size : (block + 1) * size].zero_()
 
     def release(self, slot: int) -> None:
         """The slot is free: nothing of its last owner may be seen by the next."""
@@ -137,11 +126,14 @@ class Runner:
         ends = torch.tensor([len(c) for c in chunks]).cumsum(0) - 1
         sampling = [i for i, row in enumerate(plan.rows) if row.samples]
         batch = self._ragged(spans, len(token_ids))
-        logits, features = self._forward(token_ids.to(self.device), batch, ends[sampling].to(self.device))
+        token_ids = token_ids.to(self.device, non_blocking=True)
+        logits, features = self._forward(token_ids, batch, ends[sampling].to(self.device, non_blocking=True))
         if self.drafter is not None and plan.num_draft_tokens > 0:  # paused: it does not run at all
-            rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device)
+            num = len(token_ids)
+            rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device, non_blocking=True)
             carry = self._carry(plan, sequences)
-            self.drafter.prefill(carry, token_ids, batch.positions[: len(token_ids)], rows, features)
+            wanted = None if features is None else features[:num]
+            self.drafter.prefill(carry, token_ids, batch.positions[:num], rows, wanted)
         result = StepResult.silent(len(chunks), len(token_ids))
         if sampling:
             done = [sequences[i] for i in sampling]
@@ -151,6 +143,7 @@ class Runner:
             decided = self._decide(carry, drafts, layout, logits, None, done)
             for i, row in enumerate(sampling):
                 result.emitted[row], result.logprobs[row] = decided.emitted[i], decided.logprobs[i]
+                result.broken[row] = decided.broken[i]
         return result
 
     def _carry(self, plan: StepPlan, sequences: list[Sequence]) -> Carry:
@@ -165,9 +158,13 @@ class Runner:
             block_tables=self.block_tables[slot_ids],
             blocks=[s.blocks for s in sequences],
             tokens_host=[s.num_tokens for s in sequences],
+            chunks=[(row.start, row.num_tokens) for row in plan.rows],
         )
 
     def _propose(self, carry: Carry, k: int) -> Drafts:
+        if self.drafter is not None and k == 0 and self._drafting:
+            self.drafter.pause()
+        self._drafting = k > 0
         if self.drafter is None or k == 0 or not any(carry.limits):
             return Drafts.none(len(carry.slots), self.device)
         drafts = self.drafter.propose(carry, k, self.sampling.gather(carry.slots, carry.slot_ids))
@@ -200,7 +197,8 @@ class Runner:
         counts = torch.tensor(widths, dtype=torch.int64)
         rows = torch.repeat_interleave(counts, output_size=sum(widths))
         offsets = torch.arange(rows.shape[0]) - (counts.cumsum(0) - counts)[rows]
-        return Layout(rows.to(self.device), offsets.to(self.device), len(widths), width)
+        rows, offsets = (t.to(self.device, non_blocking=True) for t in (rows, offsets))
+        return Layout(rows, offsets, len(widths), width)
 
     def _ragged(self, spans: list[Span], num_tokens: int) -> AttentionBatch:
         batch = ragged_batch(spans, self.shape.block_size, max(0, self.model.min_rows - num_tokens))
@@ -235,8 +233,10 @@ class Runner:
             logprobs = emitted_logprobs(logits, layout, verdict, sampling.max_logprobs)
         self._commit(carry, known, verdict)
         if self.drafter is not None and layout.width > 1:
-            self.drafter.commit(carry, drafts, verdict, features)
-        return _to_host(verdict, drafts, logprobs, sequences, layout.rows.shape[0])
+            by_row = None if features is None else spread(features[: layout.rows.shape[0]], layout)
+            self.drafter.commit(carry, drafts, verdict, by_row)
+        broken = spread(~logits.amax(-1).isfinite(), layout).any(1)
+        return to_host(verdict, drafts, logprobs, broken, sequences, layout.rows.shape[0])
 
     def _commit(self, carry: Carry, known: Tensor, verdict: Verdict) -> None:
         at = known.unsqueeze(1) + torch.arange(verdict.tokens.shape[1], device=self.device)
@@ -250,37 +250,3 @@ class Runner:
                 new = torch.tensor(seq.blocks[have:], dtype=torch.int64)
                 self.block_tables[seq.slot, have : len(seq.blocks)] = new.to(self.device, non_blocking=True)
                 self._synced[seq.slot] = len(seq.blocks)
-
-
-def _to_host(
-    verdict: Verdict, drafts: Drafts, logprobs: Logprobs | None, sequences: list[Sequence], num_tokens: int
-) -> StepResult:
-    """The one place where a step's result is waited for."""
-    counts = verdict.num_emitted.tolist()
-    tokens = verdict.tokens.tolist()
-    drafted = drafts.num_valid_host if drafts.num_valid_host is not None else drafts.num_valid.tolist()
-    return StepResult(
-        emitted=[row[:n] for row, n in zip(tokens, counts, strict=True)],
-        num_drafted=list(drafted),
-        num_accepted=[n - 1 for n in counts],
-        classes=drafts.classes,
-        logprobs=_logprobs_to_host(logprobs, tokens, counts, sequences),
-        num_tokens_run=num_tokens,
-    )
-
-
-def _logprobs_to_host(
-    logprobs: Logprobs | None, tokens: list[list[int]], counts: list[int], sequences: list[Sequence]
-) -> list[list[TokenLogprobs] | None]:
-    if logprobs is None:
-        return [None] * len(tokens)
-    chosen, ids, values = logprobs.chosen.tolist(), logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist()
-    found: list[list[TokenLogprobs] | None] = []
-    for r, seq in enumerate(sequences):
-        n = seq.request.sampling.logprobs
-        found.append(
-            None
-            if n is None
-            else [TokenLogprobs(tokens[r][j], chosen[r][j], ids[r][j][:n], values[r][j][:n]) for j in range(counts[r])]
-        )
-    return found

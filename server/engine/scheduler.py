@@ -96,6 +96,18 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
 
+    def condemn(self, seq: Sequence) -> list[int]:
+        """Ends a running sequence whose content is not to be trusted: none of its blocks can be found again.
+
+        Returns the blocks that are now nobody's, to be cleaned.
+        """
+        blocks = list(seq.blocks)
+        for block in blocks:
+            if self.pool.discard(block):
+                self.cache.forget(block)
+        self.finish(seq)
+        return [block for block in blocks if self.pool.refs(block) == 0]
+
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)

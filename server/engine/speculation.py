@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from server.engine.runner import StepResult
+from server.engine.result import StepResult
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
 from server.spec.policy import PolicyState, plan_ragged, plan_uniform

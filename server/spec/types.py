@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class Carry:
     each row may get (0: none). `features` [R, F] are the fused target features of the last committed token for
     drafters that asked
     for them (`Drafter.feature_layers`), else None. `block_tables` [R, NB] int64 addresses the paged KV pool.
+    `chunks` are (start, length) of the tokens each row runs through the target in this step, drafts apart.
     """
 
     slots: list[int]
@@ -99,4 +100,5 @@ class Carry:
     block_tables: Tensor
     blocks: list[list[int]]
     tokens_host: list[int]
+    chunks: list[tuple[int, int]] = field(default_factory=list)
     features: Tensor | None = None

@@ -1,0 +1,77 @@
+"""What a step emitted, brought to the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from server.core import TokenLogprobs
+from server.engine.sequence import Sequence
+from server.sampling.logprobs import Logprobs
+from server.spec.types import Drafts, Verdict
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
+
+    `num_tokens_run` counts the tokens that went through the target; `draft_ms` is the host's time for drafting.
+    `broken` marks rows whose logits are not finite: nothing they emitted means anything.
+    """
+
+    emitted: list[list[int]]
+    num_drafted: list[int]
+    num_accepted: list[int]
+    classes: list[str] | None
+    logprobs: list[list[TokenLogprobs] | None]
+    broken: list[bool]
+    num_tokens_run: int
+    draft_ms: float = 0.0
+
+    @staticmethod
+    def silent(num_rows: int, num_tokens_run: int) -> StepResult:
+        zeros = [0] * num_rows
+        return StepResult(
+            [[] for _ in zeros], zeros, zeros, None, [None] * num_rows, [False] * num_rows, num_tokens_run
+        )
+
+
+def to_host(
+    verdict: Verdict,
+    drafts: Drafts,
+    logprobs: Logprobs | None,
+    broken: Tensor,
+    sequences: list[Sequence],
+    num_tokens: int,
+) -> StepResult:
+    """The one place where a step's result is waited for."""
+    counts = verdict.num_emitted.tolist()
+    tokens = verdict.tokens.tolist()
+    drafted = drafts.num_valid_host if drafts.num_valid_host is not None else drafts.num_valid.tolist()
+    return StepResult(
+        emitted=[row[:n] for row, n in zip(tokens, counts, strict=True)],
+        num_drafted=list(drafted),
+        num_accepted=[n - 1 for n in counts],
+        classes=drafts.classes,
+        logprobs=_logprobs_to_host(logprobs, tokens, counts, sequences),
+        broken=broken.tolist(),
+        num_tokens_run=num_tokens,
+    )
+
+
+def _logprobs_to_host(
+    logprobs: Logprobs | None, tokens: list[list[int]], counts: list[int], sequences: list[Sequence]
+) -> list[list[TokenLogprobs] | None]:
+    if logprobs is None:
+        return [None] * len(tokens)
+    chosen, ids, values = logprobs.chosen.tolist(), logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist()
+    found: list[list[TokenLogprobs] | None] = []
+    for r, seq in enumerate(sequences):
+        n = seq.request.sampling.logprobs
+        found.append(
+            None
+            if n is None
+            else [TokenLogprobs(tokens[r][j], chosen[r][j], ids[r][j][:n], values[r][j][:n]) for j in range(counts[r])]
+        )
+    return found
