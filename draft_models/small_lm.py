@@ -137,7 +137,7 @@ class SmallLMDrafter:
 
     def _extend(self, carry: Carry, active: list[int], drawn: Tensor, j: int) -> Tensor:
         """Feeds draft j of every active row, as far as the row owns blocks for it."""
-        parts = [(r, carry.tokens_host[r] + j, 1) for r in active if carry.limits[r] > j]
+        parts = [(r, carry.tokens_host[r] + j, 1) for r in active if carry.limits[r] > j + 1]
         rows = torch.tensor([r for r, _, _ in parts], dtype=torch.int64)
         return self._run(carry, parts, drawn[rows.to(drawn.device, non_blocking=True)])
 

@@ -40,16 +40,6 @@ _CLASSES = {source: [f"{source}:{bucket}" for bucket in _BUCKETS] for source in 
 _UNSURE = {source: [f"{name}?" for name in names] for source, names in _CLASSES.items()}
 
 
-_FIRST_ACCEPTED = (0.0, 0.4, 0.55, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.9)
-_UNSURE_ACCEPTED = (0.0, 0.2, 0.3)
-
-ACCEPTANCE_PRIORS: dict[str, float] = {
-    **{name: p for names in _CLASSES.values() for name, p in zip(names, _FIRST_ACCEPTED, strict=True)},
-    **{name: p for names in _UNSURE.values() for name, p in zip(names, _UNSURE_ACCEPTED, strict=False)},
-}
-"""Rough chance per class that the first draft is accepted: what a new server believes until it has seen better."""
-
-
 class _Sequence:
     """What the host knows of one slot: its tokens and the automaton over them."""
 

@@ -59,7 +59,7 @@ class Common(Struct, kw_only=True, forbid_unknown_fields=True):
     min_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     logit_bias: dict[str, Bias] | None = None
     seed: Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None

@@ -82,7 +82,8 @@ class ServerState:
         """
         config = self.config.engine
         num_waiting = max(self.engine.stats.num_waiting, self.num_in_flight - config.max_num_seqs)
-        if num_waiting >= config.max_waiting:
+        room = config.max_num_seqs + config.max_waiting - self.num_in_flight
+        if num_waiting >= config.max_waiting or num_choices > room:
             raise queue_full(num_waiting, config.max_waiting)
         self.num_in_flight += num_choices
         self.idle.clear()

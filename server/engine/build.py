@@ -37,7 +37,7 @@ def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo
     """Loads everything. Raises ConfigError, ModelSourceError, UnsupportedModelError or WeightsError with the reason."""
     started = time.perf_counter()
     torch.set_grad_enabled(False)
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or _num_cores())
     device = pick_device(config.device)
     source = resolve(config.model)
     say(f"loading {source.name} on {device}")
@@ -83,6 +83,11 @@ def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo
         load_s=time.perf_counter() - started,
     )
     return core, info
+
+
+def _num_cores() -> int:
+    """Cores this process may use; not every system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _max_model_len(config: EngineConfig, source: ModelSource) -> int:

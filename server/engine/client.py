@@ -149,6 +149,16 @@ class EngineClient:
     # -- supervision ---------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_alive()
+        except Exception as error:
+            log.exception("the supervisor of the engine failed")
+            self.failure = f"the server lost its engine: {error}"
+            self.ready = False
+            self._settled.set()
+            self._fail_all(self.failure)
+
+    async def _keep_alive(self) -> None:
         backoff = 0.5
         while not self._closing:
             started = asyncio.get_running_loop().time()
@@ -161,6 +171,7 @@ class EngineClient:
                 self._settled.set()
                 return
             self.failure = f"{reason}; restarting"
+            self.stats = EngineStats()  # what waited and ran there is gone
             log.error("%s", self.failure)
             self._fail_all("the engine process died; the request was lost, send it again")
             lasted = asyncio.get_running_loop().time() - started
@@ -200,10 +211,9 @@ class EngineClient:
 
     async def _read_verdict(self, stdout: asyncio.StreamReader) -> str | None:
         """None once the engine is ready, else why it will not be."""
-        line = await stdout.readline()
         try:
-            verdict = json.loads(line)
-        except ValueError:
+            verdict = json.loads(await stdout.readline())
+        except ValueError:  # nothing, or no line of ours
             return "the engine process died while loading (see the log above)"
         return None if verdict.get("ready") else str(verdict["failure"])
 

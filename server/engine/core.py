@@ -48,7 +48,7 @@ class EngineCore:
         return None
 
     def _invalid(self, request: Request) -> str | None:
-        if len(self.scheduler.waiting) >= self.max_waiting:
+        if len(self.scheduler.waiting) >= self.max_waiting + self.scheduler.slots.num_free:
             return f"the queue is full ({self.max_waiting} requests wait)"
         if request.max_tokens < 1:
             return f"max_tokens: {request.max_tokens} is not valid; use 1 or more"
@@ -73,8 +73,7 @@ class EngineCore:
 
     def step(self) -> list[StepOutput]:
         """Runs one step, if there is something to run, and says what it emitted."""
-        k = self.speculation.num_draft_tokens(self.scheduler.num_decoding())
-        scheduled = self.scheduler.schedule(k)
+        scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens)
         self._apply_host_events()
         if scheduled is None:
             return []

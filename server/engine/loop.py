@@ -19,15 +19,18 @@ _IDLE_POLL_MS = 500
 
 
 class EngineLoop:
-    """Serves the clients connected to a ROUTER socket. A request belongs to the client that sent it."""
+    """Serves the clients connected to a ROUTER socket. A request belongs to the client that sent it.
 
-    def __init__(self, core: EngineCore, info: EngineInfo, socket: zmq.Socket[bytes]) -> None:
+    `parent` is the process id that started us: when it is another's, nobody is left to serve.
+    """
+
+    def __init__(self, core: EngineCore, info: EngineInfo, socket: zmq.Socket[bytes], parent: int) -> None:
         self.core, self.info, self.socket = core, info, socket
         self._owner: dict[str, bytes] = {}
         self._clients: set[bytes] = set()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Request).decode
-        self._parent = os.getppid()
+        self._parent = parent
         self._stopping = False
 
     def run(self) -> None:
@@ -64,6 +67,7 @@ class EngineLoop:
         elif kind == HELLO:
             self._clients.add(identity)
             self.socket.send_multipart([identity, INFO, self._encode(self.info)])
+            self.socket.send_multipart([identity, FRAME, self._encode(EngineFrame([], self.core.stats()))])
         elif kind == STOP:
             self._stopping = True
         else:

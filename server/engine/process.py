@@ -22,10 +22,13 @@ import zmq
 
 from server.config import ConfigError, EngineConfig
 
+MAX_REASON = 2000
+"""Characters; a checkpoint of the wrong model can lack a thousand tensors."""
+
 
 def main() -> int:
     """Exit codes: 0 asked to stop, 1 could not start (reason on standard output)."""
-    endpoint = sys.argv[1]
+    endpoint, parent = sys.argv[1], os.getppid()
     verdict = _own_stdout()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
@@ -40,7 +43,7 @@ def main() -> int:
         if not _expected(e):
             traceback.print_exc()
             reason = f"{type(e).__name__}: {reason}"
-        print(json.dumps({"failure": reason}), file=verdict, flush=True)
+        print(json.dumps({"failure": reason[:MAX_REASON]}), file=verdict, flush=True)
         return 1
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
@@ -51,7 +54,7 @@ def main() -> int:
     print(json.dumps({"ready": True}), file=verdict, flush=True)
     from server.engine.loop import EngineLoop
 
-    EngineLoop(core, info, socket).run()
+    EngineLoop(core, info, socket, parent).run()
     context.destroy()
     return 0
 
@@ -63,7 +66,11 @@ def say(text: str) -> None:
 
 def _expected(error: Exception) -> bool:
     """Mistakes in settings or model files: their message is for the operator, their traceback for nobody."""
-    return isinstance(error, (ConfigError, ValueError, FileNotFoundError))
+    from server.models.config import UnsupportedModelError
+    from server.models.errors import ModelSourceError
+    from server.models.loader import WeightsError
+
+    return isinstance(error, (ConfigError, ModelSourceError, UnsupportedModelError, WeightsError))
 
 
 def _own_stdout() -> TextIO:

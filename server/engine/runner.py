@@ -70,6 +70,7 @@ class Runner:
         self._synced = [0] * slots
         self.sampling = SamplingState(slots, model.vocab_size, self.device)
         self._drafting = False
+        self._features: Tensor | None = None
         self._feature_layers = drafter.feature_layers if drafter is not None else ()
 
     # -- host events ---------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class Runner:
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN."""
         size = self.shape.block_size
-        for pool in self.pools:
+        for pool in [*self.pools, *getattr(self.drafter, "pools", [])]:
             for block in blocks:
                 pool[block * size : (block + 1) * size].zero_()
 
@@ -112,7 +113,7 @@ class Runner:
         draft_ms = (time.perf_counter() - started) * 1e3
         layout, token_ids, batch = self._prepare(carry, drafts, sequences)
         logits, features = self._forward(token_ids, batch, torch.arange(layout.rows.shape[0], device=self.device))
-        result = self._decide(carry, drafts, layout, logits, features, sequences)
+        result = self._decide(carry, drafts, layout, logits, sequences, features, verifying=True)
         result.draft_ms = draft_ms
         return result
 
@@ -128,6 +129,8 @@ class Runner:
         batch = self._ragged(spans, len(token_ids))
         token_ids = token_ids.to(self.device, non_blocking=True)
         logits, features = self._forward(token_ids, batch, ends[sampling].to(self.device, non_blocking=True))
+        if features is not None:
+            self._remember(self._carry(plan, sequences), features[ends.to(self.device, non_blocking=True)])
         if self.drafter is not None and plan.num_draft_tokens > 0:  # paused: it does not run at all
             num = len(token_ids)
             rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device, non_blocking=True)
@@ -140,7 +143,7 @@ class Runner:
             carry = self._carry(StepPlan(plan.phase, [plan.rows[i] for i in sampling]), done)
             drafts = Drafts.none(len(done), self.device)
             layout = self._layout([1] * len(done), 1)
-            decided = self._decide(carry, drafts, layout, logits, None, done)
+            decided = self._decide(carry, drafts, layout, logits, done, None, verifying=False)
             for i, row in enumerate(sampling):
                 result.emitted[row], result.logprobs[row] = decided.emitted[i], decided.logprobs[i]
                 result.broken[row] = decided.broken[i]
@@ -159,12 +162,13 @@ class Runner:
             blocks=[s.blocks for s in sequences],
             tokens_host=[s.num_tokens for s in sequences],
             chunks=[(row.start, row.num_tokens) for row in plan.rows],
+            features=None if self._features is None else self._features[slot_ids],
         )
 
     def _propose(self, carry: Carry, k: int) -> Drafts:
         if self.drafter is not None and k == 0 and self._drafting:
             self.drafter.pause()
-        self._drafting = k > 0
+        self._drafting = k > 0 and self.drafter is not None
         if self.drafter is None or k == 0 or not any(carry.limits):
             return Drafts.none(len(carry.slots), self.device)
         drafts = self.drafter.propose(carry, k, self.sampling.gather(carry.slots, carry.slot_ids))
@@ -221,8 +225,10 @@ class Runner:
         drafts: Drafts,
         layout: Layout,
         logits: Tensor,
-        features: Tensor | None,
         sequences: list[Sequence],
+        features: Tensor | None,
+        *,
+        verifying: bool,
     ) -> StepResult:
         sampling = self.sampling.gather(carry.slots, carry.slot_ids)
         processed = process(logits, layout, drafts, sampling, self.state, carry.slot_ids, carry.max_tokens_host)
@@ -232,16 +238,28 @@ class Runner:
         if sampling.max_logprobs is not None:
             logprobs = emitted_logprobs(logits, layout, verdict, sampling.max_logprobs)
         self._commit(carry, known, verdict)
-        if self.drafter is not None and layout.width > 1:
-            by_row = None if features is None else spread(features[: layout.rows.shape[0]], layout)
-            self.drafter.commit(carry, drafts, verdict, by_row)
-        broken = spread(~logits.amax(-1).isfinite(), layout).any(1)
+        if self.drafter is not None and verifying:
+            by_row = None
+            if features is not None:
+                by_row = spread(features[: layout.rows.shape[0]], layout)
+                last = torch.arange(layout.num_rows, device=self.device)
+                self._remember(carry, by_row[last, verdict.num_accepted])
+            if self._drafting:  # paused: it does not run at all
+                self.drafter.commit(carry, drafts, verdict, by_row)
+        emitting = torch.arange(layout.width, device=self.device) < verdict.num_emitted.unsqueeze(1)
+        broken = (spread(~logits.amax(-1).isfinite(), layout) & emitting).any(1)
         return to_host(verdict, drafts, logprobs, broken, sequences, layout.rows.shape[0])
 
     def _commit(self, carry: Carry, known: Tensor, verdict: Verdict) -> None:
         at = known.unsqueeze(1) + torch.arange(verdict.tokens.shape[1], device=self.device)
         self.state.history[carry.slot_ids.unsqueeze(1), at] = verdict.tokens
         self.state.num_tokens.index_add_(0, carry.slot_ids, verdict.num_emitted)
+
+    def _remember(self, carry: Carry, features: Tensor) -> None:
+        """`features` [R, F] are of each row's last token whose keys and values are committed: the next step's carry."""
+        if self._features is None:
+            self._features = features.new_zeros(self.shape.max_num_seqs, features.shape[1])
+        self._features.index_copy_(0, carry.slot_ids, features)
 
     def _sync_tables(self, sequences: list[Sequence]) -> None:
         for seq in sequences:

@@ -9,6 +9,7 @@ computed anew later; drafts never cause that.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.core import Phase, Request, RowPlan, StepPlan
@@ -43,6 +44,10 @@ class Counters:
     num_prefill_tokens: int = 0
 
 
+DraftTokens = Callable[[int, int], int]
+"""(rows of the verify step, rows among them that may draft) -> most drafts a row."""
+
+
 class Scheduler:
     """Owns every sequence from submission to its end. `plan` and `sequences` pair up by row."""
 
@@ -58,6 +63,7 @@ class Scheduler:
         self.released: list[int] = []
         self.counters = Counters()
         self._last_phase = Phase.VERIFY
+        self._last_drafts = 1  # 0: drafting is paused, and prompts are not run through the drafter either
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -114,8 +120,8 @@ class Scheduler:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def schedule(self, num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]] | None:
-        """The next step with at most `num_draft_tokens` drafts a row, or None if nothing can run.
+    def schedule(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
+        """The next step, or None if nothing can run. `draft_tokens` is asked for a verify step once its rows are known.
 
         `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their
         place.
@@ -125,10 +131,10 @@ class Scheduler:
         decoding = len(prefilling) < len(self.running)
         if prefilling and (self._last_phase is Phase.VERIFY or not decoding):
             self._last_phase = Phase.PREFILL
-            return self._plan_prefill(prefilling, num_draft_tokens)
+            return self._plan_prefill(prefilling)
         if decoding:
             self._last_phase = Phase.VERIFY
-            return self._plan_verify(num_draft_tokens)
+            return self._plan_verify(draft_tokens)
         return None
 
     def num_decoding(self) -> int:
@@ -158,7 +164,7 @@ class Scheduler:
             self.running.append(seq)
             self.admitted.append(seq)
 
-    def _plan_prefill(self, prefilling: list[Sequence], num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]]:
+    def _plan_prefill(self, prefilling: list[Sequence]) -> tuple[StepPlan, list[Sequence]]:
         budget = self.limits.max_num_batched_tokens
         rows: list[RowPlan] = []
         sequences: list[Sequence] = []
@@ -171,22 +177,26 @@ class Scheduler:
             rows.append(RowPlan(seq.slot, seq.num_computed, chunk, samples=last))
             sequences.append(seq)
             self.counters.num_prefill_tokens += chunk
-        return StepPlan(Phase.PREFILL, rows, num_draft_tokens), sequences
+        return StepPlan(Phase.PREFILL, rows, self._last_drafts), sequences
 
-    def _plan_verify(self, num_draft_tokens: int) -> tuple[StepPlan, list[Sequence]] | None:
+    def _plan_verify(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
         sequences: list[Sequence] = []
         for seq in list(self.running):
             while seq.running and seq.decoding and not self._try_reserve(seq, seq.num_tokens):
                 self._preempt_youngest()  # never one before `seq` in this order; at worst `seq` itself
             if seq.running and seq.decoding:
                 sequences.append(seq)
+        if not sequences:
+            return None
+        eligible = sum(self._draft_limit(seq, 1) > 0 for seq in sequences)
+        num_draft_tokens = self._last_drafts = draft_tokens(len(sequences), eligible)
         rows = [
             RowPlan(
                 seq.slot, seq.num_tokens - 1, 1, samples=True, max_drafts=self._reserve_drafts(seq, num_draft_tokens)
             )
             for seq in sequences
         ]
-        return (StepPlan(Phase.VERIFY, rows, num_draft_tokens), sequences) if rows else None
+        return StepPlan(Phase.VERIFY, rows, num_draft_tokens), sequences
 
     def _reserve_drafts(self, seq: Sequence, k: int) -> int:
         """Blocks for as many drafts as there is room for, once every row has room for its own token."""

@@ -40,13 +40,12 @@ class Speculation:
         self._state = PolicyState()
         self._context = 1.0
 
-    def num_draft_tokens(self, num_rows: int) -> int:
-        """Most drafts a row for the next verify step, which will have `num_rows` rows; prompts do not count."""
-        if self.costs is None or self.trims or self.max_draft_tokens == 0:
-            return self.max_draft_tokens
-        if num_rows == 0:  # only prompts to run: a paused drafter does not read them
-            return 0 if self.paused else self.max_draft_tokens
-        survivals = [self.acceptance.survival(ANY, self.max_draft_tokens)] * num_rows
+    def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
+        """Most drafts a row for a verify step of `num_rows` rows, `num_eligible` of which may draft at all."""
+        if self.costs is None or self.trims or num_eligible == 0:
+            return self.max_draft_tokens if num_eligible else 0
+        survival = self.acceptance.survival(ANY, self.max_draft_tokens)
+        survivals = [survival] * num_eligible + [[]] * (num_rows - num_eligible)
         k, self._state = plan_uniform(self._state, self.costs, survivals, self._context, self.tiers)
         self.paused = k == 0
         return k

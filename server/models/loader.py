@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from server.config import ConfigError
 from server.models.base import TargetModel
 from server.models.config import LLAMA_FAMILY, UnsupportedModelError, architecture_of, parse_config
 from server.models.llama import LlamaModel
@@ -59,10 +60,16 @@ class Checkpoint:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
+    """`auto` is the first GPU where there is one, else the CPU. Raises ConfigError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is not valid; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name!r} is not there; this torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -72,7 +72,7 @@ class Driver:
         assert self._slots == {seq.slot: seq for seq in scheduler.running}
 
     def step(self) -> StepPlan | None:
-        scheduled = self.scheduler.schedule(self.k)
+        scheduled = self.scheduler.schedule(lambda rows, eligible: self.k)
         self.host_events()
         self.scheduler.check_integrity()
         if scheduled is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from typing import Any
 
@@ -56,7 +57,7 @@ def socket() -> Socket:
 
 @pytest.fixture
 def loop(model: Any, socket: Socket) -> EngineLoop:
-    return EngineLoop(engine(model, max_num_seqs=2), _MODEL_INFO, socket)  # type: ignore[arg-type]
+    return EngineLoop(engine(model, max_num_seqs=2), _MODEL_INFO, socket, os.getppid())  # type: ignore[arg-type]
 
 
 def submit(socket: Socket, identity: bytes, req: Request) -> None:
@@ -80,7 +81,8 @@ def test_each_client_gets_its_own_and_the_last_stats(loop: EngineLoop, socket: S
     turn(loop)
     while loop.core.has_work:
         turn(loop)
-    assert [(to, kind) for to, kind, _ in socket.sent[:2]] == [(b"a", INFO), (b"b", INFO)]
+    assert [(to, kind) for to, kind, _ in socket.sent[:3:2]] == [(b"a", INFO), (b"b", INFO)]
+    assert socket.sent[1][2].stats.num_running == 0, "a new engine says at once that nothing runs or waits"
     assert [t for o in socket.outputs(b"a") for t in o.token_ids] == greedy(first, 6)
     assert [t for o in socket.outputs(b"b") for t in o.token_ids] == greedy(second, 3)
     last = {to: frame for to, kind, frame in socket.sent if kind == FRAME}

@@ -37,7 +37,7 @@ sys.exit(process.main())
 @pytest.mark.parametrize(
     ("error", "expected", "traceback"),
     [
-        ("ValueError('no such model')", "no such model", False),
+        ("__import__('server.config').config.ConfigError('no such model')", "no such model", False),
         ("KeyError('a bug')", "KeyError: 'a bug'", True),
         ("RuntimeError()", "RuntimeError", True),
     ],

@@ -93,7 +93,7 @@ def test_prompts_in_progress_do_not_count_as_decoding() -> None:
 def test_nothing_to_do_is_no_plan() -> None:
     scheduler = Scheduler(limits())
     assert not scheduler.has_work
-    assert scheduler.schedule(3) is None
+    assert scheduler.schedule(lambda rows, eligible: 3) is None
     assert scheduler.num_decoding() == 0
 
 
@@ -135,7 +135,7 @@ def test_drafts_never_preempt() -> None:
     """Five blocks of four, two rows of two blocks: drafts get the one that is left, then there are none."""
     driver = drive(num_blocks=6, k=7, max_model_len=16, prefix_cache=False, budget=64)
     driver.submit(request("a", 7, 6), request("b", 7, 6))
-    driver.scheduler.schedule(0)
+    driver.scheduler.schedule(lambda rows, eligible: 0)
     driver.host_events()
     for seq in driver.scheduler.running:
         driver.scheduler.commit(seq, 7, [1])
