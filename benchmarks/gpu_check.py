@@ -41,12 +41,12 @@ def synchronising_places(drafter: str, prompts: list[list[int]]) -> Counter[str]
     places: Counter[str] = Counter()
 
     def note(*_: object, **__: object) -> None:
-        if "synchron" not in str(_[0]):
+        if "called a synchronizing" not in str(_[0]):
             return  # not about waiting: torch announces the mode itself
         ours = [f for f in traceback.extract_stack() if str(ROOT) in f.filename and "gpu_check" not in f.filename]
         places[f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].name}: {ours[-1].line}"] += 1
 
-    shown, warnings.showwarning = warnings.showwarning, note  # type: ignore[assignment]
+    shown, warnings.showwarning = warnings.showwarning, note
     warnings.simplefilter("always")
     torch.cuda.set_sync_debug_mode("warn")
     steps = 0

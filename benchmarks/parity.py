@@ -1,13 +1,12 @@
-"""Greedy and seeded parity of the real model on the evaluation prompts, float32 on the CPU: the whole of what tests
-sample.
+"""Greedy and seeded parity of the real model on the evaluation prompts, float32 on the CPU: the whole of what
+tests sample.
 
     python benchmarks/parity.py [--prompts FILE] [--num 64] [--max-tokens 64] [--only NAME]
 
 Greedy: every case must give exactly the tokens of transformers' `generate`. Seeded (temperature 0.8, top_p 0.95,
-penalties, logit
-bias): every case must give exactly the tokens of plain decoding, alone. A prompt where a case differs is reported with
-the margin between the two best logits at the first difference: a margin near float32's rounding is a tie, anything
-else a bug.
+penalties, logit bias): every case must give exactly the tokens of plain decoding, alone. A prompt where a case differs
+is reported with the margin between the two best logits at the first difference: a margin near float32's rounding is a
+tie, anything else a bug.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from server.config import cache_dir
 from server.engine.runner import Runner
 from server.models.base import TargetModel
-from server.models.paging import Span, ragged_batch
+from server.models.paging import Span, padded_batch, ragged_batch
 from server.models.source import ModelSource
 from server.spec.cost_measure import measure
 from server.spec.cost_table import CostGrid, CostTable, cache_key, machine_identity
@@ -95,6 +95,10 @@ def _timed(runner: Runner, model: TargetModel, pools: list[torch.Tensor], rows: 
     ]
     short = max(0, model.min_rows - rows * width)
     batch = ragged_batch(spans, size, short).to(runner.device)
+    if not runner.ragged:
+        tables = torch.tensor([span.blocks for span in spans], device=runner.device)
+        starts = torch.full((rows,), context, device=runner.device)
+        batch = padded_batch(starts, width, tables, size, context + width, short)
     token_ids = torch.randint(0, model.vocab_size, (rows * width + short,), device=runner.device)
     started = time.perf_counter()
     logits, _ = model.forward(token_ids, pools, batch, torch.arange(token_ids.shape[0], device=runner.device))

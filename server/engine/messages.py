@@ -9,7 +9,7 @@ from server.core import StepOutput
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine says of itself once it is ready. `kernels` names the linear-layer path in use."""
+    """What the engine says of itself once it is ready. `linear_path` names how linear layers compute."""
 
     model: str
     architecture: str

@@ -1,8 +1,7 @@
 """`python -m server.engine.process`: loads the model, measures costs, then serves the loop.
 
-Settings arrive as JSON on standard input; what went wrong leaves as one line of JSON on standard output, what is
-going on is
-written to standard error.
+Settings arrive as JSON on standard input; what went wrong leaves as one line of JSON on standard output, what is going
+on is written to standard error.
 """
 
 from __future__ import annotations

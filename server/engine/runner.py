@@ -1,9 +1,9 @@
 """Runs one step on the device: draft, forward, verify, commit. Plain decoding is the same step with no drafts.
 
 The sequence state (tokens, lengths, block tables, sampling parameters) lives in per-slot tensors; a step gathers from
-them by slot
-index. On the CPU rows are ragged, since padding costs compute there; elsewhere every row has the same width and
-nothing between `prepare` and `StepResult` waits for the device.
+them by slot index. On the CPU rows are ragged, since padding costs compute there; elsewhere every row has the same
+width, and a step waits for the device in one place only, where its result is read (`to_host`). Reading that result one
+step late, so that the next step is launched before it, belongs to the loop and is not done yet.
 """
 
 from __future__ import annotations
@@ -264,6 +264,9 @@ class Runner:
     def _sync_tables(self, sequences: list[Sequence]) -> None:
         for seq in sequences:
             have = self._synced[seq.slot]
+            if len(seq.blocks) < have:  # blocks for rejected drafts were taken back: they may be another's by now
+                self.block_tables[seq.slot, len(seq.blocks) : have] = 0
+                have = self._synced[seq.slot] = len(seq.blocks)
             if len(seq.blocks) > have:
                 new = torch.tensor(seq.blocks[have:], dtype=torch.int64)
                 self.block_tables[seq.slot, have : len(seq.blocks)] = new.to(self.device, non_blocking=True)

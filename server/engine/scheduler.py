@@ -1,9 +1,8 @@
 """Decides what runs next: admission, prompt chunks, verify batches, preemption. Pure bookkeeping, no tensors.
 
-First come, first served. Prompt chunks and verify steps alternate while both have work, so a long prompt never
-stalls decoding for longer than one token budget. When blocks run out, the youngest running sequence gives up its own
-and is
-computed anew later; drafts never cause that.
+First come, first served. Prompt chunks and verify steps alternate while both have work, so a long prompt never stalls
+decoding for longer than one token budget. When blocks run out, those held for drafts are taken back first; then the
+youngest running sequence gives up its own and is computed anew later.
 """
 
 from __future__ import annotations
@@ -145,6 +144,8 @@ class Scheduler:
         while self.waiting and self.slots.num_free:
             seq = self.waiting[0]
             blocks, keys = self.cache.match(seq.token_ids, seq.num_tokens - 1)
+            if self._being_computed(seq, len(blocks) * self.limits.block_size):
+                return
             revived = sum(self.pool.refs(b) == 0 for b in blocks)
             needed = self._blocks_for(seq.num_tokens + 1) - len(blocks)
             headroom = len(self.running)  # each running sequence may need one more block at its next step
@@ -163,6 +164,17 @@ class Scheduler:
             seq.slot = self.slots.acquire()
             self.running.append(seq)
             self.admitted.append(seq)
+
+    def _being_computed(self, seq: Sequence, known: int) -> bool:
+        """Whether a running prompt is about to put the next block of `seq` into the prefix cache: worth waiting for.
+
+        `n` choices of one prompt arrive together; without this each would compute the prompt anew.
+        """
+        end = known + self.limits.block_size
+        if not self.limits.prefix_cache or end > seq.num_tokens - 1:
+            return False
+        wanted = seq.token_ids[:end]
+        return any(r.num_computed < end and r.num_tokens > end and r.token_ids[:end] == wanted for r in self.running)
 
     def _plan_prefill(self, prefilling: list[Sequence]) -> tuple[StepPlan, list[Sequence]]:
         budget = self.limits.max_num_batched_tokens
@@ -183,6 +195,8 @@ class Scheduler:
         sequences: list[Sequence] = []
         for seq in list(self.running):
             while seq.running and seq.decoding and not self._try_reserve(seq, seq.num_tokens):
+                if self._take_back_draft_blocks():
+                    continue
                 self._preempt_youngest()  # never one before `seq` in this order; at worst `seq` itself
             if seq.running and seq.decoding:
                 sequences.append(seq)
@@ -243,6 +257,15 @@ class Scheduler:
         except OutOfBlocksError:
             return False
         return True
+
+    def _take_back_draft_blocks(self) -> bool:
+        """Frees blocks that rows hold beyond their known tokens, for rejected drafts; whether there were any."""
+        found = False
+        for seq in self.running:
+            while len(seq.blocks) > self._blocks_for(seq.num_tokens):
+                self.pool.release(seq.blocks.pop())
+                found = True
+        return found
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's place away; it is computed anew when it is admitted again, before all others."""

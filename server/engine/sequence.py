@@ -11,9 +11,8 @@ from server.core import Request
 class Sequence:
     """A request on its way.
 
-    `token_ids` are all known tokens (prompt, then emitted). Keys and values of the first `num_computed` of them are
-    in the
-    KV pool. Prefilling: more than one token is still to be computed. Decoding: exactly the last one is.
+    `token_ids` are all known tokens (prompt, then emitted). Keys and values of the first `num_computed` of them are in
+    the KV pool. Prefilling: more than one token is still to be computed. Decoding: exactly the last one is.
 
         token_ids   |---------- prompt ----------|-- emitted --|
         computed    |-------- num_computed --------->          .    last token: input of the next verify step

@@ -184,7 +184,8 @@ class TransformersModel:
     def _run(self, token_ids: Tensor, positions: Tensor, logits_at: Tensor) -> Tensor:
         logits: Tensor = self._net(
             input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            # Masked drafts of padded rows may lie past the context, where learned position tables end.
+            position_ids=positions.clamp(max=self.max_position_embeddings - 1).unsqueeze(0),
             use_cache=False,
             logits_to_keep=logits_at,
         ).logits[0]

@@ -39,11 +39,10 @@ class Drafts:
 class Layout:
     """Where each logit position belongs. Position t verifies offset `offsets[t]` of row `rows[t]`.
 
-    `rows`, `offsets`: [T] int64; offset 0 is the position after the last committed token, offset j has j
-    drafts before it. Rows are stored one after another with rising offsets. `num_rows` = R and
-    `width` = 1 + largest number of drafts of any row are host integers. On the CPU rows are ragged; on a GPU every
-    row has `width`
-    positions and those past `Drafts.num_valid` are ignored by verification.
+    `rows`, `offsets`: [T] int64; offset 0 is the position after the last committed token, offset j has j drafts before
+    it. Rows are stored one after another with rising offsets. `num_rows` = R and `width` = 1 + largest number of drafts
+    of any row are host integers. On the CPU rows are ragged; on a GPU every row has `width` positions and those past
+    `Drafts.num_valid` are ignored by verification.
     """
 
     rows: Tensor
@@ -71,8 +70,7 @@ class SlotState:
     """Per-slot sequence state on the device; rows of a step gather from it by slot index.
 
     `history` [S, L] int64: all known tokens of the slot (prompt, then emitted); `num_tokens` [S] int64: how many are
-    known;
-    `prompt_len` [S] int64. Entries of `history` at or past `num_tokens` are undefined.
+    known; `prompt_len` [S] int64. Entries of `history` at or past `num_tokens` are undefined.
     """
 
     history: Tensor
@@ -84,12 +82,12 @@ class SlotState:
 class Carry:
     """What a drafter may start from: the committed end of every row.
 
-    `slots` are host integers and `slot_ids` [R] the same on the device. `state` is the slot state;
-    `max_tokens_host` is a host upper bound of `state.num_tokens` over the rows. `limits` [R] (host) is the most drafts
-    each row may get (0: none). `features` [R, F] are the fused target features of the last committed token for
-    drafters that asked
-    for them (`Drafter.feature_layers`), else None. `block_tables` [R, NB] int64 addresses the paged KV pool.
-    `chunks` are (start, length) of the tokens each row runs through the target in this step, drafts apart.
+    `slots` are host integers and `slot_ids` [R] the same on the device. `state` is the slot state; `max_tokens_host` is
+    a host upper bound of `state.num_tokens` over the rows. `limits` [R] (host) is the most drafts each row may get (0:
+    none). `features` [R, F] are the fused target features of the last committed token for drafters that asked for them
+    (`Drafter.feature_layers`), else None. `block_tables` [R, NB] int64 addresses the paged KV pool; `blocks` and
+    `tokens_host` are the host's view of it: block ids per row, and an upper bound of each row's known tokens (exact on
+    the CPU). `chunks` are (start, length) of the tokens each row runs through the target in this step, drafts apart.
     """
 
     slots: list[int]
