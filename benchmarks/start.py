@@ -56,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    first, later, torch_seen = [], [], False
+    first: list[float] = []
+    later: list[float] = []
+    torch_seen = False
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as cache:
             for seconds in (first, later):
