@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from server.core import SpeculationParams
 from tests.engine.tiny import BLOCK_SIZE, Scripted, engine, prompts, request, run
+
+OFF = SpeculationParams(enabled=False)
 
 
 def test_choices_that_arrive_together_compute_their_prompt_once(model: Any, greedy: Any) -> None:
@@ -31,11 +34,14 @@ def test_nobody_waits_for_a_prompt_that_only_begins_alike(model: Any) -> None:
 
 @pytest.mark.parametrize("ragged", [True, False])
 def test_rejected_drafts_cost_nobody_his_place(model: Any, greedy: Any, ragged: bool) -> None:
-    """As small a pool as plain decoding can live in without preemption: drafting must not need more."""
-    several = prompts(4, low=8, high=9)
-    need = -(-(8 + 20) // BLOCK_SIZE)
+    """As small a pool as plain decoding can live in without preemption: the first ends before the second needs more.
+
+    The first does not draft, so what the second holds for its drafts is what the first lacks.
+    """
+    first, second = prompts(2, low=8, high=9)
+    together = 2 * -(-(len(first) + 12) // BLOCK_SIZE)
     for drafter in ("none", Scripted(lambda tokens, k: [(tokens[-1] + 1 + i) % 64 for i in range(k)])):
-        core = engine(model, drafter, 7, num_blocks=1 + 4 * need, prefix_cache=False, ragged=ragged)
-        answers = run(core, [request(str(i), prompt, 20) for i, prompt in enumerate(several)])
-        assert [answers[str(i)] for i in range(4)] == [greedy(prompt, 20) for prompt in several]
+        core = engine(model, drafter, 7, num_blocks=1 + together, prefix_cache=False, ragged=ragged)
+        answers = run(core, [request("a", first, 12, speculation=OFF), request("b", second, 20)])
+        assert (answers["a"], answers["b"]) == (greedy(first, 12), greedy(second, 20))
         assert core.stats().num_preemptions == 0
