@@ -31,13 +31,14 @@ TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)
 RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: serve test test-slow parity lint clean help
+.PHONY: serve test test-slow parity bench-report lint clean help
 
 help:
 	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
 	@echo 'make parity [ARGS=]              the real model against transformers, every drafter: an hour on two cores'
+	@echo 'make bench-report                 committed results beside their targets'
 	@echo 'make lint                        lint, types and import contracts only'
 	@echo 'make clean                       remove .venv and every cache'
 	@echo 'FLAVOUR=cpu|cuda TORCH=REQUIREMENT PYTHON=INTERPRETER choose what is installed'
@@ -56,6 +57,9 @@ test: lint
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+bench-report: $(DEV_STAMP)
+	$(BIN)/python benchmarks/report.py
 
 parity: $(DEV_STAMP)
 	$(BIN)/python benchmarks/parity.py $(ARGS)

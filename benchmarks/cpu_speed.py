@@ -177,7 +177,7 @@ def main() -> None:
     run(core, [sixteen[0]], 8, GREEDY)
     reference.run(sixteen[0], 8)
     rows = one_stream(reference, core, sixteen, args.max_tokens, args.repeats)
-    rows += sixteen_streams(reference, core, sixteen, args.max_tokens, max(1, args.repeats // 2 + 1))
+    rows += sixteen_streams(reference, core, sixteen, 64, max(1, args.repeats // 2 + 1))
     more, detail = by_category(core, prompter, args)
     print("written", write_result(args.name, rows + more, {"prompts": detail}))
 
