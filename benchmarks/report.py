@@ -46,8 +46,8 @@ def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[l
         f"### {result['name']}",
         "",
         f"`{result['command']}`, commit `{result['commit']}`, {result['date'][:10]}; {machine['cpu']} "
-        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Raw: [results/{result['file']}](results/{result['file']})",
+        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}. Raw: [results/{result['file']}](results/{result['file']})",
         "",
         "| case | value | target | spread | note |",
         "| --- | --- | --- | --- | --- |",
