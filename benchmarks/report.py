@@ -31,7 +31,8 @@ def met(value: float, target: dict[str, Any]) -> bool:
 
 def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[list[str], int]:
     """Markdown lines of one result file, and how many of its cases miss."""
-    lines, misses = [], []
+    lines: list[str] = []
+    misses: list[str] = []
     for row in result["rows"]:
         target = target_of(row["case"], targets)
         missed = target is not None and not met(row["value"], target)
@@ -57,7 +58,8 @@ def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[l
 
 def main() -> None:
     targets = tomllib.loads((FOLDER / "targets.toml").read_text())["cases"]
-    lines, misses = [], 0
+    lines: list[str] = []
+    misses = 0
     for file in sorted((FOLDER / "results").glob("*.json")):
         found, missed = table({**json.loads(file.read_text()), "file": file.name}, targets)
         lines += found
