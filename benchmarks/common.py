@@ -101,7 +101,8 @@ def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = Non
             ["git", "status", "--porcelain", "server", "draft_models"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
     )
-    script, *arguments = sys.argv
+    script, *rest = sys.argv
+    arguments = [Path(word).name if Path(word).is_absolute() else word for word in rest]  # where files lay is private
     command = shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *arguments])
     content = {
         "name": name,

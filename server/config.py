@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 DRAFTERS = ("suffix", "ngram", "small-lm", "none")
@@ -101,8 +101,3 @@ class ServerConfig:
             raise ConfigError(f"port: {self.port!r} is not valid; use 0 to 65535 (0: any free port)")
         _at_least("drain_timeout_s", self.drain_timeout_s, 0)
         _one_of("log_level", self.log_level, ("debug", "info", "warning", "error"))
-
-
-def engine_field_names() -> list[str]:
-    """Names of the engine's settings, in the order of their declaration."""
-    return [f.name for f in fields(EngineConfig)]

@@ -129,12 +129,12 @@ class Runner:
         batch = self._ragged(spans, len(token_ids))
         token_ids = token_ids.to(self.device, non_blocking=True)
         logits, features = self._forward(token_ids, batch, ends[sampling].to(self.device, non_blocking=True))
+        carry = self._carry(plan, sequences)
         if features is not None:
-            self._remember(self._carry(plan, sequences), features[ends.to(self.device, non_blocking=True)])
+            self._remember(carry, features[ends.to(self.device, non_blocking=True)])
         if self.drafter is not None and plan.num_draft_tokens > 0:  # paused: it does not run at all
             num = len(token_ids)
             rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device, non_blocking=True)
-            carry = self._carry(plan, sequences)
             wanted = None if features is None else features[:num]
             self.drafter.prefill(carry, token_ids, batch.positions[:num], rows, wanted)
         result = StepResult.silent(len(chunks), len(token_ids))

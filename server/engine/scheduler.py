@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.core import Phase, Request, RowPlan, StepPlan
-from server.engine.blocks import BlockPool, OutOfBlocksError
+from server.engine.blocks import BlockPool
 from server.engine.prefix_cache import ROOT, PrefixCache, block_key
 from server.engine.sequence import Sequence
 from server.engine.slots import SlotPool
@@ -252,10 +252,7 @@ class Scheduler:
     def _try_reserve(self, seq: Sequence, num_tokens: int) -> bool:
         if self._blocks_for(num_tokens) - len(seq.blocks) > self.pool.num_free:
             return False
-        try:
-            self._reserve(seq, num_tokens)
-        except OutOfBlocksError:
-            return False
+        self._reserve(seq, num_tokens)
         return True
 
     def _take_back_draft_blocks(self) -> bool:
