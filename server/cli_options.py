@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from server.config import DRAFTERS, DTYPES, VERIFICATION_RULES, ConfigError, EngineConfig, ServerConfig
+from server.config import DRAFTERS, DTYPES, SPEC_METRICS, VERIFICATION_RULES, ConfigError, EngineConfig, ServerConfig
 
 HELP = {
     "model": "the model: smollm2-135m (embedded), a Hugging Face directory, a hub id or a GGUF file",
@@ -29,9 +29,25 @@ HELP = {
     "recent_outputs": "finished answers that the suffix drafter may copy from (0: only the request's own tokens)",
     "num_threads": "CPU threads of the engine (default: every core)",
     "max_waiting": "most sequences that may wait; beyond it requests get 429",
+    "max_waiting_tokens": "most prompt tokens that may wait (default: eight times the KV cache)",
+    "step_timeout_s": "seconds after which a step has hung and the engine is restarted",
     "host": "address to listen on",
     "port": "port to listen on (0: any free port)",
     "served_model_name": "the model's name in the API (default: its short name)",
+    "api_workers": "API processes that share the port (SO_REUSEPORT)",
+    "api_keys": "TOML file of hashed API keys, see docs/access.md (default: no keys needed)",
+    "tls_certificate": "PEM file with the certificate chain; turns TLS on",
+    "tls_key": "PEM file with the certificate's private key",
+    "cors_origins": "origins that browsers may call from, separated by commas; * for any (default: none)",
+    "max_body_bytes": "largest request body",
+    "max_header_bytes": "largest request line and largest header field",
+    "header_timeout_s": "seconds a client may take to send a request's head",
+    "body_timeout_s": "seconds a client may take to send a request's body",
+    "stall_timeout_s": "seconds a client may read nothing of its stream before it is dropped",
+    "stream_buffer_tokens": "tokens kept for a client that reads slowly before its generation is suspended",
+    "request_timeout_s": "deadline of requests that name none (default: none)",
+    "spec_metrics": f"metrics.speculative_decoding in answers unless the request says: {', '.join(SPEC_METRICS)}",
+    "access_log": "where a line of JSON per request goes: stderr, off or a file",
     "drain_timeout_s": "seconds that running requests get to finish after SIGTERM or SIGINT",
     "log_level": "debug, info, warning or error",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 DRAFTERS = ("suffix", "ngram", "small-lm", "none")
 VERIFICATION_RULES = ("coupled", "ratio")
+SPEC_METRICS = ("none", "summary", "detailed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -41,7 +42,8 @@ class EngineConfig:
     `kv_cache_tokens` tokens where that is given. `num_threads` None means every core; `max_num_batched_tokens` (the
     token budget of a prefill step) None means 256 on a CPU, 2048 on a GPU.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
-    own tokens).
+    own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as many
+    as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung: the engine is restarted.
     """
 
     model: str = "smollm2-135m"
@@ -62,6 +64,8 @@ class EngineConfig:
     recent_outputs: int = 0
     num_threads: int | None = None
     max_waiting: int = 1024
+    max_waiting_tokens: int | None = None
+    step_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         _one_of("drafter", self.drafter, DRAFTERS)
@@ -75,10 +79,11 @@ class EngineConfig:
             ("max_waiting", 1),
         ):
             _at_least(name, getattr(self, name), low)
-        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens", "num_threads"):
+        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens", "num_threads", "max_waiting_tokens"):
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, 1)
+        _at_least("step_timeout_s", self.step_timeout_s, 1)
         if not 0.0 < self.kv_memory_share <= 1.0:
             raise ConfigError(f"kv_memory_share: {self.kv_memory_share!r} is not valid; use more than 0, at most 1")
         if self.drafter == "small-lm" and self.draft_model is None:
@@ -87,17 +92,55 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Settings of the API process. `served_model_name` None means the model's own short name."""
+    """Settings of the API processes. `served_model_name` None means the model's own short name.
+
+    `api_keys` is a TOML file of hashed keys (None: nobody needs one). `tls_certificate` and `tls_key` are PEM files. Both
+    are read again on SIGHUP. `cors_origins` lists origins separated by commas (`*`: any; None: no CORS headers).
+    `header_timeout_s` and `body_timeout_s` are how long a client may take to send its request's head and body,
+    `stall_timeout_s` how long it may read nothing of a stream, `stream_buffer_tokens` how many tokens are kept for it
+    meanwhile before its generation is suspended. `request_timeout_s` is the deadline of requests that name none (None:
+    none). `spec_metrics` is how much of `metrics.speculative_decoding` answers carry unless the request says.
+    """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
+    api_workers: int = 1
+    api_keys: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    cors_origins: str | None = None
+    max_body_bytes: int = 16 * 2**20
+    max_header_bytes: int = 16 * 2**10
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    stall_timeout_s: float = 120.0
+    stream_buffer_tokens: int = 1024
+    request_timeout_s: float | None = None
     drain_timeout_s: float = 30.0
+    spec_metrics: str = "none"
+    access_log: str = "stderr"
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port!r} is not valid; use 0 to 65535 (0: any free port)")
-        _at_least("drain_timeout_s", self.drain_timeout_s, 0)
+        for name, low in (
+            ("api_workers", 1),
+            ("max_body_bytes", 1024),
+            ("max_header_bytes", 1024),
+            ("header_timeout_s", 0.1),
+            ("body_timeout_s", 0.1),
+            ("stall_timeout_s", 0.1),
+            ("stream_buffer_tokens", 1),
+            ("drain_timeout_s", 0),
+        ):
+            _at_least(name, getattr(self, name), low)
+        if self.request_timeout_s is not None:
+            _at_least("request_timeout_s", self.request_timeout_s, 0.001)
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_certificate"
+            raise ConfigError(f"{missing}: missing; TLS needs both tls_certificate and tls_key")
+        _one_of("spec_metrics", self.spec_metrics, SPEC_METRICS)
         _one_of("log_level", self.log_level, ("debug", "info", "warning", "error"))

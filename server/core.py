@@ -50,7 +50,13 @@ class SpeculationParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. A client's `n` choices are `n` requests that differ in `choice`."""
+    """One sequence to generate. A client's `n` choices are `n` requests that differ in `choice`.
+
+    Until `min_tokens` tokens are out neither end-of-sequence nor a stop token is sampled. `prompt_logprobs` asks for the
+    log-probabilities of the prompt's own tokens, with that many alternatives. `prediction_ids` is what the client
+    expects the answer to be: draft tokens to start from, never more. Waiting requests of one `tenant` are served in
+    order, tenants in turn, and the lowest `priority` first.
+    """
 
     request_id: str
     prompt_ids: list[int]
@@ -60,6 +66,11 @@ class Request:
     max_tokens: int = 16
     stop_token_ids: list[int] = field(default_factory=list)
     ignore_eos: bool = False
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    prediction_ids: list[int] = field(default_factory=list)
+    tenant: str = ""
+    priority: int = 0
 
 
 class FinishReason(StrEnum):
@@ -117,8 +128,9 @@ class StepOutput:
     """What one step did for one request: the tokens it emitted, in order.
 
     `num_drafted` and `num_accepted` count draft tokens only, never the bonus token. `num_cached` is the
-    number of prompt tokens served by the prefix cache, set on the first output only. A request that
-    ends in FinishReason.ERROR carries the reason in `error`.
+    number of prompt tokens served by the prefix cache, set on the first output only, as is `prompt_logprobs`: one
+    entry for each prompt token from the second on. A request that ends in FinishReason.ERROR carries the reason in
+    `error`.
     """
 
     request_id: str
@@ -129,3 +141,4 @@ class StepOutput:
     num_accepted: int = 0
     num_cached: int | None = None
     error: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None

@@ -2,5 +2,9 @@
 
 HELLO, SUBMIT, ABORT, STOP = b"hello", b"submit", b"abort", b"stop"
 """Client to engine."""
-INFO, FRAME = b"info", b"frame"
+HOLD, RESUME = b"hold", b"resume"
+"""Client to engine: this request's reader is slow; it has caught up. The payload is the request's id."""
+PING, GONE = b"ping", b"gone"
+"""Supervisor to engine: say that the loop turns; the client with this identity will not come back."""
+INFO, FRAME, PONG = b"info", b"frame", b"pong"
 """Engine to client."""

@@ -36,6 +36,8 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_held: int = 0
+    num_waiting_tokens: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     num_steps: int = 0
@@ -51,7 +53,11 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineFrame:
-    """Engine to API, once a step that has something to say."""
+    """Engine to API, once a step that has something to say.
+
+    `started` are requests that now hold a slot for the first time: what fails from here on can not be sent again.
+    """
 
     outputs: list[StepOutput]
     stats: EngineStats
+    started: list[str] = field(default_factory=list)
