@@ -42,8 +42,9 @@ class EngineConfig:
     `kv_cache_tokens` tokens where that is given. `num_threads` None means every core; `max_num_batched_tokens` (the
     token budget of a prefill step) None means 256 on a CPU, 2048 on a GPU.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
-    own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as many
-    as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung: the engine is restarted.
+    own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
+    many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
+    restarted.
     """
 
     model: str = "smollm2-135m"
@@ -94,8 +95,8 @@ class EngineConfig:
 class ServerConfig:
     """Settings of the API processes. `served_model_name` None means the model's own short name.
 
-    `api_keys` is a TOML file of hashed keys (None: nobody needs one). `tls_certificate` and `tls_key` are PEM files. Both
-    are read again on SIGHUP. `cors_origins` lists origins separated by commas (`*`: any; None: no CORS headers).
+    `api_keys` is a TOML file of hashed keys (None: nobody needs one). `tls_certificate` and `tls_key` are PEM files.
+    Both are read again on SIGHUP. `cors_origins` lists origins separated by commas (`*`: any; None: no CORS headers).
     `header_timeout_s` and `body_timeout_s` are how long a client may take to send its request's head and body,
     `stall_timeout_s` how long it may read nothing of a stream, `stream_buffer_tokens` how many tokens are kept for it
     meanwhile before its generation is suspended. `request_timeout_s` is the deadline of requests that name none (None:

@@ -52,8 +52,8 @@ class SpeculationParams:
 class Request:
     """One sequence to generate. A client's `n` choices are `n` requests that differ in `choice`.
 
-    Until `min_tokens` tokens are out neither end-of-sequence nor a stop token is sampled. `prompt_logprobs` asks for the
-    log-probabilities of the prompt's own tokens, with that many alternatives. `prediction_ids` is what the client
+    Until `min_tokens` tokens are out neither end-of-sequence nor a stop token is sampled. `prompt_logprobs` asks for
+    the log-probabilities of the prompt's own tokens, with that many alternatives. `prediction_ids` is what the client
     expects the answer to be: draft tokens to start from, never more. Waiting requests of one `tenant` are served in
     order, tenants in turn, and the lowest `priority` first.
     """
