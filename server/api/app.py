@@ -1,10 +1,21 @@
-"""The aiohttp application: routes, middlewares, shared state. It neither binds sockets nor starts the engine."""
+"""The aiohttp application: routes, middlewares, shared state. It neither binds sockets nor starts the engine.
+
+From the outside in: request id, access log, cross-origin answers, counting, errors, authentication, handler.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
-from server.api import chat, completions, routes
+from server.api import chat, completions, openapi, routes, tokenize
+from server.api.access.access_log import AccessLog
+from server.api.access.admin import admin_routes
+from server.api.access.auth import add_rate_limit_headers, auth_middleware
+from server.api.access.control import ACCESS
+from server.api.access.cors import Cors, parse_origins
+from server.api.access.request_id import add_request_id, request_id_middleware
 from server.api.errors import Handler, error_middleware
 from server.api.state import STATE, ServerState
 
@@ -15,7 +26,7 @@ async def _count_requests(request: web.Request, handler: Handler) -> web.StreamR
     response = await handler(request)
     resource = request.match_info.route.resource
     route = "unknown" if resource is None else resource.canonical
-    request.app[STATE].metrics.http_requests.labels(route, str(response.status)).inc()
+    request.app[STATE].metrics.count_answer(route, response.status)
     return response
 
 
@@ -27,13 +38,26 @@ async def _close_when_draining(request: web.Request, handler: Handler) -> web.St
     return response
 
 
-def create_app(state: ServerState) -> web.Application:
+def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.Application:
     """`state.text` may still be None: until it is set and the engine is ready, generation answers 503."""
-    middlewares = [_count_requests, _close_when_draining, error_middleware]
+    log = access_log or AccessLog(None)
+    middlewares = [request_id_middleware, log.middleware]
+    signals = [add_request_id, add_rate_limit_headers]
+    if state.config.cors_origins is not None:
+        cors = Cors(parse_origins(state.config.cors_origins))
+        middlewares.append(cors.middleware)
+        signals.append(cors.add_headers)
+    middlewares += [_count_requests, _close_when_draining, error_middleware, auth_middleware]
     app = web.Application(middlewares=middlewares, client_max_size=state.limits.max_body_bytes)
     app[STATE] = state
-    state.engine.on_frame = state.metrics.on_frame
+    app[ACCESS] = state.access
+    app.on_response_prepare.extend(signals)
+    state.engine.on_stats = state.metrics.on_stats
     state.metrics.watch_engine(lambda: state.engine.ready, lambda: state.engine.num_restarts)
+
+    async def reload() -> Sequence[str]:
+        return [] if state.reload is None else await state.reload()
+
     app.add_routes(
         [
             web.get("/", routes.index),
@@ -47,11 +71,9 @@ def create_app(state: ServerState) -> web.Application:
             web.get("/v1/models/{model:.+}", routes.get_model),
             web.post("/v1/chat/completions", chat.chat_completions),
             web.post("/v1/completions", completions.completions),
+            *tokenize.ROUTES,
+            *openapi.ROUTES,
+            *admin_routes(reload),
         ]
     )
     return app
-
-
-def create_runner(app: web.Application) -> web.AppRunner:
-    """A vanished client cancels its handler at once, and with it its requests in the engine."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)

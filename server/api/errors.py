@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 RETRY_AFTER_S = 1
+ERROR_CODE: web.ResponseKey[str] = web.ResponseKey("error_code", str)
+"""What the access log says of an error answer: its `code`, its `type` where it has none."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -46,12 +48,17 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> web.Response:
-        return web.Response(
+        """A header `Connection: close` is meant: aiohttp would send it and keep the connection."""
+        response = web.Response(
             status=self.status,
             body=orjson.dumps(self.body()),
             content_type="application/json",
             headers=self.headers,
         )
+        response[ERROR_CODE] = self.code or self.type
+        if response.headers.get("Connection") == "close":
+            response.force_close()
+        return response
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -71,9 +78,24 @@ def model_not_found(model: str) -> ApiError:
 
 def queue_full(num_waiting: int, limit: int) -> ApiError:
     """Too many requests wait already: 429, and when to come back."""
-    message = f"The queue is full: {num_waiting} requests wait and the limit is {limit}. Please retry later."
+    return _overloaded(f"{num_waiting} requests wait and the limit is {limit}")
+
+
+def queue_full_of_tokens(num_tokens: int, wanted: int, limit: int) -> ApiError:
+    """Too long prompts wait already: 429, and when to come back."""
+    return _overloaded(f"prompts of {num_tokens} tokens are in flight, yours has {wanted} and the limit is {limit}")
+
+
+def _overloaded(why: str) -> ApiError:
+    message = f"The server is overloaded: {why}. Please retry later."
     headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers)
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
+def request_timeout(timeout_s: float) -> ApiError:
+    """The request's own deadline passed: 408."""
+    message = f"The request was not complete within its timeout of {timeout_s:g} s; allow more, or ask for less."
+    return ApiError(408, message, code="request_timeout")
 
 
 def engine_unavailable(reason: str, code: str = "engine_unavailable") -> ApiError:

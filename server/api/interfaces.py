@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from server.core import Request, StepOutput
-from server.engine.messages import EngineFrame, EngineInfo, EngineStats
+from server.core import Request
+from server.engine.connection import Sink
+from server.engine.messages import EngineInfo, EngineStats
 
 
 class EngineClientLike(Protocol):
     """The engine as the API process sees it: asyncio, no torch.
 
-    `submit` yields one `StepOutput` a step; closing the generator aborts the request in the engine.
-    `failure` is why the engine is not ready, where that is known. Raises `EngineUnavailable`.
+    `submit` hands one `StepOutput` a step to the request's sink, until one has a finish reason or the sink is told that
+    the engine failed; it raises EngineUnavailable where the engine is not ready. `abort` ends a request, `hold` and
+    `resume` suspend it. `failure` is why the engine is not ready, where that is known.
     """
 
-    on_frame: Callable[[EngineFrame], None] | None
+    on_stats: Callable[[EngineStats], None] | None
 
     @property
     def ready(self) -> bool: ...
@@ -37,7 +39,13 @@ class EngineClientLike(Protocol):
 
     async def wait_ready(self) -> EngineInfo: ...
 
-    def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]: ...
+    def submit(self, request: Request, sink: Sink) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def hold(self, request_id: str) -> None: ...
+
+    def resume(self, request_id: str) -> None: ...
 
     async def drain(self, timeout_s: float) -> None: ...
 
@@ -69,14 +77,17 @@ class TextLayerLike(Protocol):
     @property
     def eos_token_ids(self) -> Collection[int]: ...
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's tokens, with the special tokens that the model's own tokenizer adds."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A prompt's tokens, with the special tokens that the model's own tokenizer adds around it."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
+        """A text's tokens and nothing around them; spellings of special tokens stay text."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """The chat template over `messages`, ready for the assistant's turn. ValueError where it refuses them."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
-    def detokenizer(self) -> DetokenizerLike: ...
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> DetokenizerLike: ...
 
     def stop_matcher(self, stop: Sequence[str]) -> StopMatcherLike: ...

@@ -7,27 +7,27 @@ new work 503 ── in-flight done or drain_timeout_s over ──► engine clos
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
+import socket
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
-from aiohttp import web
-
-from server.api.app import create_app, create_runner
+from server.api import sockets
+from server.api.access.control import AccessControl
+from server.api.access.keys import KeyFileError
 from server.api.banner import banner
+from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
+from server.api.params import Limits
 from server.api.state import ServerState
-from server.config import ServerConfig
+from server.config import ConfigError, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# How long handlers get to tell their clients that the engine is gone.
-_FAREWELL_S = 1.0
 _ENGINE_CLOSE_S = 10.0
 
 LoadText = Callable[[], tuple[TextLayerLike, str]]
@@ -37,6 +37,25 @@ T = TypeVar("T")
 
 class StartError(RuntimeError):
     """The server could not start; the message is one line for the person who typed the command."""
+
+
+class Signals:
+    """What signals mean to a server: the first SIGTERM or SIGINT drains, the second quits at once, SIGHUP reloads."""
+
+    def __init__(self, on_stop: Callable[[], None], on_reload: Callable[[], None]) -> None:
+        self.stop = asyncio.Event()
+        self.quit = asyncio.Event()
+        self._on_stop = on_stop
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.on_stop)
+        loop.add_signal_handler(signal.SIGHUP, on_reload)
+
+    def on_stop(self) -> None:
+        if self.stop.is_set():
+            self.quit.set()
+        self.stop.set()
+        self._on_stop()
 
 
 class Server:
@@ -51,57 +70,51 @@ class Server:
         self._config = config
         self._load_text = load_text
         self._say = say
-        self._stop = asyncio.Event()
-        self._quit = asyncio.Event()
-        name = config.served_model_name or config.engine.model
-        self.state = ServerState(config, engine, Metrics(version), version, name)
         self.url = ""
+        self.signals = Signals(self._on_stop, self._on_reload)
+        try:
+            access = AccessControl.from_file(config.api_keys)
+            name = config.served_model_name or config.engine.model
+            limits = Limits(max_body_bytes=config.max_body_bytes)
+            metrics = Metrics(version)
+            self.state = ServerState(config, engine, metrics, version, name, limits=limits, access=access)
+            self.state.reload = self.reload
+            self._front = Front(self.state)
+        except (KeyFileError, ConfigError) as error:
+            raise StartError(str(error)) from error
 
     async def run(self) -> None:
         """Serves until stopped. Raises StartError."""
-        runner = create_runner(create_app(self.state))
-        await runner.setup()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
         try:
-            self.url = await self._bind(runner)
-            if await self._start_unless_stopped():
-                await self._stop.wait()
+            self.url = await self._listen()
+            if await until_stopped(self._start(), self.signals.stop):
+                await self.signals.stop.wait()
                 await self._drain()
         finally:
-            await self._close(runner)
+            await self._close()
+
+    async def reload(self) -> Sequence[str]:
+        """What SIGHUP does. One line for each thing that stayed as it was because it is wrong."""
+        problem = self.state.access.reload()
+        return ([] if problem is None else [problem]) + self._front.reload()
 
     def stop(self) -> None:
-        """What a signal does: the first drains, the second quits at once."""
-        if self._stop.is_set():
-            self._quit.set()
-        self._stop.set()
+        """What SIGTERM does: the first time drain, the second time quit at once."""
+        self.signals.on_stop()
+
+    def _on_stop(self) -> None:
         self.state.draining = True
 
-    async def _bind(self, runner: web.AppRunner) -> str:
-        host, port = self._config.host, self._config.port
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise StartError(bind_failure(host, port, error)) from error
-        address = runner.addresses[0]
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        return f"http://{shown}:{address[1]}"
+    def _on_reload(self) -> None:
+        task = asyncio.ensure_future(self.reload())
+        task.add_done_callback(lambda done: done.result())
 
-    async def _start_unless_stopped(self) -> bool:
-        start = asyncio.create_task(self._start())
-        stop = asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if start.done():
-                start.result()
-                return True
-            return False
-        finally:
-            start.cancel()
-            stop.cancel()
-            await asyncio.gather(start, stop, return_exceptions=True)
+    async def _listen(self) -> str:
+        bound = bound_or_start_error(lambda: sockets.bind(self._config.host, self._config.port))
+        await self._front.listen(bound)
+        return sockets.url_of(
+            self._config.host, sockets.port_of(bound[0]), tls=self._config.tls_certificate is not None
+        )
 
     async def _start(self) -> None:
         state = self.state
@@ -110,7 +123,7 @@ class Server:
         # The engine's process imports its libraries while the model is looked up here.
         await state.engine.start()
         try:
-            state.text, name = await _on_daemon_thread(self._load_text)
+            state.text, name = await on_daemon_thread(self._load_text)
             state.model_name = self._config.served_model_name or name
             info = await state.engine.wait_ready()
         except ValueError as error:
@@ -123,33 +136,61 @@ class Server:
     async def _drain(self) -> None:
         state, timeout_s = self.state, self._config.drain_timeout_s
         if state.num_in_flight:
-            self._say(
-                f"Stopping: {state.num_in_flight} sequences get up to {timeout_s:g} s to finish; "
-                "another signal quits at once"
-            )
-        done = asyncio.create_task(self._wait_until_idle())
-        quit_now = asyncio.create_task(self._quit.wait())
-        await asyncio.wait({done, quit_now}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        done.cancel()
-        quit_now.cancel()
-        await asyncio.gather(done, quit_now, return_exceptions=True)
+            self._say(farewell(state.num_in_flight, timeout_s))
+        await first_of(self._wait_until_idle(), self.signals.quit.wait(), timeout_s=timeout_s)
 
     async def _wait_until_idle(self) -> None:
         await self.state.idle.wait()
         await self.state.engine.drain(self._config.drain_timeout_s)
 
-    async def _close(self, runner: web.AppRunner) -> None:
+    async def _close(self) -> None:
         """The engine goes first: handlers still at work learn it and can tell their clients."""
         try:
             await asyncio.wait_for(self.state.engine.close(), _ENGINE_CLOSE_S)
         except TimeoutError:
             logger.warning("the engine did not close within %g s", _ENGINE_CLOSE_S)
-        if not self._quit.is_set():
-            await asyncio.wait({asyncio.create_task(self.state.idle.wait())}, timeout=_FAREWELL_S)
-        await runner.cleanup()
+        await self._front.close(at_once=self.signals.quit.is_set())
 
 
-async def _on_daemon_thread(function: Callable[[], T]) -> T:
+def farewell(num_in_flight: int, timeout_s: float) -> str:
+    """What is said when a stop has to wait."""
+    return f"Stopping: {num_in_flight} sequences get up to {timeout_s:g} s to finish; another signal quits at once"
+
+
+def bound_or_start_error(bind: Callable[[], list[socket.socket]]) -> list[socket.socket]:
+    """Raises StartError where the address cannot be had."""
+    try:
+        return bind()
+    except OSError as error:
+        raise StartError(str(error)) from error
+
+
+async def until_stopped(start: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """Runs `start` to its end unless `stop` is set before; whether it ended. Raises what it raises."""
+    starting = asyncio.ensure_future(start)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            return True
+        return False
+    finally:
+        starting.cancel()
+        stopping.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+
+
+async def first_of(*coroutines: Coroutine[Any, Any, Any], timeout_s: float) -> None:
+    """Returns when one of them has ended or the time is over; the others are cancelled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def on_daemon_thread(function: Callable[[], T]) -> T:
     """Like `asyncio.to_thread`, but a download that hangs keeps nobody from leaving."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -172,12 +213,3 @@ async def _on_daemon_thread(function: Callable[[], T]) -> T:
 
     threading.Thread(target=work, name="load-text", daemon=True).start()
     return await future
-
-
-def bind_failure(host: str, port: int, error: OSError) -> str:
-    """One line on why the address cannot be had and what to do."""
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is in use; choose another with --port (0: any free port)"
-    if error.errno == errno.EACCES:
-        return f"port {port} on {host} needs privileges that this process does not have; choose one above 1023"
-    return f"cannot listen on {host}:{port}: {error.strerror or error}"

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import orjson
 from aiohttp import web
 
-from server.api.errors import as_api_error, invalid
+from server.api.access import body
+from server.api.access.access_log import Record, record_of
+from server.api.access.auth import ANONYMOUS, CALLER
+from server.api.choice_text import ChoiceText, Delta
+from server.api.chunks import ChunkWriter
+from server.api.echo import Echo
+from server.api.errors import as_api_error, request_timeout
 from server.api.formats import Choice, Format, Json, usage_of
-from server.api.generation import ChoiceText, Delta, merge, run_choice
+from server.api.generation import Generation, Part
 from server.api.interfaces import TextLayerLike
-from server.api.sse import EventStream
+from server.api.spec_metrics import spec_decoding_metrics
+from server.api.sse import DONE, EventStream, Flow, event
 from server.api.state import ServerState
 from server.core import Request
 
@@ -22,7 +31,8 @@ from server.core import Request
 class Job:
     """One client request, ready to run. `requests` are `n` a prompt, in the order of the choices' indices.
 
-    `arrival` is on the metrics' clock.
+    `arrival` is on the metrics' clock, `timeout_s` counts from there. `discard` drops what is generated. Of every
+    prompt's `n` choices the `num_returned` best are returned (None: all of them); those need log-probabilities.
     """
 
     request_id: str
@@ -33,72 +43,226 @@ class Job:
     stream: bool
     include_usage: bool
     arrival: float
+    timeout_s: float | None = None
+    skip_special_tokens: bool = True
+    annotate: bool = False
+    spec_metrics: str = "none"
+    discard: bool = False
+    num_returned: int | None = None
+    echoes: Sequence[Echo] = ()
 
 
-async def read_body(request: web.Request) -> bytes:
-    """Raises ApiError where the body is not announced as JSON, HTTPRequestEntityTooLarge where it is too long."""
-    if request.content_type != "application/json":
-        message = f"Content-Type {request.content_type!r} is not supported; use application/json."
-        raise invalid(message, code="invalid_content_type")
-    return await request.read()
+async def read_body(request: web.Request, state: ServerState) -> bytes:
+    """The body of a request that there is room for. Raises ApiError: 429 before that, then what is wrong."""
+    state.require_room()
+    return await body.read_body(request, state.limits.max_body_bytes, state.config.body_timeout_s)
 
 
 async def respond(request: web.Request, state: ServerState, text: TextLayerLike, job: Job) -> web.StreamResponse:
     """Admits the job, runs it and answers. However this is left, no request stays behind in the engine."""
-    with state.admit(len(job.requests)):
-        choices = [ChoiceText(i, engine_request, text, job.stop) for i, engine_request in enumerate(job.requests)]
-        state.metrics.prompt_tokens.inc(_num_prompt(job))
-        streams = [
-            run_choice(state.engine, engine_request, choice, state.metrics.choice_timer(job.arrival))
-            for engine_request, choice in zip(job.requests, choices, strict=True)
-        ]
-        async with aclosing(merge(streams)) as deltas:
-            if job.stream:
-                return await _stream(request, job, choices, deltas)
-            return await _whole(job, choices, deltas)
+    key = request.get(CALLER, ANONYMOUS).key
+    limiter = state.access.limiter
+    num_prompt = _num_prompt(job)
+    with state.admit(job.requests):
+        limiter.reserve(key, num_prompt)
+        parts = _parts(state, text, job)
+        state.metrics.prompt_tokens.inc(num_prompt)
+        answer = _Streamed(request, state, job, parts) if job.stream else _Whole(state, job, parts)
+        try:
+            async with _running(state, job, parts, answer.take) as generation:
+                return await answer.run(generation)
+        finally:
+            limiter.charge(key, sum(part.text.tally.num_completion for part in parts))
+            _note(record_of(request), state.model_name, job, parts)
+
+
+def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
+    """What the access log says of it."""
+    record.model = model
+    record.stream = job.stream
+    record.prompt_tokens = _num_prompt(job)
+    record.completion_tokens = sum(part.text.tally.num_completion for part in parts)
+    record.finish_reasons = [part.timer.reason.value for part in parts if part.timer.reason is not None]
+    ttft_s = min((part.timer.ttft_s for part in parts if part.timer.ttft_s is not None), default=None)
+    record.ttft_ms = None if ttft_s is None else ttft_s * 1e3
+
+
+def _parts(state: ServerState, text: TextLayerLike, job: Job) -> list[Part]:
+    return [
+        Part(
+            request,
+            ChoiceText(
+                index,
+                request,
+                text,
+                job.stop,
+                skip_special_tokens=job.skip_special_tokens,
+                annotate=job.annotate,
+                keep_steps=job.spec_metrics != "none",
+                discard=job.discard,
+            ),
+            state.metrics.choice_timer(job.arrival),
+        )
+        for index, request in enumerate(job.requests)
+    ]
+
+
+@asynccontextmanager
+async def _running(
+    state: ServerState, job: Job, parts: list[Part], emit: Callable[[Delta], None]
+) -> AsyncIterator[Generation]:
+    """The generation of a job, under its deadline."""
+    generation = Generation(state.engine, parts, emit)
+    deadline: asyncio.TimerHandle | None = None
+    if job.timeout_s is not None:
+        left = job.arrival + job.timeout_s - state.metrics.clock()
+        deadline = asyncio.get_running_loop().call_later(left, generation.fail, request_timeout(job.timeout_s))
+    try:
+        generation.start()
+        yield generation
+    finally:
+        if deadline is not None:
+            deadline.cancel()
+        generation.close()
 
 
 def _num_prompt(job: Job) -> int:
     return sum(len(request.prompt_ids) for request in job.requests[:: job.n])
 
 
-def _usage(job: Job, choices: list[ChoiceText]) -> Json:
+def _usage(job: Job, parts: list[Part]) -> Json:
     """Of a prompt with several choices the first tells what was cached: the others find what it has just left."""
-    num_cached = sum(choice.tally.num_cached for choice in choices[:: job.n])
-    return usage_of(_num_prompt(job), [choice.tally for choice in choices], num_cached)
+    num_cached = sum(part.text.tally.num_cached for part in parts[:: job.n])
+    return usage_of(_num_prompt(job), [part.text.tally for part in parts], num_cached)
 
 
-async def _whole(job: Job, choices: list[ChoiceText], deltas: AsyncGenerator[Delta, None]) -> web.Response:
-    parts: list[list[str]] = [[] for _ in choices]
-    wholes = [Choice() for _ in choices]
-    async for delta in deltas:
-        parts[delta.index].append(delta.text)
-        wholes[delta.index].logprobs.extend(delta.logprobs)
-        wholes[delta.index].finish_reason = delta.finish_reason
-    for whole, texts in zip(wholes, parts, strict=True):
-        whole.text = "".join(texts)
-    body = orjson.dumps(job.format.whole(wholes, _usage(job, choices)))
-    return web.Response(body=body, content_type="application/json", headers={"x-request-id": job.request_id})
+def _metrics(state: ServerState, job: Job, parts: list[Part]) -> Json:
+    """`metrics`, where asked for. They describe one sequence: null for several choices, as vLLM has it."""
+    if job.spec_metrics == "none":
+        return {}
+    info = state.engine.info
+    if len(parts) != 1 or info is None:
+        return {"metrics": None}
+    detailed = job.spec_metrics == "detailed"
+    tally = parts[0].text.tally
+    return {"metrics": {"speculative_decoding": spec_decoding_metrics(tally, info.max_draft_tokens, detailed=detailed)}}
 
 
-async def _stream(
-    request: web.Request, job: Job, choices: list[ChoiceText], deltas: AsyncGenerator[Delta, None]
-) -> web.StreamResponse:
-    """The first delta is awaited before the answer begins, so that an early failure still has its own status."""
-    first = await anext(deltas)
-    events = EventStream(request, {"x-request-id": job.request_id})
-    await events.open()
-    try:
-        openings = (job.format.opening(index) for index in range(len(choices)))
-        await events.send(*(opening for opening in openings if opening is not None), *job.format.chunk(first))
-        async for delta in deltas:
-            await events.send(*job.format.chunk(delta))
-    except ConnectionError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the status is sent already: whatever it is goes into the stream
-        await events.fail(as_api_error(error).body())
-        return events.response
-    if job.include_usage:
-        await events.send(job.format.usage_chunk(_usage(job, choices)))
-    await events.done()
-    return events.response
+class _Whole:
+    """Collects everything, then answers."""
+
+    def __init__(self, state: ServerState, job: Job, parts: list[Part]) -> None:
+        self._state = state
+        self._job = job
+        self._parts = parts
+        self._choices = [Choice() for _ in parts]
+        self._texts: list[list[str]] = [[] for _ in parts]
+
+    def take(self, delta: Delta) -> None:
+        self._texts[delta.index].append(delta.text)
+        self._choices[delta.index].take(delta)
+        if delta.prompt_logprobs is not None and self._job.echoes:
+            self._job.echoes[delta.index // self._job.n].score(delta.prompt_logprobs)
+
+    async def run(self, generation: Generation) -> web.Response:
+        await generation.wait()
+        for choice, texts in zip(self._choices, self._texts, strict=True):
+            choice.text = "".join(texts)
+        job = self._job
+        answer = job.format.whole(self._returned(), _usage(job, self._parts))
+        answer |= _metrics(self._state, job, self._parts)
+        return web.Response(body=orjson.dumps(answer), content_type="application/json")
+
+    def _returned(self) -> list[Choice]:
+        n, num_returned = self._job.n, self._job.num_returned
+        if num_returned is None:
+            return self._choices
+        best: list[Choice] = []
+        for start in range(0, len(self._choices), n):
+            best += sorted(self._choices[start : start + n], key=_mean_logprob, reverse=True)[:num_returned]
+        return best
+
+
+def _mean_logprob(choice: Choice) -> float:
+    """What `best_of` compares: the log-probability per token."""
+    if not choice.logprobs:
+        return -math.inf
+    return sum(entry.token.logprob for entry in choice.logprobs) / len(choice.logprobs)
+
+
+class _Streamed:
+    """Sends deltas as they come. The answer begins with the first one: an earlier failure has its own status."""
+
+    def __init__(self, request: web.Request, state: ServerState, job: Job, parts: list[Part]) -> None:
+        self._job = job
+        self._state = state
+        self._parts = parts
+        self._writer = ChunkWriter(job.format)
+        self._request = request
+        self._events: EventStream | None = None
+        self._begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._early: list[bytes] = []
+
+    def take(self, delta: Delta) -> None:
+        if delta.prompt_logprobs is not None and self._job.echoes:
+            self._job.echoes[delta.index // self._job.n].score(delta.prompt_logprobs)
+        if delta.finish_reason is not None and self._job.spec_metrics != "none" and not self._job.include_usage:
+            data = self._last_chunk(delta)
+        else:
+            data = self._writer.chunk(delta)
+        if not data:
+            return
+        if self._events is not None:
+            self._events.push(data, len(delta.token_ids))
+            return
+        self._early.append(data)
+        self._begin()
+
+    def _last_chunk(self, delta: Delta) -> bytes:
+        chunks = self._job.format.chunk(delta)
+        chunks[-1] |= _metrics(self._state, self._job, self._parts)
+        return b"".join(map(event, chunks))
+
+    def _begin(self) -> None:
+        if not self._begun.done():
+            self._begun.set_result(None)
+
+    async def run(self, generation: Generation) -> web.StreamResponse:
+        job, state = self._job, self._state
+        generation.on_end(self._begin)
+        await self._begun
+        if not self._early:  # it failed before there was anything to send
+            await generation.wait()
+        flow = Flow(
+            state.config.stream_buffer_tokens,
+            state.config.stall_timeout_s,
+            generation.hold,
+            generation.resume,
+            state.metrics.slow_clients_dropped.inc,
+        )
+        events = EventStream(self._request, {}, flow)
+        try:
+            openings = [job.format.opening(index) for index in range(len(self._parts))]
+            first = b"".join([event(opening) for opening in openings if opening is not None] + self._early)
+            self._events = events
+            await events.open(first)
+            await events.finish(await self._ending(generation))
+            return events.response
+        finally:
+            events.close()
+
+    async def _ending(self, generation: Generation) -> bytes:
+        """The last events: usage and `[DONE]`, or the error that ended the stream, after which nothing comes."""
+        job = self._job
+        try:
+            await generation.wait()
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the status is sent already: whatever it is goes into the stream
+            told = as_api_error(error)
+            record_of(self._request).error_code = told.code or told.type
+            return event(told.body())
+        if not job.include_usage:
+            return DONE
+        usage = job.format.usage_chunk(_usage(job, self._parts)) | _metrics(self._state, job, self._parts)
+        return event(usage) + DONE

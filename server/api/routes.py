@@ -10,13 +10,14 @@ from aiohttp import web
 
 from server.api.errors import RETRY_AFTER_S, model_not_found
 from server.api.state import STATE, ServerState
+from server.engine.messages import EngineStats
 from server.telemetry import metrics
 
 INDEX = """Outpace {version}: an OpenAI-compatible server with lossless speculative decoding.
 
-POST /v1/chat/completions  POST /v1/completions
+POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{{id}}
-GET  /health  /ready  /version  /server_info  /metrics
+GET  /health  /ready  /version  /server_info  /metrics  /openapi.json
 """
 
 
@@ -63,13 +64,24 @@ async def server_info(request: web.Request) -> web.Response:
             "engine": None if info is None else asdict(info),
             "stats": asdict(state.engine.stats),
             "num_engine_restarts": state.engine.num_restarts,
+            "internal_states": [{"avg_spec_accept_length": accept_length(state.engine.stats)}],
         }
     )
 
 
+def accept_length(stats: EngineStats) -> float | None:
+    """Tokens that a sequence gained by a verify step with drafts, the bonus token included; None before the first.
+
+    Where SGLang's benchmarks look for it (`internal_states[0].avg_spec_accept_length`).
+    """
+    num_verified = sum(stats.drafted_per_position[:1])  # a step of a sequence that drafted at all has a first draft
+    return 1 + sum(stats.accepted_per_position) / num_verified if num_verified else None
+
+
 async def scrape(request: web.Request) -> web.Response:
     """Prometheus' text format."""
-    body = request.app[STATE].metrics.render()
+    state = request.app[STATE]
+    body = state.metrics.render() if state.scrape is None else await state.scrape()
     return web.Response(body=body, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 

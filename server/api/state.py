@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from server.api.errors import engine_unavailable, model_not_found, queue_full
+from server.api.access.control import AccessControl
+from server.api.access.counters import SharedCounts
+from server.api.errors import engine_unavailable, model_not_found, queue_full, queue_full_of_tokens
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
 from server.config import ServerConfig
+from server.core import Request
 from server.engine.messages import EngineInfo
 from server.telemetry.metrics import Metrics
 
@@ -23,7 +26,9 @@ from server.telemetry.metrics import Metrics
 class ServerState:
     """`text` is None until it is loaded, `progress` says what start-up is doing, `draining` refuses new work.
 
-    `num_in_flight` counts engine requests; `idle` is set while there are none.
+    `num_in_flight` counts engine requests of this process; `idle` is set while there are none. `counts` has those of
+    all API processes. `scrape` renders the whole server's metrics, `reload` does what SIGHUP does and gives one line
+    for each thing that stayed as it was because it is wrong; where this process is not the only one both ask the owner.
     """
 
     config: ServerConfig
@@ -31,6 +36,10 @@ class ServerState:
     metrics: Metrics
     version: str
     model_name: str
+    access: AccessControl = field(default_factory=AccessControl)
+    counts: SharedCounts = field(default_factory=SharedCounts)
+    scrape: Callable[[], Awaitable[bytes]] | None = None
+    reload: Callable[[], Awaitable[Sequence[str]]] | None = None
     text: TextLayerLike | None = None
     limits: Limits = field(default_factory=Limits)
     progress: str = "starting"
@@ -74,25 +83,44 @@ class ServerState:
         if model is not None and model not in (self.model_name, self.config.engine.model):
             raise model_not_found(model)
 
-    @contextmanager
-    def admit(self, num_choices: int) -> Iterator[None]:
-        """Holds places for this many engine requests. Raises ApiError 429 where the queue would overflow.
-
-        The engine's own count is one step old, so what was handed to it since is counted here as well.
-        """
+    def require_room(self, num_choices: int = 1) -> None:
+        """Raises ApiError 429 where the queue is full; cheap enough to be asked before a body is read."""
         config = self.config.engine
-        num_waiting = max(self.engine.stats.num_waiting, self.num_in_flight - config.max_num_seqs)
-        room = config.max_num_seqs + config.max_waiting - self.num_in_flight
-        if num_waiting >= config.max_waiting or num_choices > room:
-            raise queue_full(num_waiting, config.max_waiting)
-        self.num_in_flight += num_choices
+        num_in_flight = self.counts.total()[0]
+        if num_in_flight + num_choices > config.max_num_seqs + config.max_waiting:
+            raise queue_full(max(0, num_in_flight - config.max_num_seqs), config.max_waiting)
+
+    @contextmanager
+    def admit(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Holds places for these engine requests. Raises ApiError 429 where the queue would overflow.
+
+        The bounds are those of the engine's queue, counted here: its own answer would have to wait for a step. What
+        runs fits the KV cache, so prompts beyond that many tokens wait.
+        """
+        self.require_room(len(requests))
+        num_tokens = sum(len(request.prompt_ids) for request in requests)
+        limit = self._max_prompt_tokens
+        in_flight_tokens = self.counts.total()[1]
+        if limit is not None and in_flight_tokens and in_flight_tokens + num_tokens > limit:
+            raise queue_full_of_tokens(in_flight_tokens, num_tokens, limit)
+        self.num_in_flight += len(requests)
+        self.counts.add(len(requests), num_tokens)
         self.idle.clear()
         try:
             yield
         finally:
-            self.num_in_flight -= num_choices
+            self.num_in_flight -= len(requests)
+            self.counts.add(-len(requests), -num_tokens)
             if self.num_in_flight == 0:
                 self.idle.set()
+
+    @property
+    def _max_prompt_tokens(self) -> int | None:
+        info = self.engine.info
+        if info is None:
+            return None
+        waiting = self.config.engine.max_waiting_tokens
+        return info.kv_cache_tokens + (8 * info.kv_cache_tokens if waiting is None else waiting)
 
 
 STATE: web.AppKey[ServerState] = web.AppKey("state", ServerState)

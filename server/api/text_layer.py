@@ -29,19 +29,24 @@ class TextLayer:
     def eos_token_ids(self) -> Collection[int]:
         return self.tokenizer.eos_token_ids
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=True)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, allow_special=False)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         if isinstance(self._template, ChatTemplateError):
             raise ChatTemplateError(str(self._template))
-        return chat_template.encode_chat(self.tokenizer, self._template, messages)
+        return chat_template.encode_chat(
+            self.tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.tokenizer)
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        return Detokenizer(self.tokenizer, skip_special_tokens=skip_special_tokens)
 
     def stop_matcher(self, stop: Sequence[str]) -> StopMatcher:
         return StopMatcher(stop)

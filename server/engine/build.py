@@ -16,10 +16,10 @@ from draft_models.suffix import SuffixDrafter
 from server.config import ConfigError, EngineConfig
 from server.engine.core import EngineCore
 from server.engine.costs import load_or_measure
+from server.engine.limits import Limits
 from server.engine.memory import plan_memory
 from server.engine.messages import EngineInfo
 from server.engine.runner import Runner, RunnerShape
-from server.engine.scheduler import Limits
 from server.engine.speculation import Speculation
 from server.models.base import TargetModel
 from server.models.loader import load_model, pick_device, pick_dtype
@@ -31,6 +31,8 @@ CPU_BATCHED_TOKENS = 256
 GPU_BATCHED_TOKENS = 2048
 """Default budget of a prefill step: on two CPU cores 256 tokens of a 135M model stall decoding for a third of a
 second."""
+WAITING_KV_CACHES = 8
+"""Default bound of the prompts that wait, in full KV caches."""
 
 
 def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo]:
@@ -62,7 +64,14 @@ def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo
     costs = load_or_measure(runner, source, say) if drafter is not None and config.adaptive else None
     trims = runner.ragged and drafter is not None and not drafter.has_distribution
     speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0, trims)
-    core = EngineCore(runner, limits, speculation, _eos(source) or model.eos_token_ids, config.max_waiting)
+    core = EngineCore(
+        runner,
+        limits,
+        speculation,
+        _eos(source) or model.eos_token_ids,
+        config.max_waiting,
+        config.max_waiting_tokens or WAITING_KV_CACHES * limits.kv_tokens,
+    )
     info = EngineInfo(
         model=source.name,
         architecture=model.architecture,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
+from server.engine.limits import Limits
 from server.engine.messages import EngineStats
 from server.engine.result import StepResult
 from server.engine.runner import Runner
-from server.engine.scheduler import Limits, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence, end_ids
 from server.engine.speculation import Speculation
 
 
 class EngineCore:
     """Scheduler, runner and draft-length control in one place. Not thread-safe.
 
-    `eos_token_ids` end a sequence unless its request ignores them.
+    `eos_token_ids` end a sequence unless its request ignores them. Beyond those that a slot is free for, at most
+    `max_waiting` requests wait, and prompts of `max_waiting_tokens` tokens in all (None: any number). `on_started` is
+    called before a step with the ids of requests that hold a slot for the first time.
     """
 
     def __init__(
@@ -27,12 +30,16 @@ class EngineCore:
         speculation: Speculation,
         eos_token_ids: Iterable[int],
         max_waiting: int = 1024,
+        max_waiting_tokens: int | None = None,
     ) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(limits)
+        self._eos = frozenset(t for t in eos_token_ids if 0 <= t < runner.model.vocab_size)
+        self.scheduler = Scheduler(limits, self._eos)
         self.speculation = speculation
         self.max_waiting = max_waiting
-        self._eos = frozenset(eos_token_ids)
+        self.max_waiting_tokens = max_waiting_tokens
+        self.on_started: Callable[[list[str]], None] | None = None
+        self._started: list[str] = []
         self._num_steps = 0
         self._num_emitted = 0
         runner.trim = speculation.trim
@@ -48,15 +55,35 @@ class EngineCore:
         return None
 
     def _invalid(self, request: Request) -> str | None:
-        if len(self.scheduler.waiting) >= self.max_waiting + self.scheduler.slots.num_free:
+        return self._overload(request) or self._bad_length(request) or self._bad_token(request)
+
+    def _overload(self, request: Request) -> str | None:
+        waiting, num_free = self.scheduler.waiting, self.scheduler.slots.num_free
+        if len(waiting) >= self.max_waiting + num_free:
             return f"the queue is full ({self.max_waiting} requests wait)"
+        most = self.max_waiting_tokens
+        if most is not None and len(waiting) >= num_free and waiting.num_tokens + len(request.prompt_ids) > most:
+            return f"the queue is full (prompts of {waiting.num_tokens} tokens wait, at most {most} may)"
+        return None
+
+    def _bad_length(self, request: Request) -> str | None:
         if request.max_tokens < 1:
             return f"max_tokens: {request.max_tokens} is not valid; use 1 or more"
+        if not 0 <= request.min_tokens <= request.max_tokens:
+            return f"min_tokens: {request.min_tokens} is not valid; use 0 to max_tokens ({request.max_tokens})"
         size = self.runner.model.vocab_size
-        bad = next((t for t in request.prompt_ids if not 0 <= t < size), None)
-        if bad is None:
-            bad = next((t for t in request.sampling.logit_bias if not 0 <= t < size), None)
-        return None if bad is None else f"token id {bad} is out of range; use 0 to {size - 1}"
+        if request.min_tokens and len(end_ids(request, self._eos)) >= size:
+            return f"min_tokens: nothing could be sampled, since each of the {size} tokens ends the answer"
+        return None
+
+    def _bad_token(self, request: Request) -> str | None:
+        size = self.runner.model.vocab_size
+        prediction = request.prediction_ids[: self.scheduler.limits.max_model_len]  # no more is ever looked at
+        for ids in (request.prompt_ids, request.sampling.logit_bias, request.stop_token_ids, prediction):
+            bad = next((t for t in ids if not 0 <= t < size), None)
+            if bad is not None:
+                return f"token id {bad} is out of range; use 0 to {size - 1}"
+        return None
 
     def abort(self, request_id: str) -> None:
         """Ends a request within the current step; unknown ids are ignored (it may just have finished)."""
@@ -65,8 +92,23 @@ class EngineCore:
             self.scheduler.finish(seq)
             self._apply_host_events()
 
+    def hold(self, request_id: str) -> None:
+        """Suspends a request until `resume`: it gives up its slot and blocks, or its place in the queue.
+
+        What it says is the same as without. Unknown ids are ignored; holding twice is holding once.
+        """
+        seq = self.scheduler.by_id.get(request_id)
+        if seq is not None:
+            self.scheduler.hold(seq)
+            self._apply_host_events()
+
+    def resume(self, request_id: str) -> None:
+        """A held request waits again, before all others of its tenant; other ids are ignored."""
+        self.scheduler.resume(request_id)
+
     @property
     def has_work(self) -> bool:
+        """Whether a step has anything to do; held requests are no work."""
         return self.scheduler.has_work
 
     # -- steps ---------------------------------------------------------------------------------------------
@@ -75,6 +117,7 @@ class EngineCore:
         """Runs one step, if there is something to run, and says what it emitted."""
         scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens)
         self._apply_host_events()
+        self._tell_started()
         if scheduled is None:
             return []
         plan, sequences = scheduled
@@ -91,13 +134,22 @@ class EngineCore:
 
     def _apply_host_events(self) -> None:
         """Slots change hands: releases first, since an admission may take a slot that was just given up."""
-        for slot in self.scheduler.released:
-            self.runner.release(slot)
+        for slot, complete in self.scheduler.released.items():
+            self.runner.release(slot, complete)
         self.scheduler.released.clear()
         for seq in self.scheduler.admitted:
             if seq.running:
                 self.runner.admit(seq)
+                if not seq.started:
+                    seq.started = True
+                    self._started.append(seq.request.request_id)
         self.scheduler.admitted.clear()
+
+    def _tell_started(self) -> None:
+        if self._started:
+            started, self._started = self._started, []
+            if self.on_started is not None:
+                self.on_started(started)
 
     def _publish(self, plan: StepPlan, sequences: list[Sequence], result: StepResult) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -105,6 +157,8 @@ class EngineCore:
             if result.broken[i]:
                 outputs.append(self._fail(seq))
                 continue
+            if result.prompt_logprobs is not None and seq.prompt_logprobs is not None:
+                seq.prompt_logprobs += result.prompt_logprobs[i]
             emitted, reason = self._cut(seq, result.emitted[i])
             num_run = len(emitted) if plan.phase is Phase.VERIFY else row.num_tokens
             self.scheduler.commit(seq, num_run, emitted)
@@ -112,10 +166,10 @@ class EngineCore:
                 continue
             self._num_emitted += len(emitted)
             outputs.append(self._output(seq, emitted, reason, result, i))
-            if reason is not None:
-                self.scheduler.finish(seq)
-            elif self.runner.drafter is not None:
+            if self.runner.drafter is not None:
                 self.runner.drafter.observe(seq.slot, emitted)
+            if reason is not None:
+                self.scheduler.finish(seq, complete=True)
         return outputs
 
     def _fail(self, seq: Sequence) -> StepOutput:
@@ -129,10 +183,9 @@ class EngineCore:
 
     def _cut(self, seq: Sequence, emitted: list[int]) -> tuple[list[int], FinishReason | None]:
         """What of the emitted tokens stands: up to the first stop token, at most what is left to emit."""
-        stops = seq.request.stop_token_ids
-        left = seq.num_left
+        ends, left = seq.ends, seq.num_left
         for i, token in enumerate(emitted[:left]):
-            if token in stops or (token in self._eos and not seq.request.ignore_eos):
+            if token in ends:
                 return emitted[: i + 1], FinishReason.STOP
         return emitted[:left], FinishReason.LENGTH if len(emitted) >= left else None
 
@@ -142,6 +195,7 @@ class EngineCore:
         logprobs = result.logprobs[i]
         cached = None if seq.announced else seq.num_cached
         seq.announced = True
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         return StepOutput(
             seq.request.request_id,
             emitted,
@@ -150,6 +204,7 @@ class EngineCore:
             result.num_drafted[i],
             min(result.num_accepted[i], len(emitted)),  # a stop token may cut accepted drafts off
             cached,
+            prompt_logprobs=prompt_logprobs,
         )
 
     # -- the rest ------------------------------------------------------------------------------------------
@@ -159,6 +214,8 @@ class EngineCore:
         return EngineStats(
             num_running=len(s.running),
             num_waiting=len(s.waiting),
+            num_held=len(s.held),
+            num_waiting_tokens=s.waiting.num_tokens,
             kv_blocks_used=s.pool.num_used,
             kv_blocks_total=s.limits.num_blocks - 1,
             num_steps=self._num_steps,

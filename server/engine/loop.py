@@ -10,7 +10,7 @@ import zmq
 
 from server.core import Request, StepOutput
 from server.engine.core import EngineCore
-from server.engine.kinds import ABORT, FRAME, HELLO, INFO, STOP, SUBMIT
+from server.engine.kinds import ABORT, FRAME, GONE, HELLO, HOLD, INFO, PING, PONG, RESUME, STOP, SUBMIT
 from server.engine.messages import EngineFrame, EngineInfo
 
 log = logging.getLogger("outpace.engine")
@@ -32,6 +32,7 @@ class EngineLoop:
         self._decode = msgspec.msgpack.Decoder(Request).decode
         self._parent = parent
         self._stopping = False
+        core.on_started = self._send_started
 
     def run(self) -> None:
         """Until a STOP arrives or the parent process is gone."""
@@ -68,6 +69,14 @@ class EngineLoop:
             self._clients.add(identity)
             self.socket.send_multipart([identity, INFO, self._encode(self.info)])
             self.socket.send_multipart([identity, FRAME, self._encode(EngineFrame([], self.core.stats()))])
+        elif kind == HOLD:
+            self.core.hold(payload.decode())
+        elif kind == RESUME:
+            self.core.resume(payload.decode())
+        elif kind == PING:
+            self.socket.send_multipart([identity, PONG, self._encode(self.core.stats())])
+        elif kind == GONE:
+            self._forget_client(payload)
         elif kind == STOP:
             self._stopping = True
         else:
@@ -81,6 +90,26 @@ class EngineLoop:
         else:
             frame = EngineFrame([refused], self.core.stats())
             self.socket.send_multipart([identity, FRAME, self._encode(frame)])
+
+    def _forget_client(self, identity: bytes) -> None:
+        """Its process is gone: nobody reads what its requests generate."""
+        self._clients.discard(identity)
+        for request_id in [r for r, owner in self._owner.items() if owner == identity]:
+            del self._owner[request_id]
+            self.core.abort(request_id)
+        self._send_stats()
+
+    def _send_started(self, request_ids: list[str]) -> None:
+        """Before their first step, which may be the last thing that this process does."""
+        by_client: dict[bytes, list[str]] = {}
+        for request_id in request_ids:
+            owner = self._owner.get(request_id)
+            if owner is not None:
+                by_client.setdefault(owner, []).append(request_id)
+        stats = self.core.stats()
+        for identity, mine in by_client.items():
+            frame = self._encode(EngineFrame([], stats, mine))
+            self.socket.send_multipart([identity, FRAME, frame])
 
     def _send(self, outputs: list[StepOutput]) -> None:
         """One frame a client; every client gets the stats."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ def main() -> int:
     endpoint, parent = sys.argv[1], os.getppid()
     verdict = _own_stdout()
     _die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the supervisor's last question to an engine that hangs: where?
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")

@@ -17,7 +17,8 @@ class StepResult:
     """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
 
     `num_tokens_run` counts the tokens that went through the target; `draft_ms` is the host's time for drafting.
-    `broken` marks rows whose logits are not finite: nothing they emitted means anything.
+    `broken` marks rows whose logits are not finite: nothing they emitted means anything. `prompt_logprobs` are of the
+    next prompt tokens that were to be scored, row by row (None: no row has any).
     """
 
     emitted: list[list[int]]
@@ -28,6 +29,7 @@ class StepResult:
     broken: list[bool]
     num_tokens_run: int
     draft_ms: float = 0.0
+    prompt_logprobs: list[list[TokenLogprobs]] | None = None
 
     @staticmethod
     def silent(num_rows: int, num_tokens_run: int) -> StepResult:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from draft_models.protocol import Drafter
 from server.core import Phase, StepPlan
+from server.engine.prompt_logprobs import add_scores, positions, to_score
 from server.engine.result import StepResult, to_host
 from server.engine.sequence import Sequence
 from server.models.attention import AttentionBatch
@@ -82,9 +83,12 @@ class Runner:
         self.state.num_tokens[slot] = seq.num_tokens
         self.state.prompt_len[slot] = seq.prompt_len
         self._synced[slot] = 0
-        self.sampling.set(slot, seq.request.sampling, seq.request.choice)
+        request = seq.request
+        early = seq.num_emitted < request.min_tokens
+        self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
         if self.drafter is not None:
-            self.drafter.admit(slot, seq.token_ids, seq.prompt_len)
+            prediction = request.prediction_ids[: self.shape.max_model_len]
+            self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN."""
@@ -93,18 +97,25 @@ class Runner:
             for block in blocks:
                 pool[block * size : (block + 1) * size].zero_()
 
-    def release(self, slot: int) -> None:
-        """The slot is free: nothing of its last owner may be seen by the next."""
+    def release(self, slot: int, complete: bool = False) -> None:
+        """The slot is free: nothing of its last owner may be seen by the next.
+
+        `complete` says that the owner's answer came to its natural end.
+        """
         self.block_tables[slot] = 0
         self.sampling.clear(slot)
         if self.drafter is not None:
-            self.drafter.release(slot)
+            self.drafter.release(slot, complete)
 
     # -- a step --------------------------------------------------------------------------------------------
 
     def step(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         """Runs `plan`; `sequences` are its rows' owners. The host state is not touched."""
         self._sync_tables(sequences)
+        if self.sampling.early_slots:
+            for seq in sequences:
+                if seq.slot in self.sampling.early_slots and seq.num_emitted >= seq.request.min_tokens:
+                    self.sampling.end_freely(seq.slot)
         if plan.phase is Phase.PREFILL:
             return self._prefill(plan, sequences)
         carry = self._carry(plan, sequences)
@@ -128,7 +139,10 @@ class Runner:
         sampling = [i for i, row in enumerate(plan.rows) if row.samples]
         batch = self._ragged(spans, len(token_ids))
         token_ids = token_ids.to(self.device, non_blocking=True)
-        logits, features = self._forward(token_ids, batch, ends[sampling].to(self.device, non_blocking=True))
+        at, scored = ends[sampling], to_score(plan.rows, sequences)
+        if scored:
+            at = torch.cat([at, positions(scored, plan.rows, ends)])
+        logits, features = self._forward(token_ids, batch, at.to(self.device, non_blocking=True))
         carry = self._carry(plan, sequences)
         if features is not None:
             self._remember(carry, features[ends.to(self.device, non_blocking=True)])
@@ -138,6 +152,9 @@ class Runner:
             wanted = None if features is None else features[:num]
             self.drafter.prefill(carry, token_ids, batch.positions[:num], rows, wanted)
         result = StepResult.silent(len(chunks), len(token_ids))
+        if scored:
+            logits, prompt = logits[: len(sampling)], logits[len(sampling) :]
+            add_scores(result, scored, sequences, prompt)
         if sampling:
             done = [sequences[i] for i in sampling]
             carry = self._carry(StepPlan(plan.phase, [plan.rows[i] for i in sampling]), done)
@@ -146,7 +163,7 @@ class Runner:
             decided = self._decide(carry, drafts, layout, logits, done, None, verifying=False)
             for i, row in enumerate(sampling):
                 result.emitted[row], result.logprobs[row] = decided.emitted[i], decided.logprobs[i]
-                result.broken[row] = decided.broken[i]
+                result.broken[row] |= decided.broken[i]
         return result
 
     def _carry(self, plan: StepPlan, sequences: list[Sequence]) -> Carry:

@@ -1,37 +1,26 @@
 """Decides what runs next: admission, prompt chunks, verify batches, preemption. Pure bookkeeping, no tensors.
 
-First come, first served. Prompt chunks and verify steps alternate while both have work, so a long prompt never stalls
-decoding for longer than one token budget. When blocks run out, those held for drafts are taken back first; then the
-youngest running sequence gives up its own and is computed anew later.
+Who is admitted next is the waiting queue's choice (`server.engine.waiting`); who would fit better does not overtake it.
+Prompt chunks and verify steps alternate while both have work, so a long prompt never stalls decoding for longer than
+one token budget. When blocks run out, those held for drafts are taken back first; then the youngest running sequence
+gives up its own and is computed anew later.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.core import Phase, Request, RowPlan, StepPlan
 from server.engine.blocks import BlockPool
+from server.engine.limits import Limits
 from server.engine.prefix_cache import ROOT, PrefixCache, block_key
 from server.engine.sequence import Sequence
 from server.engine.slots import SlotPool
+from server.engine.waiting import WaitingQueue
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one engine can hold; `num_blocks` counts the null block."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-    prefix_cache: bool = True
-
-    @property
-    def kv_tokens(self) -> int:
-        return (self.num_blocks - 1) * self.block_size
+PROMPT_LOGPROB_ROWS = 256
+"""Most prompt positions whose logits a step keeps, all rows together: they are as wide as the vocabulary."""
 
 
 @dataclass(slots=True)
@@ -48,58 +37,67 @@ DraftTokens = Callable[[int, int], int]
 
 
 class Scheduler:
-    """Owns every sequence from submission to its end. `plan` and `sequences` pair up by row."""
+    """Owns every sequence from submission to its end: it waits, runs, or is held back.
 
-    def __init__(self, limits: Limits) -> None:
+    `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their place;
+    of a slot, whether its sequence had come to its natural end.
+    """
+
+    def __init__(self, limits: Limits, eos_token_ids: Iterable[int] = ()) -> None:
         self.limits = limits
         self.cache = PrefixCache(limits.block_size, limits.prefix_cache)
         self.pool = BlockPool(limits.num_blocks, on_evict=self.cache.forget)
         self.slots = SlotPool(limits.max_num_seqs)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self.held: dict[str, Sequence] = {}
         self.by_id: dict[str, Sequence] = {}
         self.admitted: list[Sequence] = []
-        self.released: list[int] = []
+        self.released: dict[int, bool] = {}
         self.counters = Counters()
+        self._eos = frozenset(eos_token_ids)
         self._last_phase = Phase.VERIFY
         self._last_drafts = 1  # 0: drafting is paused, and prompts are not run through the drafter either
 
     # -- requests ------------------------------------------------------------------------------------------
 
     def refusal(self, request: Request) -> str | None:
-        """Why this request can never run, or None."""
-        need = len(request.prompt_ids) + request.max_tokens
-        if not request.prompt_ids:
-            return "the prompt is empty; send at least one token"
-        if need > self.limits.max_model_len:
-            return (
-                f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.max_tokens}) make {need}, "
-                f"more than the model's context of {self.limits.max_model_len} tokens"
-            )
-        if need > self.limits.kv_tokens:
-            return (
-                f"prompt ({len(request.prompt_ids)} tokens) and max_tokens ({request.max_tokens}) make {need}, "
-                f"more than the whole KV cache of {self.limits.kv_tokens} tokens; start the server with a larger one "
-                "or ask for less"
-            )
+        """Why this request can not be taken, or None."""
         if request.request_id in self.by_id:
             return f"request id {request.request_id!r} is in use"
-        return None
+        return self.limits.refusal(request)
 
     def submit(self, request: Request) -> None:
         """Queues a request that `refusal` lets through."""
-        seq = Sequence.of(request)
+        seq = Sequence.of(request, self._eos)
         self.by_id[request.request_id] = seq
         self.waiting.append(seq)
 
-    def finish(self, seq: Sequence) -> None:
-        """Ends a sequence in whatever state it is; its slot and blocks are free at once."""
+    def finish(self, seq: Sequence, complete: bool = False) -> None:
+        """Ends a sequence in whatever state it is; its slot and blocks are free at once.
+
+        `complete`: it said all it had to say, rather than being stopped from outside.
+        """
         del self.by_id[seq.request.request_id]
+        self._withdraw(seq, complete)
+
+    def _withdraw(self, seq: Sequence, complete: bool = False) -> None:
         if seq.running:
             self.running.remove(seq)
-            self._give_up(seq)
-        else:
+            self._give_up(seq, complete)
+        elif self.held.pop(seq.request.request_id, None) is None:
             self.waiting.remove(seq)
+
+    def hold(self, seq: Sequence) -> None:
+        """Takes a sequence out of the way until `resume`: it gives up its place and is computed anew later."""
+        self._withdraw(seq)
+        self.held[seq.request.request_id] = seq
+
+    def resume(self, request_id: str) -> None:
+        """A held sequence waits again, before all others of its tenant; other ids are ignored."""
+        seq = self.held.pop(request_id, None)
+        if seq is not None:
+            self.waiting.append_front(seq)
 
     def condemn(self, seq: Sequence) -> list[int]:
         """Ends a running sequence whose content is not to be trusted: none of its blocks can be found again.
@@ -120,10 +118,9 @@ class Scheduler:
     # -- a step --------------------------------------------------------------------------------------------
 
     def schedule(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
-        """The next step, or None if nothing can run. `draft_tokens` is asked for a verify step once its rows are known.
+        """The next step, or None if nothing can run; its rows and the sequences pair up.
 
-        `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their
-        place.
+        `draft_tokens` is asked for a verify step once its rows are known.
         """
         self._admit()
         prefilling = [s for s in self.running if not s.decoding]
@@ -142,8 +139,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and self.slots.num_free:
-            seq = self.waiting[0]
-            blocks, keys = self.cache.match(seq.token_ids, seq.num_tokens - 1)
+            seq = self.waiting.peek()
+            blocks, keys = self.cache.match(seq.token_ids, seq.num_reusable)
             if self._being_computed(seq, len(blocks) * self.limits.block_size):
                 return
             revived = sum(self.pool.refs(b) == 0 for b in blocks)
@@ -151,15 +148,17 @@ class Scheduler:
             headroom = len(self.running)  # each running sequence may need one more block at its next step
             if needed + revived + (headroom if self.running else 0) > self.pool.num_free:
                 return
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             for block in blocks:
                 self.pool.acquire(block)
                 seq.add_block(block)
             seq.keys = keys
             seq.num_computed = len(blocks) * self.limits.block_size
-            if not seq.announced:
+            if not seq.admitted:  # else the blocks are its own, and what it computes again it paid for
+                seq.admitted = True
                 seq.num_cached = seq.num_computed
                 self.counters.num_cached_tokens += seq.num_computed
+                self.waiting.charge(seq, seq.num_tokens - seq.num_computed)
             self._reserve(seq, seq.num_tokens)
             seq.slot = self.slots.acquire()
             self.running.append(seq)
@@ -171,19 +170,22 @@ class Scheduler:
         `n` choices of one prompt arrive together; without this each would compute the prompt anew.
         """
         end = known + self.limits.block_size
-        if not self.limits.prefix_cache or end > seq.num_tokens - 1:
+        if not self.limits.prefix_cache or end > seq.num_reusable:
             return False
         wanted = seq.token_ids[:end]
         return any(r.num_computed < end and r.num_tokens > end and r.token_ids[:end] == wanted for r in self.running)
 
     def _plan_prefill(self, prefilling: list[Sequence]) -> tuple[StepPlan, list[Sequence]]:
-        budget = self.limits.max_num_batched_tokens
+        budget, scored = self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS
         rows: list[RowPlan] = []
         sequences: list[Sequence] = []
         for seq in prefilling:
             chunk = min(budget, seq.num_tokens - seq.num_computed)
+            if seq.scoring:
+                chunk = min(chunk, scored)
+                scored -= chunk
             if chunk == 0:
-                break
+                continue
             budget -= chunk
             last = seq.num_computed + chunk == seq.num_tokens
             rows.append(RowPlan(seq.slot, seq.num_computed, chunk, samples=last))
@@ -197,7 +199,9 @@ class Scheduler:
             while seq.running and seq.decoding and not self._try_reserve(seq, seq.num_tokens):
                 if self._take_back_draft_blocks():
                     continue
-                self._preempt_youngest()  # never one before `seq` in this order; at worst `seq` itself
+                self.preempt(
+                    self.running[-1]
+                )  # the youngest; never one before `seq` in this order; at worst `seq` itself
             if seq.running and seq.decoding:
                 sequences.append(seq)
         if not sequences:
@@ -231,7 +235,9 @@ class Scheduler:
         """A step ran `num_run` committed tokens of `seq` (chunk, or last token and accepted drafts) and emitted
         these."""
         seq.num_computed += num_run
-        seq.token_ids.extend(emitted)
+        if emitted:
+            seq.token_ids.extend(emitted)
+            self.waiting.charge(seq, len(emitted))
         size = self.limits.block_size
         while (len(seq.keys) + 1) * size <= seq.num_computed:
             i = len(seq.keys)
@@ -266,16 +272,12 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's place away; it is computed anew when it is admitted again, before all others."""
-        self.running.remove(seq)
-        self._give_up(seq)
-        self.waiting.appendleft(seq)
+        self._withdraw(seq)
+        self.waiting.append_first(seq)
         self.counters.num_preemptions += 1
 
-    def _preempt_youngest(self) -> None:
-        self.preempt(self.running[-1])
-
-    def _give_up(self, seq: Sequence) -> None:
-        self.released.append(seq.slot)
+    def _give_up(self, seq: Sequence, complete: bool) -> None:
+        self.released[seq.slot] = complete
         self.slots.release(seq.slot)
         # Last block first: the free list is a queue, and the beginning of a prefix is worth keeping longest.
         for block in reversed(seq.blocks):
@@ -291,8 +293,11 @@ class Scheduler:
                 owned[block] = owned.get(block, 0) + 1
         self.pool.check_integrity(owned)
         self.slots.check_integrity({s.slot for s in self.running})
-        for seq in self.waiting:
+        places = [*self.waiting, *self.held.values()]
+        for seq in places:
             if seq.running or seq.blocks:
                 raise AssertionError(f"{seq.request.request_id} waits but owns a slot or blocks")
-        if set(self.by_id.values()) != {*self.running, *self.waiting}:
-            raise AssertionError("a sequence is neither waiting nor running")
+        places += self.running
+        if len(places) != len(self.by_id) or set(self.by_id.values()) != set(places):
+            raise AssertionError("a sequence is neither waiting, running nor held, or more than one of them")
+        self.waiting.check_integrity()

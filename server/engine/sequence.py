@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server.core import Request
+from server.core import Request, TokenLogprobs
+
+
+def end_ids(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Tokens that end the request's answer: its stop tokens, and end-of-sequence unless it ignores that."""
+    eos = frozenset() if request.ignore_eos else eos_token_ids
+    return eos.union(request.stop_token_ids) if request.stop_token_ids else eos
 
 
 @dataclass(slots=True, eq=False)
@@ -16,21 +22,32 @@ class Sequence:
 
         token_ids   |---------- prompt ----------|-- emitted --|
         computed    |-------- num_computed --------->          .    last token: input of the next verify step
+
+    `ends` are the tokens that end it. `admitted`: it held a slot before, so its prompt is charged and `num_cached` is
+    settled; `started`: the runner has seen it; `announced`: its first output is out. `prompt_logprobs` are those of the
+    prompt tokens from the second on, as far as they are computed (None: not asked for, or handed over).
     """
 
     request: Request
     token_ids: list[int]
+    ends: frozenset[int] = frozenset()
     slot: int = -1
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     contiguous: bool = True
     keys: list[bytes] = field(default_factory=list)
     num_cached: int = 0
+    admitted: bool = False
+    started: bool = False
     announced: bool = False
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @staticmethod
-    def of(request: Request) -> Sequence:
-        return Sequence(request, list(request.prompt_ids))
+    def of(request: Request, eos_token_ids: frozenset[int] = frozenset()) -> Sequence:
+        seq = Sequence(request, list(request.prompt_ids), end_ids(request, eos_token_ids))
+        if request.prompt_logprobs is not None:
+            seq.prompt_logprobs = []
+        return seq
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +73,21 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         return len(self.token_ids) - self.num_computed == 1
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to be computed."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len - 1
+
+    @property
+    def num_reusable(self) -> int:
+        """How many of its first tokens need not run if their keys and values are found.
+
+        At least the last one must, to give logits; so must those whose logits score the prompt.
+        """
+        if self.prompt_logprobs is not None and self.scoring:
+            return len(self.prompt_logprobs)
+        return len(self.token_ids) - 1
 
     def add_block(self, block: int) -> None:
         if self.blocks and block != self.blocks[-1] + 1:

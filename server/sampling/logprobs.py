@@ -12,11 +12,11 @@ from server.spec.types import Layout, Verdict
 
 @dataclass(slots=True)
 class Logprobs:
-    """Natural-log probabilities at the emitted positions of R rows, n alternatives each.
+    """Natural-log probabilities of tokens, n alternatives each.
 
     `chosen` [R, width] float32 belongs to `Verdict.tokens`; `top_ids` [R, width, n] int64 and `top_logprobs`
     [R, width, n] float32 are the most probable tokens, most probable first. Entries at or past `num_emitted` are
-    undefined.
+    undefined. Where T given tokens are scored, [T] takes the place of [R, width].
     """
 
     chosen: Tensor
@@ -29,8 +29,14 @@ def emitted_logprobs(logits: Tensor, layout: Layout, verdict: Verdict, num_top: 
 
     Accepted drafts and bonus tokens alike are scored by the target at their own position.
     """
+    emitted = expand(verdict.tokens, layout).gather(1, layout.offsets[:, None]).squeeze(1)
+    found = score(logits, emitted, num_top)
+    return Logprobs(*(spread(part, layout) for part in (found.chosen, found.top_ids, found.top_logprobs)))
+
+
+def score(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+    """Raw log-probabilities of `tokens` [T], one a position of `logits` [T, V], and of the `num_top` best there."""
     logprobs = logits.log_softmax(-1)
-    emitted = expand(verdict.tokens, layout).gather(1, layout.offsets[:, None])
-    chosen = logprobs.gather(1, emitted).squeeze(1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     top = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
-    return Logprobs(spread(chosen, layout), spread(top.indices, layout), spread(top.values, layout))
+    return Logprobs(chosen, top.indices, top.values)

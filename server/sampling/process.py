@@ -5,8 +5,9 @@ the drafts before that offset):
 
 1. repetition, presence and frequency penalties (`server.sampling.penalties`);
 2. logit bias, added;
-3. temperature, a divisor (greedy rows: none);
-4. top_k, top_p, min_p (`server.sampling.filters`).
+3. nothing that ends the answer before it has its `min_tokens` (`server.sampling.min_tokens`);
+4. temperature, a divisor (greedy rows: none);
+5. top_k, top_p, min_p (`server.sampling.filters`).
 
 A row's result does not depend, in any bit, on the other rows of the batch.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from server.sampling.distribution import Processed
 from server.sampling.filters import filter_logits
+from server.sampling.min_tokens import keep_going
 from server.sampling.penalties import penalise
 from server.sampling.rows import expand
 from server.sampling.state import SamplingBatch
@@ -42,6 +44,7 @@ def process(
         logits = penalise(logits, layout, drafts, batch, state, slot_ids, max_tokens_host)
     if batch.bias_ids is not None and batch.bias_values is not None:
         logits = logits.scatter_add(1, expand(batch.bias_ids, layout), expand(batch.bias_values, layout))
+    logits = keep_going(logits, layout, batch, state, slot_ids)
     if batch.all_greedy:
         return Processed.dense(logits)
     logits = logits / expand(batch.temperature, layout)[:, None]

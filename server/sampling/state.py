@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ class SamplingBatch:
 
     Greedy rows have neutral temperature and filters, except `top_k` 1. `bias_ids` [R, B] int64 and `bias_values`
     [R, B] float32 are padded with (0, 0.0) and None if no row has a bias. `max_logprobs` is the largest number of
-    alternatives that a row wants reported, None if no row wants log-probabilities.
+    alternatives that a row wants reported, None if no row wants log-probabilities. `end_ids` [R, E] int64 are tokens
+    that a row may not sample as one of its first `min_tokens` [R]; None if every row is past them.
     """
 
     temperature: Tensor
@@ -34,6 +36,8 @@ class SamplingBatch:
     greedy: Tensor
     bias_ids: Tensor | None = None
     bias_values: Tensor | None = None
+    min_tokens: Tensor | None = None
+    end_ids: Tensor | None = None
     all_greedy: bool = True
     any_greedy: bool = True
     all_filtered: bool = False
@@ -73,17 +77,25 @@ class SamplingState:
         self.vocab_size = vocab_size
         self.device = device
         self._floats = torch.zeros(max_slots, 6, dtype=torch.float32, device=device)
-        self._ints = torch.zeros(max_slots, 4, dtype=torch.int64, device=device)
+        self._ints = torch.zeros(max_slots, 5, dtype=torch.int64, device=device)
         self._bias_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
         self._bias_values = torch.zeros(max_slots, 0, dtype=torch.float32, device=device)
+        self._end_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
+        self._num_ends: dict[int, int] = {}
         self._params: list[SamplingParams | None] = [None] * max_slots
         self._cached: tuple[tuple[int, ...], SamplingBatch] | None = None
 
-    def set(self, slot: int, params: SamplingParams, choice: int) -> None:
-        """`slot` samples by `params` from now on. ValueError: a biased token is not in the vocabulary."""
-        bad = [token for token in params.logit_bias if not 0 <= token < self.vocab_size]
-        if bad:
-            raise ValueError(f"logit_bias: token id {bad[0]} is not valid; use 0 to {self.vocab_size - 1}")
+    def set(
+        self, slot: int, params: SamplingParams, choice: int, min_tokens: int = 0, end_ids: Collection[int] = ()
+    ) -> None:
+        """`slot` samples by `params` from now on, and none of `end_ids` as one of its first `min_tokens` tokens.
+
+        ValueError: a biased token or an end is not in the vocabulary.
+        """
+        for name, ids in (("logit_bias", params.logit_bias), ("end_ids", end_ids)):
+            bad = [token for token in ids if not 0 <= token < self.vocab_size]
+            if bad:
+                raise ValueError(f"{name}: token id {bad[0]} is not valid; use 0 to {self.vocab_size - 1}")
         greedy = params.greedy
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         floats = (
@@ -95,17 +107,31 @@ class SamplingState:
             params.frequency_penalty,
         )
         seed = (params.seed + 2**63) % 2**64 - 2**63
-        ints = (1 if greedy else top_k, seed, choice, int(greedy))
+        ints = (1 if greedy else top_k, seed, choice, int(greedy), min_tokens if end_ids else 0)
         self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
         self._ints[slot] = torch.tensor(ints, dtype=torch.int64)
         if params.logit_bias:
             self._set_bias(slot, params.logit_bias)
+        self._num_ends.pop(slot, None)
+        if min_tokens > 0 and end_ids:
+            self._set_ends(slot, list(end_ids))
         self._params[slot] = params
+        self._cached = None
+
+    @property
+    def early_slots(self) -> Collection[int]:
+        """Slots of which `end_freely` has not said yet that they have their `min_tokens`."""
+        return self._num_ends.keys()
+
+    def end_freely(self, slot: int) -> None:
+        """`slot` has its `min_tokens`: steps need not look after its ends any more."""
+        self._num_ends.pop(slot, None)
         self._cached = None
 
     def clear(self, slot: int) -> None:
         """`slot` is free; its tensors are overwritten by the next `set`."""
         self._params[slot] = None
+        self._num_ends.pop(slot, None)
         self._cached = None
 
     def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
@@ -118,6 +144,17 @@ class SamplingState:
         padding = [0] * (width - len(bias))
         self._bias_ids[slot] = torch.tensor([*bias, *padding], dtype=torch.int64)
         self._bias_values[slot] = torch.tensor([*bias.values(), *padding], dtype=torch.float32)
+
+    def _set_ends(self, slot: int, end_ids: list[int]) -> None:
+        width = self._end_ids.shape[1]
+        if len(end_ids) > width:
+            grow = max(8, len(end_ids), 2 * width) - width
+            padding = self._end_ids[:, :1] if width else self._end_ids.new_zeros(self._end_ids.shape[0], 1)
+            self._end_ids = torch.cat([self._end_ids, padding.expand(-1, grow)], 1)
+            width += grow
+        # Padding repeats an end of the row: another token would be masked too.
+        self._end_ids[slot] = torch.tensor(end_ids + end_ids[:1] * (width - len(end_ids)), dtype=torch.int64)
+        self._num_ends[slot] = len(end_ids)
 
     def gather(self, slots: list[int], slot_ids: Tensor) -> SamplingBatch:
         """Parameters of the rows in `slots` (host) = `slot_ids` [R] (device). KeyError: a slot is not set.
@@ -138,6 +175,7 @@ class SamplingState:
         ints = self._ints.index_select(0, slot_ids).t().contiguous()
         temperature, top_p, min_p, repetition, presence, frequency = floats.unbind(0)
         width = max((len(row.logit_bias) for row in rows), default=0)
+        num_ends = max((self._num_ends.get(slot, 0) for slot in slots), default=0) if self._num_ends else 0
         wanted = [row.logprobs for row in rows if row.logprobs is not None]
         return SamplingBatch(
             temperature=temperature,
@@ -152,6 +190,8 @@ class SamplingState:
             greedy=ints[3] != 0,
             bias_ids=self._gather_bias(self._bias_ids, rows, slot_ids, width),
             bias_values=self._gather_bias(self._bias_values, rows, slot_ids, width),
+            min_tokens=ints[4] if num_ends else None,
+            end_ids=self._end_ids[:, :num_ends].index_select(0, slot_ids) if num_ends else None,
             all_greedy=not sampled,
             any_greedy=len(sampled) < len(rows),
             all_filtered=all(self._is_filtered(row) for row in sampled),

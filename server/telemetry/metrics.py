@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from server.core import FinishReason
-from server.engine.messages import EngineFrame, EngineInfo
+from server.engine.messages import EngineInfo, EngineStats
 from server.telemetry.engine_stats import EngineStatsCollector
 from server.telemetry.histogram import WeightedHistogram
 
@@ -26,11 +26,15 @@ Clock = Callable[[], float]
 
 
 class Metrics:
-    """One server's metrics in a registry of their own. Written to and scraped on the event loop."""
+    """One process's metrics: `registry` has what HTTP requests did here, `engine_registry` what there is once a server.
+
+    Written to and scraped on the event loop.
+    """
 
     def __init__(self, version: str, clock: Clock = time.perf_counter) -> None:
         self.clock = clock
         self.registry = CollectorRegistry()
+        self.engine_registry = CollectorRegistry()
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token, per choice.", _TTFT
         )
@@ -57,13 +61,16 @@ class Metrics:
             "requests", "Choices that ended, by finish reason; `abort` is a client that went away.", ["finish_reason"]
         )
         self.http_requests = self._counter("http_requests", "HTTP requests answered.", ["route", "status"])
-        for reason in FinishReason:
-            self.requests.labels(reason.value)
-        self._build = Info(PREFIX + "build", "What runs here.", registry=self.registry)
+        self.slow_clients_dropped = self._counter(
+            "slow_clients_dropped", "Streams that were cut since their client took nothing for too long."
+        )
+        self._answers: dict[tuple[str, int], Counter] = {}
+        self.requests_by_reason = {reason: self.requests.labels(reason.value) for reason in FinishReason}
+        self._build = Info(PREFIX + "build", "What runs here.", registry=self.engine_registry)
         self._build_labels = {"version": version, "python": platform.python_version()}
         self._build.info(self._build_labels)
         self.engine_stats = EngineStatsCollector(PREFIX)
-        self.registry.register(self.engine_stats)
+        self.engine_registry.register(self.engine_stats)
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> WeightedHistogram:
         histogram = WeightedHistogram(PREFIX + name, documentation, buckets)
@@ -75,10 +82,11 @@ class Metrics:
 
     def watch_engine(self, ready: Callable[[], bool], num_restarts: Callable[[], int]) -> None:
         """Asks the engine's client on every scrape."""
-        self.registry.register(_EngineState(ready, num_restarts))
+        self.engine_registry.register(_EngineState(ready, num_restarts))
 
-    def on_frame(self, frame: EngineFrame) -> None:
-        self.engine_stats.update(frame.stats)
+    def on_stats(self, stats: EngineStats) -> None:
+        """What the engine counted since it started."""
+        self.engine_stats.update(stats)
 
     def on_ready(self, info: EngineInfo) -> None:
         """The build info gains what the engine says of itself."""
@@ -94,21 +102,35 @@ class Metrics:
             }
         )
 
+    def count_answer(self, route: str, status: int) -> None:
+        """One answer of `status` on `route`, a pattern."""
+        key = route, status
+        counter = self._answers.get(key)
+        if counter is None:  # looking a label pair up costs more than counting
+            counter = self._answers[key] = self.http_requests.labels(route, str(status))
+        counter.inc()
+
     def choice_timer(self, arrival: float) -> ChoiceTimer:
         return ChoiceTimer(self, arrival)
 
     def render(self) -> bytes:
         """Prometheus' text format 0.0.4."""
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self.engine_registry)
+
+    def render_engine(self) -> bytes:
+        """What there is once a server only."""
+        return generate_latest(self.engine_registry)
 
 
 class ChoiceTimer:
-    """Times one choice. `arrival` is on the metrics' clock, in seconds."""
+    """Times one choice. `arrival` is on the metrics' clock, in seconds. `ttft_s` and `reason` once they are known."""
 
     def __init__(self, metrics: Metrics, arrival: float) -> None:
         self._metrics = metrics
         self._arrival = arrival
         self._last: float | None = None
+        self.ttft_s: float | None = None
+        self.reason: FinishReason | None = None
 
     def observe_step(self, num_tokens: int) -> None:
         """A step emitted this many tokens just now. Tokens that come together with the first have no interval."""
@@ -116,7 +138,8 @@ class ChoiceTimer:
             return
         now = self._metrics.clock()
         if self._last is None:
-            self._metrics.time_to_first_token.observe(now - self._arrival)
+            self.ttft_s = now - self._arrival
+            self._metrics.time_to_first_token.observe(self.ttft_s)
         else:
             gap = now - self._last
             self._metrics.step_gap.observe(gap)
@@ -124,7 +147,9 @@ class ChoiceTimer:
         self._last = now
 
     def finish(self, reason: FinishReason, num_completion_tokens: int) -> None:
-        self._metrics.requests.labels(reason.value).inc()
+        """The choice has ended."""
+        self.reason = reason
+        self._metrics.requests_by_reason[reason].inc()
         self._metrics.generation_tokens.inc(num_completion_tokens)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._metrics.e2e_latency.observe(self._metrics.clock() - self._arrival)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         if not all(stops):
             raise ValueError("stop: an empty string would match everywhere; remove it")
-        self._nodes = _automaton(stops)
+        self._nodes = _automaton(tuple(stops))
         self._state = 0
         self._held = ""
         self._matched: str | None = None
@@ -87,7 +88,9 @@ class StopMatcher:
         return emitted
 
 
-def _automaton(stops: Sequence[str]) -> list[_Node]:
+@lru_cache(maxsize=16)
+def _automaton(stops: tuple[str, ...]) -> list[_Node]:
+    """Nobody writes to it once it is built: choices of one request, and requests with the same strings, share it."""
     nodes = [_Node(depth=0)]
     for stop in stops:
         at = 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import orjson
 import tokenizers
 
 from server.text.token_bytes import ByteDecoding, byte_decoding
@@ -33,10 +33,18 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bytes_decoding: ByteDecoding | None = byte_decoding(json.loads(self.backend.to_str())["decoder"])
+        content = orjson.loads(self.backend.to_str())
+        self.bytes_decoding: ByteDecoding | None = byte_decoding(content["decoder"])
         self._bytes: dict[int, bytes] = {}
         self._nonce = secrets.token_hex(8)
         self._mark = f"{_OPEN}{self._nonce}{_CLOSE}"
+        self._special_texts = {t.content: token_id for token_id, t in added.items() if t.special and t.content}
+        longest_first = sorted(self._special_texts, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Here and not at the first text that needs them: that would stall every client of an event loop.
+        self._respelled = self._respell(content)
+        self._respelled_ids = self._original_ids()
+        self._around = self._find_around()
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -115,41 +123,27 @@ class Tokenizer:
         text: str = self.backend.decode([token_id], skip_special_tokens=False)
         return text.encode("utf-8", "replace")
 
-    @cached_property
-    def _special_texts(self) -> dict[str, int]:
-        added = self.backend.get_added_tokens_decoder()
-        return {token.content: token_id for token_id, token in added.items() if token.special and token.content}
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._special_texts, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
     def _spelling(self, special_text: str) -> str:
         return f"{_OPEN}{self._nonce}:{self._special_texts[special_text]}{_CLOSE}"
 
-    @cached_property
-    def _respelled(self) -> tokenizers.Tokenizer:
+    def _respell(self, content: dict[str, Any]) -> tokenizers.Tokenizer:
         """The same tokenizer, whose special tokens are spelled so that no client can write them.
 
         So plain text and trusted special tokens pass through one call, and every rule at their borders (stripping,
-        prefix spaces) holds. Built at the first text that needs it.
+        prefix spaces) holds.
         """
-        content = json.loads(self.backend.to_str())
         for token in content["added_tokens"]:
             if token["special"] and token["content"]:
                 token.update(content=self._spelling(token["content"]), normalized=False)
-        return tokenizers.Tokenizer.from_str(json.dumps(content))
+        return tokenizers.Tokenizer.from_str(orjson.dumps(content).decode())
 
-    @cached_property
-    def _respelled_ids(self) -> dict[int, int]:
+    def _original_ids(self) -> dict[int, int]:
         """Original id of every added token of `_respelled`, whose ids follow from spelling and order."""
         texts = {self._spelling(text): text for text in self._special_texts}
         added = self._respelled.get_added_tokens_decoder()
         return {i: self.backend.token_to_id(texts.get(token.content, token.content)) for i, token in added.items()}
 
-    @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
+    def _find_around(self) -> tuple[list[int], list[int]]:
         """What the model wants before and after a text."""
         core = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a", add_special_tokens=True).ids

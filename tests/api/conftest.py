@@ -10,9 +10,10 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from aiohttp import web
 
-from server.api.app import create_app, create_runner
+from server.api import sockets
+from server.api.access.control import AccessControl
+from server.api.front import Front
 from server.api.params import Limits
 from server.api.state import ServerState
 from server.config import EngineConfig, ServerConfig
@@ -59,25 +60,33 @@ Serve = Callable[..., Awaitable[Live]]
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """Starts a server on any free port; keywords of EngineConfig may be given as `config`."""
+    """Starts a server on any free port. `server` are settings of ServerConfig, other keywords those of EngineConfig."""
     closers: list[Callable[[], Awaitable[None]]] = []
 
     async def start(
-        engine: FakeEngine | None = None, *, ready: bool = True, limits: Limits | None = None, **config: Any
+        engine: FakeEngine | None = None,
+        *,
+        ready: bool = True,
+        limits: Limits | None = None,
+        server: dict[str, Any] | None = None,
+        **config: Any,
     ) -> Live:
         engine = engine or FakeEngine()
-        settings = ServerConfig(engine=EngineConfig(model="fake-dir", **config), port=0)
-        state = ServerState(settings, engine, Metrics("1.2.3"), "1.2.3", "fake", limits=limits or Limits())
-        runner = create_runner(create_app(state))
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        settings = ServerConfig(
+            engine=EngineConfig(model="fake-dir", **config), port=0, **{"access_log": "off"} | (server or {})
+        )
+        access = AccessControl.from_file(settings.api_keys)
+        state = ServerState(
+            settings, engine, Metrics("1.2.3"), "1.2.3", "fake", limits=limits or Limits(), access=access
+        )
+        front = Front(state)
+        (listener,) = sockets.bind("127.0.0.1", 0)
+        await front.listen([listener])
         if ready:
             state.text = ByteText()
             await engine.wait_ready()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        live = Live(url, engine, state, aiohttp.ClientSession())
-        closers.extend([runner.cleanup, live.close])
+        live = Live(f"http://127.0.0.1:{sockets.port_of(listener)}", engine, state, aiohttp.ClientSession())
+        closers.extend([lambda: front.close(at_once=True), live.close])
         return live
 
     yield start

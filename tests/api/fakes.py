@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from server.core import FinishReason, Request, StepOutput, TokenLogprobs
+from server.engine.connection import Sink
 from server.engine.errors import EngineUnavailable
-from server.engine.messages import EngineFrame, EngineInfo, EngineStats
+from server.engine.messages import EngineInfo, EngineStats
 from server.text.stop import StopMatcher
 
 EOS, BOS = 256, 257
@@ -82,12 +83,12 @@ def endless(request: Request) -> Sequence[StepOutput]:
 
 
 class FakeEngine:
-    """Runs `script` for every request, one step every `step_s` seconds. `active` are the requests that it works on."""
+    """Runs `script` for every request, one step every `step_s` seconds."""
 
     def __init__(self, script: Script | None = None, *, step_s: float = 0.0, info: EngineInfo = INFO) -> None:
         self.script = script or steps("Hello", " world")
         self.step_s = step_s
-        self.on_frame: Callable[[EngineFrame], None] | None = None
+        self.on_stats: Callable[[EngineStats], None] | None = None
         self.ready = False
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
@@ -95,7 +96,9 @@ class FakeEngine:
         self.num_restarts = 0
         self.requests: list[Request] = []
         self.aborted: list[str] = []
-        self.active: set[str] = set()
+        self.held: set[str] = set()
+        self.num_emitted_tokens = 0
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self.closed = asyncio.Event()
         self.may_load = asyncio.Event()
         self.may_load.set()
@@ -116,21 +119,50 @@ class FakeEngine:
     def die(self, reason: str) -> None:
         self.ready, self.death, self.failure = False, reason, reason
 
-    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+    def submit(self, request: Request, sink: Sink) -> None:
+        if not self.ready:
+            raise EngineUnavailable(self.failure or "the engine is not ready")
         self.requests.append(request)
-        self.active.add(request.request_id)
+        task = self._tasks[request.request_id] = asyncio.create_task(self._run(request, self.script(request), sink))
+        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
+
+    async def _run(self, request: Request, outputs: Sequence[StepOutput], sink: Sink) -> None:
         finished = False
         try:
-            for output in self.script(request):
+            for output in outputs:
                 await asyncio.sleep(self.step_s)
+                while request.request_id in self.held:  # noqa: ASYNC110 - a test polls
+                    await asyncio.sleep(0.001)
                 if self.death is not None or self.closed.is_set():
-                    raise EngineUnavailable(self.death or "The engine is closing.")
+                    finished = True
+                    sink.fail(EngineUnavailable(self.death or "The engine is closing."))
+                    return
                 finished = output.finish_reason is not None
-                yield output
+                self.num_emitted_tokens += len(output.token_ids)
+                sink.put(output)
+            if not finished:
+                await asyncio.Event().wait()  # a request without an end: it waits to be aborted
         finally:
-            self.active.discard(request.request_id)
             if not finished:
                 self.aborted.append(request.request_id)
+
+    @property
+    def active(self) -> set[str]:
+        """Requests that it works on."""
+        return set(self._tasks)
+
+    def abort(self, request_id: str) -> None:
+        task = self._tasks.get(request_id)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        elif task is not None:  # from inside its own output: a stop string
+            task.get_loop().call_soon(task.cancel)
+
+    def hold(self, request_id: str) -> None:
+        self.held.add(request_id)
+
+    def resume(self, request_id: str) -> None:
+        self.held.discard(request_id)
 
     async def drain(self, timeout_s: float) -> None:
         while self.active:  # noqa: ASYNC110 - a test polls
@@ -147,11 +179,13 @@ class FakeEngine:
 
 
 class ByteDetokenizer:
-    def __init__(self) -> None:
+    def __init__(self, skip_special_tokens: bool = True) -> None:
+        self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, ids: Sequence[int]) -> list[str]:
-        return ["" if i > 255 else self._utf8.decode(bytes([i])) for i in ids]
+        special = "" if self._skip else "<eos>"
+        return [special if i > 255 else self._utf8.decode(bytes([i])) for i in ids]
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -162,10 +196,10 @@ class ByteText:
 
     eos_token_ids: tuple[int, ...] = (EOS,)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         rendered = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
         if "forbidden" in rendered:
             raise ValueError("the template forbids it")
@@ -174,8 +208,11 @@ class ByteText:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<eos>"
 
-    def detokenizer(self) -> ByteDetokenizer:
-        return ByteDetokenizer()
+    def encode_plain(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> ByteDetokenizer:
+        return ByteDetokenizer(skip_special_tokens)
 
     def stop_matcher(self, stop: Sequence[str]) -> StopMatcher:
         return StopMatcher(stop)

@@ -59,7 +59,7 @@ async def test_stream_headers_keep_proxies_from_buffering(live: Live) -> None:
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert response.headers["Cache-Control"] == "no-cache"
         assert response.headers["X-Accel-Buffering"] == "no"
-        assert response.headers["x-request-id"].startswith("chatcmpl-")
+        assert response.headers["x-request-id"].startswith("req-")
 
 
 async def test_openai_client_reads_a_whole_answer(live: Live) -> None:
@@ -206,6 +206,8 @@ async def test_all_sampling_fields_reach_the_engine(live: Live) -> None:
         stop_token_ids=[1, 2],
         ignore_eos=True,
         speculative={"enabled": False, "max_draft_tokens": 3},
+        min_tokens=2,
+        priority=-4,
         user="u",
         metadata={"a": "b"},
         store=True,
@@ -220,6 +222,7 @@ async def test_all_sampling_fields_reach_the_engine(live: Live) -> None:
     assert (sampling.seed, sampling.logprobs) == (-5, None)
     assert (request.max_tokens, request.stop_token_ids, request.ignore_eos) == (7, [1, 2], True)
     assert (request.speculation.enabled, request.speculation.max_draft_tokens) == (False, 3)
+    assert (request.min_tokens, request.priority, request.tenant) == (2, -4, "")
 
 
 async def test_defaults_are_openais(live: Live) -> None:

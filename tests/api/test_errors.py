@@ -8,7 +8,6 @@ import orjson
 import pytest
 
 from server.api.params import Limits
-from server.engine.messages import EngineStats
 from tests.api.conftest import Live, Serve
 from tests.api.fakes import INFO, FakeEngine, endless
 
@@ -108,7 +107,9 @@ async def test_messages_name_value_and_what_is_valid(live: Live) -> None:
     _, unknown = await live.chat(temperatur=1)
     assert unknown["error"]["message"].startswith("Unknown parameter: 'temperatur'. Valid here: frequency_penalty, ")
     _, nested = await live.chat(speculative={"k": 3})
-    assert nested["error"]["message"] == ("Unknown parameter: 'speculative.k'. Valid here: enabled, max_draft_tokens.")
+    assert nested["error"]["message"] == (
+        "Unknown parameter: 'speculative.k'. Valid here: annotate, enabled, max_draft_tokens, metrics."
+    )
     _, out_of_range = await live.chat(temperature=3)
     assert out_of_range["error"]["message"] == "Invalid value for 'temperature': expected `float` <= 2.0, got 3."
 
@@ -149,8 +150,8 @@ async def test_values_at_the_border_are_accepted(live: Live, fields: dict[str, A
         (b'{"temperature": NaN}', "application/json", 400, "invalid_json"),
         (b"[" * 100_000, "application/json", 400, "invalid_json"),
         (b'{"a":' * 100_000, "application/json", 400, "invalid_json"),
-        (b"{}", "text/plain", 400, "invalid_content_type"),
-        (b"a=b", "application/x-www-form-urlencoded", 400, "invalid_content_type"),
+        (b"{}", "text/plain", 415, "unsupported_media_type"),
+        (b"a=b", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
         (b"{}", "application/json", 400, "missing_required_parameter"),
         (b" " * 5000, "application/json", 413, "request_too_large"),
     ],
@@ -217,14 +218,34 @@ async def test_unknown_url_and_method(live: Live) -> None:
         assert (await response.json())["error"]["code"] == "method_not_allowed"
 
 
-async def test_a_full_queue_is_429_with_retry_after(live: Live) -> None:
-    live.engine.stats = EngineStats(num_waiting=1024)
+async def test_a_full_queue_is_429_with_retry_after(serve: Serve) -> None:
+    live = await serve(max_waiting=3, max_num_seqs=2)
+    live.state.counts.add(5)
     with pytest.raises(openai.RateLimitError) as caught:
         await live.client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hi"}])
     assert caught.value.response.headers["Retry-After"] == "1"
-    assert caught.value.code == "queue_full"
-    live.engine.stats = EngineStats(num_waiting=1023)
+    assert caught.value.code == "rate_limit_exceeded"
+    live.state.counts.add(-1)
     assert (await live.chat())[0] == 200
+
+
+async def test_a_full_queue_is_told_before_the_body_is_read(serve: Serve) -> None:
+    live = await serve(max_waiting=1, max_num_seqs=1)
+    live.state.counts.add(2)
+    status, _ = await live.post("/v1/chat/completions", {"no": "request"})
+    assert status == 429
+
+
+async def test_prompts_that_wait_are_bounded_by_their_tokens(serve: Serve) -> None:
+    live = await serve(max_waiting_tokens=10)
+    assert live.engine.info is not None
+    live.state.counts.add(1, live.engine.info.kv_cache_tokens + 9)
+    status, answer = await live.complete(prompt="a")
+    assert status == 200, answer
+    status, answer = await live.complete(prompt="ab")
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+    live.state.counts.add(-1, -(live.engine.info.kv_cache_tokens + 9))
+    assert live.state.counts.total() == (0, 0)
 
 
 async def test_what_was_just_handed_over_counts_as_waiting(serve: Serve) -> None:

@@ -1,103 +1,111 @@
+"""A client request's choices in the engine: one failure ends all, whoever leaves leaves nothing behind."""
+
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import replace
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from server.api.choice_text import ChoiceText, Delta
 from server.api.errors import ApiError
-from server.api.generation import ChoiceText, Delta, merge
-from server.core import FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
-from tests.api.fakes import EOS, ByteText
-
-REQUEST = Request("r", [1], SamplingParams(logprobs=0))
-
-
-def run(choice: ChoiceText, groups: list[bytes], finish: FinishReason) -> list[Delta]:
-    deltas = []
-    for number, group in enumerate(groups):
-        last = number == len(groups) - 1
-        logprobs = [TokenLogprobs(byte, -1.0) for byte in group]
-        delta = choice.step(StepOutput("r", list(group), logprobs=logprobs, finish_reason=finish if last else None))
-        deltas.append(delta)
-        if delta.finish_reason is not None:
-            break
-    return deltas
+from server.api.generation import Generation, Part
+from server.core import Request
+from server.engine.errors import EngineUnavailable
+from server.telemetry.metrics import Metrics
+from tests.api.fakes import ByteText, FakeEngine, Script, endless, failing, steps
 
 
-@given(
-    text=st.text(alphabet="ab<é\U0001f600", max_size=14),
-    cuts=st.lists(st.integers(1, 5), max_size=20),
-    stops=st.lists(st.text(alphabet="ab<é", min_size=1, max_size=3), max_size=3),
-)
-def test_grouping_into_steps_changes_nothing(text: str, cuts: list[int], stops: list[str]) -> None:
-    """Text, log-probabilities and usage are those of one token a step, however many tokens a step emits."""
-    data = text.encode()
-    groups, rest = [], data
-    for cut in cuts:
-        groups.append(rest[:cut])
-        rest = rest[cut:]
-    groups.append(rest)
-    by_step, by_token = (ChoiceText(0, REQUEST, ByteText(), stops) for _ in range(2))
-    grouped = run(by_step, groups, FinishReason.LENGTH)
-    single = run(by_token, [data[i : i + 1] for i in range(len(data))] or [b""], FinishReason.LENGTH)
-    assert "".join(d.text for d in grouped) == "".join(d.text for d in single)
-    assert [e for d in grouped for e in d.logprobs] == [e for d in single for e in d.logprobs]
-    assert grouped[-1].finish_reason == single[-1].finish_reason
-    assert by_step.tally.num_completion == by_token.tally.num_completion
-    shown = "".join(d.text for d in grouped)
-    if grouped[-1].finish_reason is FinishReason.STOP:
-        assert any(text.startswith(shown + stop) for stop in stops)
-    else:
-        assert shown == text
-    assert not any(stop in shown for stop in stops)
-    offsets = [entry.text_offset for delta in grouped for entry in delta.logprobs]
-    assert len(offsets) == len(shown.encode())
-    assert all(offset < len(shown) for offset in offsets)
+class Case:
+    """A generation of `n` choices on a scripted engine; `deltas` is what it emitted."""
+
+    def __init__(self, script: Script, n: int = 1, stop: tuple[str, ...] = ()) -> None:
+        self.engine = FakeEngine(script)
+        self.engine.ready = True
+        self.metrics = Metrics("1")
+        self.deltas: list[Delta] = []
+        requests = [Request(f"r{i}", [1], choice=i) for i in range(n)]
+        timer = self.metrics.choice_timer
+        parts = [Part(r, ChoiceText(i, r, ByteText(), stop), timer(0.0)) for i, r in enumerate(requests)]
+        self.generation = Generation(self.engine, parts, self.deltas.append)
+
+    def ended(self, reason: str) -> float:
+        value = self.metrics.registry.get_sample_value("outpace_requests_total", {"finish_reason": reason})
+        assert value is not None
+        return value
 
 
-def test_accepted_drafts_after_a_stop_string_do_not_count_as_used() -> None:
-    choice = ChoiceText(0, REQUEST, ByteText(), ["b"])
-    output = StepOutput("r", list(b"abcd"), num_drafted=5, num_accepted=3)
-    delta = choice.step(output)
-    assert (delta.text, delta.finish_reason) == ("a", FinishReason.STOP)
-    assert (choice.tally.num_completion, choice.tally.num_accepted, choice.tally.num_drafted) == (2, 2, 5)
+async def test_all_choices_end() -> None:
+    case = Case(steps("ab", "c"), n=3)
+    case.generation.start()
+    await case.generation.wait()
+    for index in range(3):
+        assert "".join(delta.text for delta in case.deltas if delta.index == index) == "abc"
+    assert case.ended("stop") == 3
+    await case.engine.until(lambda: not case.engine.active)
+    assert not case.engine.aborted
 
 
-@pytest.mark.parametrize(("ignore_eos", "counted"), [(False, 2), (True, 2)])
-def test_the_end_token_counts_but_has_no_text(ignore_eos: bool, counted: int) -> None:
-    choice = ChoiceText(0, replace(REQUEST, ignore_eos=ignore_eos), ByteText(), [])
-    finish = FinishReason.LENGTH if ignore_eos else FinishReason.STOP
-    delta = choice.step(StepOutput("r", [97, EOS], finish_reason=finish))
-    assert (delta.text, delta.finish_reason, choice.tally.num_completion) == ("a", finish, counted)
+async def test_a_stop_string_ends_the_request_in_the_engine() -> None:
+    case = Case(endless, stop=("xxx",))
+    case.generation.start()
+    await case.generation.wait()
+    await case.engine.until(lambda: not case.engine.active)
+    assert case.engine.aborted == ["r0"]
+    assert case.ended("stop") == 1
 
 
-@pytest.mark.parametrize(("finish", "status"), [(FinishReason.ERROR, 500), (FinishReason.ABORT, 503)])
-def test_an_engine_that_gives_up_is_an_error(finish: FinishReason, status: int) -> None:
-    choice = ChoiceText(0, REQUEST, ByteText(), [])
-    with pytest.raises(ApiError, match="because") as caught:
-        choice.step(StepOutput("r", finish_reason=finish, error="because"))
-    assert caught.value.status == status
+async def test_one_failure_ends_all_choices() -> None:
+    def script(request: Request) -> object:
+        return failing("broken", "a")(request) if request.choice == 1 else endless(request)
+
+    case = Case(script, n=3)  # type: ignore[arg-type]
+    case.generation.start()
+    with pytest.raises(ApiError, match="broken"):
+        await case.generation.wait()
+    await case.engine.until(lambda: not case.engine.active)
+    assert sorted(case.engine.aborted) == ["r0", "r2"]
+    assert case.ended("error") == 3
 
 
-async def test_merge_closes_every_stream_when_left_early() -> None:
-    closed = []
+async def test_an_engine_that_dies_fails_the_request() -> None:
+    case = Case(endless)
+    case.generation.start()
+    case.engine.die("killed")
+    with pytest.raises(EngineUnavailable, match="killed"):
+        await case.generation.wait()
+    case.generation.close()
+    assert case.ended("error") == 1
 
-    async def stream(index: int) -> AsyncGenerator[Delta, None]:
-        try:
-            while True:
-                await asyncio.sleep(0)
-                yield Delta(index, "x", [])
-        finally:
-            closed.append(index)
 
-    before = asyncio.all_tasks()
-    merged = merge([stream(0), stream(1), stream(2)])
-    seen = {(await anext(merged)).index for _ in range(9)}
-    assert seen == {0, 1, 2}
-    await merged.aclose()
-    assert sorted(closed) == [0, 1, 2]
-    assert asyncio.all_tasks() == before
+async def test_an_error_in_a_listener_is_this_requests_own() -> None:
+    case = Case(endless)
+
+    def broken(delta: Delta) -> None:
+        raise KeyError("a bug")
+
+    case.generation._emit = broken
+    case.generation.start()
+    with pytest.raises(ApiError) as caught:
+        await case.generation.wait()
+    assert caught.value.status == 500
+    await case.engine.until(lambda: not case.engine.active)
+
+
+async def test_closing_aborts_what_is_left_and_a_second_time_does_nothing() -> None:
+    case = Case(endless, n=2)
+    case.generation.start()
+    case.generation.close()
+    case.generation.close()
+    await case.engine.until(lambda: not case.engine.active)
+    assert case.ended("abort") == 2
+
+
+async def test_hold_reaches_open_requests_only_and_resume_only_after_hold() -> None:
+    case = Case(endless, n=2)
+    case.generation.start()
+    case.generation.resume()
+    case.generation.hold()
+    assert case.engine.held == {"r0", "r1"}
+    case.generation.resume()
+    assert not case.engine.held
+    case.generation.close()
+    case.generation.hold()
+    assert not case.engine.held

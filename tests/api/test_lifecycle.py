@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
 import socket
@@ -12,7 +11,7 @@ import aiohttp
 import pytest
 
 from server.api import lifecycle
-from server.api.lifecycle import Server, StartError, bind_failure
+from server.api.lifecycle import Server, StartError
 from server.config import EngineConfig, ServerConfig
 from tests.api.fakes import ByteText, FakeEngine, endless, steps
 
@@ -23,7 +22,7 @@ class Console(list[str]):
 
 
 def make(engine: FakeEngine, *, console: Console | None = None, **settings: object) -> Server:
-    config = ServerConfig(engine=EngineConfig(model="fake-dir"), **{"port": 0, **settings})  # type: ignore[arg-type]
+    config = ServerConfig(engine=EngineConfig(model="fake-dir"), **{"port": 0, "access_log": "off", **settings})  # type: ignore[arg-type]
     return Server(config, engine, lambda: (ByteText(), "fake"), "1.2.3", console if console is not None else Console())
 
 
@@ -156,7 +155,7 @@ async def test_a_model_that_cannot_be_read_ends_the_server_with_the_reason() -> 
         raise ValueError("nowhere: there is no such directory")
 
     engine = FakeEngine()
-    config = ServerConfig(engine=EngineConfig(model="nowhere"), port=0)
+    config = ServerConfig(engine=EngineConfig(model="nowhere"), port=0, access_log="off")
     with pytest.raises(StartError, match="nowhere: there is no such directory"):
         await Server(config, engine, load, "1", Console()).run()
     assert engine.closed.is_set()
@@ -174,8 +173,3 @@ async def test_a_busy_port_is_one_clear_line_and_no_engine_starts() -> None:
 async def test_a_host_that_is_not_ours() -> None:
     with pytest.raises(StartError, match=r"^cannot listen on no\.such\.host\.invalid:0: "):
         await make(FakeEngine(), host="no.such.host.invalid").run()
-
-
-def test_a_privileged_port_says_so() -> None:
-    line = bind_failure("127.0.0.1", 80, PermissionError(errno.EACCES, "Permission denied"))
-    assert line.startswith("port 80 on 127.0.0.1 needs privileges")

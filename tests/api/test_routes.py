@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from server.engine.messages import EngineStats
 from tests.api.conftest import Live, Serve
 from tests.api.fakes import ByteText
 
@@ -57,7 +60,15 @@ async def test_version_info_and_index(live: Live) -> None:
     assert info["config"]["engine"]["model"] == "fake-dir"
     assert info["engine"]["drafter"] == "suffix"
     assert info["stats"]["num_steps"] == 0
+    assert info["internal_states"] == [{"avg_spec_accept_length": None}], "nothing was drafted yet"
     assert "/v1/chat/completions" in (await live.get("/"))[1]
+
+
+async def test_server_info_has_what_sglangs_benchmark_reads(live: Live) -> None:
+    """Ten verify steps of sequences had drafts: six drafted two, four one; of those sixteen drafts eight were right."""
+    live.engine.stats = EngineStats(drafted_per_position=[10, 6], accepted_per_position=[6, 2])
+    info = (await live.get("/server_info"))[1]
+    assert info["internal_states"][0]["avg_spec_accept_length"] == pytest.approx(1.8)
 
 
 async def test_the_fingerprint_depends_on_model_and_version(live: Live) -> None:

@@ -9,7 +9,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from server.api.serve import load_text
+from server.api.load_text import load_text
 from server.api.text_layer import TextLayer
 from tests.api.conftest import Serve
 from tests.api.fakes import FakeEngine

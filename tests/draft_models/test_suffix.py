@@ -89,7 +89,7 @@ def test_recent_outputs_are_shared_only_where_switched_on() -> None:
     for recent, expected in ((0, []), (4, [14, 15])):
         drafter = SuffixDrafter(recent_outputs=recent)
         drafter.admit(0, [9, 10, 11, 12, 13, 14, 15], 1)
-        drafter.release(0)
+        drafter.release(0, complete=True)
         drafter.admit(1, [3, 11, 12, 13], 1)
         assert drafter.continuation(1, 2) == expected
 
@@ -97,7 +97,7 @@ def test_recent_outputs_are_shared_only_where_switched_on() -> None:
 def test_prompts_are_never_shared() -> None:
     drafter = SuffixDrafter(recent_outputs=4)
     drafter.admit(0, [10, 11, 12, 13, 14, 15, 16, 17], 6)
-    drafter.release(0)
+    drafter.release(0, complete=True)
     drafter.admit(1, [10, 11, 12, 13], 4)
     assert drafter.continuation(1, 2) == []
 
@@ -105,7 +105,7 @@ def test_prompts_are_never_shared() -> None:
 def test_own_text_wins_unless_a_recent_output_matches_more() -> None:
     drafter = SuffixDrafter(recent_outputs=4)
     drafter.admit(0, [0, 10, 11, 12, 13, 20], 1)
-    drafter.release(0)
+    drafter.release(0, complete=True)
     drafter.admit(1, [11, 12, 13, 30, 11, 12, 13], 7)
     assert drafter.propose(carry_of([1], [1]), 1, SAMPLING).tokens.tolist() == [[30]]
     drafter.admit(2, [11, 12, 13, 30, 10, 11, 12, 13], 8)
@@ -163,3 +163,88 @@ def test_pause_keeps_the_text() -> None:
     drafter.admit(0, [1, 1], 2)
     drafter.pause()
     assert drafter.continuation(0, 2) == [1, 1]
+
+
+# -- predictions -------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_is_drafted_from_its_beginning() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 2, 3, 4], 4, [10, 11, 12, 13])
+    drafts = drafter.propose(carry_of([0], [3]), 3, SAMPLING)
+    assert drafts.tokens.tolist() == [[10, 11, 12]]
+    assert drafts.classes == ["predicted:start"]
+    drafter.observe(0, [10, 11])
+    assert drafter.propose(carry_of([0], [3]), 3, SAMPLING).classes == ["predicted:2"]
+    assert drafter.continuation(0, 9) == [12, 13], "nothing follows its end"
+    drafter.observe(0, [12, 13])
+    assert drafter.continuation(0, 9) == []
+    assert drafter.propose(carry_of([0], [3]), 3, SAMPLING).num_valid_host == [0]
+
+
+def test_a_repeated_suffix_finds_back_into_the_prediction() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 2, 3], 3, [10, 11, 12, 13, 14, 15])
+    drafter.observe(0, [10, 99, 98])
+    assert drafter.continuation(0, 2) == []
+    drafter.observe(0, [12, 13])
+    assert drafter.continuation(0, 2) == [14, 15]
+    assert drafter.propose(carry_of([0], [2]), 2, SAMPLING).classes == ["predicted:2"]
+
+
+def test_own_words_and_the_prompts_keep_their_classes_beside_a_prediction() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [20, 21], 2, [10, 11])
+    drafter.observe(0, [30, 31, 32, 30, 31])
+    drafter.admit(1, [20, 21, 22, 7, 20], 5, [10, 11])
+    drafter.observe(1, [9, 20, 21])
+    assert drafter.propose(carry_of([0, 1], [1, 1]), 1, SAMPLING).classes == ["output:2", "prompt:2"]
+
+
+def test_only_the_end_of_the_prompt_leads_into_the_prediction() -> None:
+    """Sixteen tokens of it: what the prompt says longer before is no reason to begin the answer again."""
+    prompt = list(range(100, 140))
+    drafter = SuffixDrafter()
+    drafter.admit(0, prompt, 40, [10, 11])
+    drafts = drafter.propose(carry_of([0], [1]), 1, SAMPLING)
+    assert drafts.tokens.tolist() == [[10]] and drafts.classes == ["predicted:start"]
+    sequence = drafter._sequences[0]
+    assert sequence.offset == 16 + 2 + 1
+    assert sequence.tokens == prompt
+    drafter.admit(1, prompt, 40)
+    assert drafter._sequences[1].offset == 0
+
+
+def test_a_prediction_is_there_again_when_a_sequence_comes_back_with_its_output() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 2, 3, 10, 11], 3, [10, 11, 12, 13])
+    assert drafter.continuation(0, 2) == [12, 13]
+    drafter.release(0)
+    drafter.admit(0, [1, 2, 3], 3)
+    assert drafter.continuation(0, 2) == []
+
+
+def test_off_the_cpu_a_prediction_is_aligned_by_real_tokens_only() -> None:
+    drafter = SuffixDrafter()
+    drafter.admit(0, [1, 2], 2, [10, 11, 12, 13])
+    history = torch.zeros(1, 16, dtype=torch.int64)
+    history[0, :4] = torch.tensor([1, 2, 10, 11])  # the host has not seen the last two yet
+    carry = carry_of([0], [3])
+    carry.state.history, carry.state.num_tokens = history, torch.tensor([4])
+    drafts = drafter._propose_late(carry, 3, torch.device("cpu"))
+    assert drafts.num_valid.tolist() == [2]
+    assert drafts.tokens[0, :2].tolist() == [12, 13]
+    assert bool((drafts.tokens >= 0).all())
+
+
+def test_neither_predictions_nor_unfinished_outputs_are_shared() -> None:
+    drafter = SuffixDrafter(recent_outputs=4)
+    drafter.admit(0, [1, 2, 10, 11, 12, 13, 14], 2, [50, 51, 52, 53, 54])
+    drafter.release(0)
+    drafter.admit(1, [9, 10, 11, 12], 1)
+    assert drafter.continuation(1, 2) == []
+    drafter.admit(0, [1, 2, 10, 11, 12, 13, 14], 2, [50, 51, 52, 53, 54])
+    drafter.release(0, complete=True)
+    assert drafter.continuation(1, 2) == [13, 14]
+    drafter.admit(2, [9, 50, 51, 52], 1)
+    assert drafter.continuation(2, 2) == []

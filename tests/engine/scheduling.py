@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from server.core import Phase, Request, SpeculationParams, StepPlan
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.limits import Limits
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 
 Accept = Callable[[int], int]
@@ -29,13 +30,15 @@ def request(
     max_tokens: int = 8,
     enabled: bool = True,
     max_drafts: int | None = None,
+    tenant: str = "",
+    priority: int = 0,
 ) -> Request:
     """`prompt` as a number is that many tokens that no other request shares."""
     if isinstance(prompt, int):
         base = 1000 * (1 + sum(map(ord, name)))
         prompt = list(range(base, base + prompt))
     speculation = SpeculationParams(enabled, max_drafts)
-    return Request(name, prompt, speculation=speculation, max_tokens=max_tokens)
+    return Request(name, prompt, speculation=speculation, max_tokens=max_tokens, tenant=tenant, priority=priority)
 
 
 class Driver:
@@ -56,6 +59,10 @@ class Driver:
 
     def abort(self, name: str) -> None:
         self.scheduler.finish(self.scheduler.by_id[name])
+        self.host_events()
+
+    def hold(self, name: str) -> None:
+        self.scheduler.hold(self.scheduler.by_id[name])
         self.host_events()
 
     def host_events(self) -> None:
@@ -88,7 +95,7 @@ class Driver:
             self.emitted[seq.request.request_id] += new
             seq.announced = seq.announced or bool(new)
             if seq.num_left == 0:
-                self.scheduler.finish(seq)
+                self.scheduler.finish(seq, complete=True)
                 self.finished.add(seq.request.request_id)
         self.host_events()
         self.scheduler.check_integrity()

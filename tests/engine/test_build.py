@@ -39,6 +39,14 @@ def test_the_pool_never_exceeds_what_can_be_used(loopy_dir: Path) -> None:
     core.check_integrity()
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, 8 * 512), (100, 100)])
+def test_the_queue_holds_prompts_of_eight_full_caches_unless_told(
+    loopy_dir: Path, given: int | None, expected: int
+) -> None:
+    core, _ = build(loopy_dir, max_waiting_tokens=given)
+    assert core.max_waiting_tokens == expected
+
+
 @pytest.mark.parametrize("named", ["all", "other", "none", "no file"])
 def test_ends_of_sequence_that_only_the_generation_config_names(
     loopy_dir: Path, tmp_path: Path, greedy: Any, named: str

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from server.config import EngineConfig
 from server.core import FinishReason, Request, SamplingParams, StepOutput
 from server.engine.client import EngineClient
 from server.engine.errors import EngineUnavailable
-from server.engine.messages import EngineFrame
+from server.engine.messages import EngineStats
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -38,7 +39,7 @@ def request(name: str, max_tokens: int = 8, prompt: list[int] | None = None) -> 
 
 
 async def collect(client: EngineClient, req: Request) -> list[StepOutput]:
-    return [output async for output in client.submit(req)]
+    return [output async for output in client.stream(req)]
 
 
 def tokens(outputs: list[StepOutput]) -> list[int]:
@@ -80,8 +81,9 @@ async def test_it_says_what_it_is(client: EngineClient) -> None:
 
 
 async def test_streams_end_and_repeat(client: EngineClient) -> None:
-    frames: list[EngineFrame] = []
-    client.on_frame = frames.append
+    seen: list[EngineStats] = []
+    client.on_stats = seen.append
+    before = client.stats.num_emitted
     requests = [request(f"r{i}", 4 + i, [5 + i, 6, 7]) for i in range(8)]
     crowd = await asyncio.gather(*(collect(client, r) for r in requests))
     alone = [await collect(client, request(f"again{i}", 4 + i, [5 + i, 6, 7])) for i in range(8)]
@@ -91,9 +93,9 @@ async def test_streams_end_and_repeat(client: EngineClient) -> None:
         assert [o.finish_reason for o in outputs[:-1]] == [None] * (len(outputs) - 1)
         assert outputs[-1].finish_reason is FinishReason.LENGTH
         assert outputs[0].num_cached is not None
-    client.on_frame = None
+    client.on_stats = None
     assert client.num_in_flight == 0
-    assert sum(len(o.token_ids) for f in frames for o in f.outputs) == 2 * sum(range(4, 12))
+    assert seen[-1].num_emitted - before == 2 * sum(range(4, 12))
 
 
 async def test_a_refusal_is_the_only_output(client: EngineClient) -> None:
@@ -108,7 +110,7 @@ async def test_a_client_that_goes_away_frees_its_blocks(client: EngineClient, ho
     started = asyncio.Event()
 
     async def watch(name: str) -> None:
-        stream = client.submit(request(name, LONG))
+        stream = client.stream(request(name, LONG))
         async with contextlib.aclosing(stream):
             async for _ in stream:
                 started.set()
@@ -130,14 +132,14 @@ async def test_a_client_that_goes_away_frees_its_blocks(client: EngineClient, ho
 async def test_an_abort_does_not_disturb_others(client: EngineClient) -> None:
     expected = tokens(await collect(client, request("alone", 60)))
     stays = asyncio.create_task(collect(client, request("stays", 60)))
-    goes = client.submit(request("goes", LONG, [9, 9, 9]))
+    goes = client.stream(request("goes", LONG, [9, 9, 9]))
     await anext(goes)
     await goes.aclose()
     assert tokens(await stays) == expected
 
 
 async def test_an_id_in_flight_can_not_be_used_twice(client: EngineClient) -> None:
-    first = client.submit(request("same", 40))
+    first = client.stream(request("same", 40))
     await anext(first)
     with pytest.raises(ValueError, match="'same' is in flight"):
         await collect(client, request("same", 40))
@@ -155,37 +157,82 @@ async def test_drain_waits_for_what_is_in_flight(client: EngineClient) -> None:
     assert len(tokens(await task)) == 100
 
 
-async def test_a_killed_engine_fails_its_requests_and_comes_back(client: EngineClient) -> None:
+async def test_a_killed_engine_fails_what_ran_keeps_what_waited_and_comes_back(client: EngineClient) -> None:
+    """Four sequences fit: two of six requests have not begun, and nobody saw anything of them."""
+    expected = tokens(await collect(client, request("calm", 40)))
     restarts, pid = client.num_restarts, client.pid
     assert pid is not None
-    doomed = [asyncio.create_task(collect(client, request(f"doomed{i}", LONG))) for i in range(6)]
-    await until(lambda: client.stats.num_running > 0, "they run")
+    doomed = [asyncio.create_task(collect(client, request(f"doomed{i}", LONG))) for i in range(4)]
+    await until(lambda: client.stats.num_running == 4, "they run")
+    waiting = [asyncio.create_task(collect(client, request(f"waiting{i}", 40))) for i in range(2)]
+    await until(lambda: client.stats.num_waiting == 2, "they wait")
     os.kill(pid, signal.SIGKILL)
     results = await asyncio.wait_for(asyncio.gather(*doomed, return_exceptions=True), PATIENCE_S)
-    lost = [r for r in results if isinstance(r, EngineUnavailable)]
-    assert lost, "they were all done before the kill"
-    assert all("died" in str(error) or "restarting" in str(error) for error in lost)
+    assert all(isinstance(r, EngineUnavailable) and "died" in str(r) for r in results)
     assert not client.ready
     assert "exit code -9" in str(client.failure)
     with pytest.raises(EngineUnavailable, match="restarting"):
         await collect(client, request("too early"))
-    await until(lambda: client.ready, "the engine comes back")
+    for task in waiting:
+        assert tokens(await asyncio.wait_for(task, PATIENCE_S)) == expected
+    assert client.ready
     assert client.num_restarts == restarts + 1
     assert client.failure is None
     assert client.pid != pid
+    assert client.num_in_flight == 0
+
+
+async def test_a_hung_step_is_a_dead_engine(tiny_llama_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    client = EngineClient(replace(settings(tiny_llama_dir), step_timeout_s=1.0))
+    await client.start()
+    await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    pid = client.pid
+    assert pid is not None
+    task = asyncio.create_task(collect(client, request("r", LONG)))
+    await until(lambda: client.stats.num_running > 0, "it runs")
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(EngineUnavailable, match="died"):
+        await asyncio.wait_for(task, PATIENCE_S)
+    assert "hung: no step ended for 1 s" in str(client.failure)
+    assert client.supervisor.num_hangs == 1
+    await until(lambda: client.ready, "the engine comes back")
+    assert not alive(pid)
     assert len(tokens(await collect(client, request("after")))) == 8
+    await client.close()
+
+
+async def test_an_idle_engine_does_not_hang(tiny_llama_dir: Path) -> None:
+    client = EngineClient(replace(settings(tiny_llama_dir), step_timeout_s=1.0))
+    await client.start()
+    await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    await asyncio.sleep(2.5)
+    assert client.ready
+    assert client.num_restarts == 0
+    await client.close()
+
+
+async def test_hold_frees_the_engine_and_resume_changes_nothing(client: EngineClient) -> None:
+    expected = tokens(await collect(client, request("calm", LONG)))
+    stream = client.stream(request("slow", LONG))
+    outputs = [await anext(stream)]
+    client.hold("slow")
+    await until(lambda: client.stats.num_held == 1, "it is held")
+    assert client.stats.num_running == client.stats.kv_blocks_used == 0
+    client.resume("slow")
+    outputs += [output async for output in stream]
+    assert tokens(outputs) == expected
 
 
 async def test_frames_that_can_not_be_handled_do_not_hang_requests(client: EngineClient) -> None:
     """An error while a frame is handled is as bad as a dead engine: said, not swallowed."""
 
-    def broken(frame: EngineFrame) -> None:
+    def broken(stats: EngineStats) -> None:
         raise RuntimeError("a broken listener")
 
-    client.on_frame = broken
+    client.on_stats = broken
     with pytest.raises(EngineUnavailable):
         await asyncio.wait_for(collect(client, request("r")), PATIENCE_S)
-    client.on_frame = None
+    client.on_stats = None
     await until(lambda: client.ready, "the engine comes back")
     assert len(tokens(await collect(client, request("after")))) == 8
 
@@ -196,7 +243,7 @@ async def test_frames_that_can_not_be_handled_do_not_hang_requests(client: Engin
 async def test_a_bad_model_path_is_told(tmp_path: Path) -> None:
     client = EngineClient(settings(tmp_path / "nothing-here"))
     await client.start()
-    directory = client._directory
+    directory = client.supervisor.directory
     with pytest.raises(EngineUnavailable, match="nothing-here"):
         await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
     assert not client.ready
@@ -213,7 +260,7 @@ async def test_close_while_loading_leaves_nothing_behind_and_nobody_waiting(tiny
     await client.start()
     waiting = asyncio.create_task(client.wait_ready())
     await until(lambda: client.pid is not None, "the process starts")
-    pid, directory = client.pid, client._directory
+    pid, directory = client.pid, client.supervisor.directory
     await client.close()
     with pytest.raises(EngineUnavailable, match="stopped before it was ready"):
         await asyncio.wait_for(waiting, PATIENCE_S)
@@ -227,16 +274,16 @@ async def test_close_fails_what_is_in_flight_and_leaves_nothing_behind(tiny_llam
     client = EngineClient(settings(tiny_llama_dir))
     await client.start()
     await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
-    pid, directory = client.pid, client._directory
-    stream = client.submit(request("r", LONG))
+    pid, directory = client.pid, client.supervisor.directory
+    stream = client.stream(request("r", LONG))
     await anext(stream)
     await client.close()
     with pytest.raises(EngineUnavailable, match="shutting down"):
         async for _ in stream:
             pass
     assert client.num_in_flight == 0
-    assert client._process is not None
-    assert client._process.returncode == 0, "asked to stop, not killed"
+    assert client.supervisor.process is not None
+    assert client.supervisor.process.returncode == 0, "asked to stop, not killed"
     assert pid is not None
     assert not alive(pid)
     assert directory is not None

@@ -201,10 +201,11 @@ def test_integrity_finds_sequences_that_lost_their_place() -> None:
     driver = drive()
     driver.submit(request("a"))
     scheduler = driver.scheduler
-    scheduler.waiting[0].blocks.append(3)
+    seq = scheduler.waiting.peek()
+    seq.blocks.append(3)
     with pytest.raises(AssertionError, match="a waits but owns"):
         scheduler.check_integrity()
-    scheduler.waiting[0].blocks.clear()
-    scheduler.waiting.clear()
-    with pytest.raises(AssertionError, match="neither waiting nor running"):
+    seq.blocks.clear()
+    scheduler.waiting.remove(seq)
+    with pytest.raises(AssertionError, match="neither waiting, running nor held"):
         scheduler.check_integrity()

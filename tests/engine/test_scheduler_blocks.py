@@ -14,7 +14,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
         driver.step()
     assert [s.request.request_id for s in driver.scheduler.running] == ["a"]
     assert [s.request.request_id for s in driver.scheduler.waiting] == ["b", "c"]
-    b = driver.scheduler.waiting[0]
+    b = driver.scheduler.waiting.peek()
     assert (b.slot, b.blocks, b.num_computed, b.keys) == (-1, [], 0, [])
     assert b.num_emitted > 0, "what was emitted is computed again, not emitted again"
     driver.run()

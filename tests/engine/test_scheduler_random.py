@@ -1,4 +1,4 @@
-"""Any mixture of submissions, aborts and steps: nothing leaks, nothing starves, everything ends."""
+"""Any mixture of submissions, aborts, holds and steps: nothing leaks, nothing starves, everything ends."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 24),
         max_tokens=st.integers(1, 16),
         enabled=st.booleans(),
+        tenant=st.sampled_from("ab"),
+        priority=st.integers(0, 1),
     )
-    def submit(self, start: int, length: int, max_tokens: int, enabled: bool) -> None:
+    def submit(self, start: int, length: int, max_tokens: int, enabled: bool, tenant: str, priority: int) -> None:
         name = f"r{self.count}"
         self.count += 1
         self.asked[name] = max_tokens
-        self.driver.submit(request(name, list(range(start, start + length)), max_tokens, enabled))
+        prompt = list(range(start, start + length))
+        self.driver.submit(request(name, prompt, max_tokens, enabled, tenant=tenant, priority=priority))
 
     @precondition(lambda self: self.driver.scheduler.by_id)
     @rule(data=st.data())
@@ -45,6 +48,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.driver.scheduler.by_id)))
         self.driver.abort(name)
         self.aborted.add(name)
+
+    @precondition(lambda self: self.driver.scheduler.waiting or self.driver.scheduler.running)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        scheduler = self.driver.scheduler
+        self.driver.hold(data.draw(st.sampled_from(sorted(scheduler.by_id.keys() - scheduler.held.keys()))))
+
+    @precondition(lambda self: self.driver.scheduler.held)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        scheduler = self.driver.scheduler
+        scheduler.resume(data.draw(st.sampled_from(sorted(scheduler.held))))
 
     @rule(k=st.sampled_from([0, 1, 3, 7]), accepts=st.integers(0, 7), count=st.integers(1, 5))
     def step(self, k: int, accepts: int, count: int) -> None:
@@ -64,6 +79,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(scheduler.pool.refs(block) == 1 for block in writable)
 
     def teardown(self) -> None:
+        for name in list(self.driver.scheduler.held):
+            self.driver.scheduler.resume(name)
         self.driver.run()
         scheduler = self.driver.scheduler
         assert scheduler.pool.num_used == 0

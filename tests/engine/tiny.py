@@ -15,8 +15,8 @@ from draft_models.small_lm import SmallLMDrafter
 from draft_models.suffix import SuffixDrafter
 from server.core import FinishReason, Request, SamplingParams, StepOutput
 from server.engine.core import EngineCore
+from server.engine.limits import Limits
 from server.engine.runner import Runner, RunnerShape
-from server.engine.scheduler import Limits
 from server.engine.speculation import Speculation
 from server.models.base import TargetModel
 from server.sampling.state import SamplingBatch
@@ -99,6 +99,7 @@ def engine(
     rule: str = "coupled",
     costs: CostTable | None = None,
     max_waiting: int = 1024,
+    max_waiting_tokens: int | None = None,
     eos: Sequence[int] = (EOS_ID,),
 ) -> EngineCore:
     """An engine without a process. Without `costs` every step drafts `k` tokens."""
@@ -108,7 +109,7 @@ def engine(
     limits = Limits(max_num_seqs, budget, max_model_len, BLOCK_SIZE, num_blocks, prefix_cache)
     trims = runner.ragged and made is not None and not made.has_distribution
     speculation = Speculation(costs, k if made is not None else 0, trims)
-    return EngineCore(runner, limits, speculation, eos, max_waiting)
+    return EngineCore(runner, limits, speculation, eos, max_waiting, max_waiting_tokens)
 
 
 class Answers(dict[str, list[int]]):
@@ -145,7 +146,8 @@ def run(core: EngineCore, requests: list[Request]) -> Answers:
         outputs += core.step()
         core.check_integrity()
     assert core.stats().kv_blocks_used == 0
-    assert core.stats().num_running == core.stats().num_waiting == 0
+    stats = core.stats()
+    assert stats.num_running == stats.num_waiting == stats.num_waiting_tokens == stats.num_held == 0
     return Answers(outputs)
 
 
@@ -162,14 +164,14 @@ class Scripted:
         self.calls = {"prefill": 0, "propose": 0, "commit": 0}
         self.tokens: dict[int, list[int]] = {}
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int) -> None:
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
         assert slot not in self.tokens, "a slot is released before it is taken again"
         self.tokens[slot] = list(token_ids)
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         self.tokens[slot].extend(token_ids)
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, complete: bool = False) -> None:
         self.tokens.pop(slot, None)
 
     def prefill(

@@ -41,7 +41,7 @@ def step(device: str, rule: str) -> Verdict:
     tokens = logits.view(R, K + 1, V)[:, :K].argmax(-1)
     sampling = SamplingState(R, V, torch.device(device))
     for slot in range(R):
-        sampling.set(slot, replace(PARAMS[slot % 4], seed=slot), 0)
+        sampling.set(slot, replace(PARAMS[slot % 4], seed=slot), 0, slot % 3 * 6, range(slot))
     slot_ids = torch.arange(R, device=device)
     batch = sampling.gather(list(range(R)), slot_ids)
     assert all(v.device.type == device for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor))

@@ -4,7 +4,7 @@ import torch
 
 from server.core import SamplingParams
 from server.sampling.distribution import Processed
-from server.sampling.logprobs import emitted_logprobs
+from server.sampling.logprobs import emitted_logprobs, score
 from server.sampling.state import SamplingBatch
 from server.spec.types import Drafts, Layout
 from server.spec.verify import verify
@@ -52,3 +52,13 @@ def test_more_alternatives_than_tokens() -> None:
     batch = SamplingBatch.of([SamplingParams(temperature=0.0)], V)
     verdict = verify(Processed.dense(raw), layout, Drafts.none(1, raw.device), batch, torch.tensor([5]), "coupled")
     assert emitted_logprobs(raw, layout, verdict, num_top=20).top_ids.shape == (1, 1, V)
+
+
+def test_given_tokens_are_scored_one_a_position() -> None:
+    raw = torch.randn(5, V, generator=torch.Generator().manual_seed(2))
+    tokens = torch.tensor([3, 0, 11, 3, 7])
+    got = score(raw, tokens, 2)
+    expected = raw.double().log_softmax(-1)
+    torch.testing.assert_close(got.chosen.double(), expected[torch.arange(5), tokens])
+    assert got.top_ids.tolist() == raw.topk(2).indices.tolist()
+    torch.testing.assert_close(got.top_logprobs.double(), expected.topk(2).values)

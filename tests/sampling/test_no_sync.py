@@ -16,7 +16,7 @@ from torch import Tensor
 from server.core import SamplingParams
 from server.sampling.logprobs import emitted_logprobs
 from server.sampling.process import process
-from server.sampling.state import SamplingBatch
+from server.sampling.state import SamplingBatch, SamplingState
 from server.spec.types import Drafts, Layout, SlotState
 from server.spec.verify import draft_token, verify
 
@@ -55,7 +55,11 @@ def test_the_meta_device_notices_a_sync(sync: Callable[[Tensor], object]) -> Non
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("with_probs", [False, True])
 def test_a_step_never_syncs(rule: str, k: int, kind: str, with_probs: bool) -> None:
-    batch = on_meta(SamplingBatch.of(BATCHES[kind], V))
+    sampling = SamplingState(R, V, torch.device("cpu"))
+    for slot, params in enumerate(BATCHES[kind]):
+        sampling.set(slot, params, 0, min_tokens=4 if kind in ("greedy", "mixed") else 0, end_ids=[2, 7])
+    batch = on_meta(sampling.gather(list(range(R)), torch.arange(R)))
+    assert (batch.end_ids is not None) == (kind in ("greedy", "mixed"))
     state = SlotState(ints(8, 64), ints(8), ints(8))
     layout = Layout(ints(R * (k + 1)), ints(R * (k + 1)), R, k + 1)
     drafts = Drafts(ints(R, k), ints(R), probs=torch.rand(R, k, V, device="meta") if with_probs else None)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.core import FinishReason
-from server.engine.messages import EngineFrame, EngineStats
+from server.engine.messages import EngineStats
 from server.telemetry.metrics import Metrics
 from tests.api.fakes import INFO
 
@@ -62,15 +62,15 @@ def test_aborted_and_failed_choices_have_no_latency() -> None:
     assert found["outpace_requests_total{finish_reason=error}"] == 1
 
 
-def frame(**stats: object) -> EngineFrame:
-    return EngineFrame(outputs=[], stats=EngineStats(**stats))  # type: ignore[arg-type]
+def stats(**fields: object) -> EngineStats:
+    return EngineStats(**fields)  # type: ignore[arg-type]
 
 
 def test_engine_counters_survive_a_restart() -> None:
     metrics = Metrics("1")
-    metrics.on_frame(frame(num_steps=5, num_emitted=9, drafted_per_position=[4, 3], accepted_per_position=[3, 1]))
-    metrics.on_frame(frame(num_steps=7, num_emitted=12, drafted_per_position=[6, 5], accepted_per_position=[4, 2]))
-    metrics.on_frame(frame(num_steps=1, num_emitted=2, drafted_per_position=[1], accepted_per_position=[1]))
+    metrics.on_stats(stats(num_steps=5, num_emitted=9, drafted_per_position=[4, 3], accepted_per_position=[3, 1]))
+    metrics.on_stats(stats(num_steps=7, num_emitted=12, drafted_per_position=[6, 5], accepted_per_position=[4, 2]))
+    metrics.on_stats(stats(num_steps=1, num_emitted=2, drafted_per_position=[1], accepted_per_position=[1]))
     found = samples(metrics)
     assert found["outpace_engine_steps_total"] == 8
     assert found["outpace_emitted_tokens_total"] == 14
@@ -84,13 +84,13 @@ def test_engine_counters_survive_a_restart() -> None:
 def test_gauges_are_of_the_latest_frame() -> None:
     metrics = Metrics("1")
     assert samples(metrics)["outpace_kv_cache_usage_ratio"] == 0
-    metrics.on_frame(frame(num_running=3, num_waiting=2, kv_blocks_used=5, kv_blocks_total=20, speculation_paused=True))
+    metrics.on_stats(stats(num_running=3, num_waiting=2, kv_blocks_used=5, kv_blocks_total=20, speculation_paused=True))
     found = samples(metrics)
     assert found["outpace_requests_running"] == 3
     assert found["outpace_requests_waiting"] == 2
     assert found["outpace_kv_cache_usage_ratio"] == 0.25
     assert found["outpace_speculation_paused"] == 1
-    metrics.on_frame(frame(kv_blocks_total=20))
+    metrics.on_stats(stats(kv_blocks_total=20))
     assert samples(metrics)["outpace_requests_running"] == 0
 
 

@@ -82,3 +82,11 @@ def test_many_long_stop_strings_cost_little() -> None:
     text = "a" * 20_000
     out = "".join(matcher.feed(char) for char in text) + matcher.flush()
     assert out == text
+
+
+def test_matchers_of_the_same_strings_share_nothing_that_changes() -> None:
+    first, second = StopMatcher(["<end>"]), StopMatcher(["<end>"])
+    assert first.feed("a<en") == "a"
+    assert second.feed("b") == "b"
+    assert (first.feed("d>c"), first.matched) == ("", "<end>")
+    assert (second.feed("d>c") + second.flush(), second.matched) == ("d>c", None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -193,6 +194,16 @@ def test_guarded_encoding_is_text_and_tokens_where_they_belong(
     assert byte_level.decode(ids, skip_special_tokens=False) == expected
     if rendered.count("<|im_end|>") == sum(special for special, _ in trusted):  # no accidental one across borders
         assert ids.count(end) == sum(special for special, _ in trusted)
+
+
+def test_nothing_is_left_to_be_built_at_the_first_text(byte_level_directory: Path, monkeypatch: Any) -> None:
+    """A text that spells a special token needs a second tokenizer: building it would stall every client's stream."""
+    tokenizer = Tokenizer.from_directory(byte_level_directory)
+    built = vars(tokenizer).copy()
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", None)
+    tokenizer.encode(f"a{IM_END}", add_special_tokens=True, allow_special=False)
+    tokenizer.encode_guarded(tokenizer.guard(f"a{IM_END}") + IM_END)
+    assert vars(tokenizer) == built
 
 
 def test_end_of_sequence_ids_come_from_every_file(byte_level_directory: Path, tmp_path: Path) -> None:

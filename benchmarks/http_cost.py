@@ -1,0 +1,214 @@
+"""CPU time that the API process spends on a request and on a streamed chunk, before an engine that only speaks.
+
+    python benchmarks/http_cost.py [--profile]
+
+One keep-alive connection a client, chat requests of one short message. A request's cost is that of an answer of one
+token; a chunk's is the slope between streams of few and of many chunks, a chunk being one token's event. `--profile`
+also writes where the time goes. CPU time is the process's own, its ZeroMQ thread included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import json
+import pstats
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import RESULTS, Row, median_row, write_result
+
+ENGINE = str(Path(__file__).with_name("scripted_engine.py"))
+MESSAGE = "What is the capital of France? Answer in one word, please."
+
+
+# -- the server under test -------------------------------------------------------------------------------------
+
+
+def run_server(port: int, workers: int, step_ms: float, profile: str | None) -> None:
+    """`outpace serve` with the scripted engine; `profile` names the file for this process's profile."""
+    from server.api.event_loop import loop_factory
+    from server.api.lifecycle import Server
+    from server.api.load_text import load_text
+    from server.api.pool.owner import Pool
+    from server.config import EngineConfig, ServerConfig
+    from server.engine.client import EngineClient
+
+    config = ServerConfig(EngineConfig(max_num_seqs=64), port=port, api_workers=workers, access_log="/dev/null")
+    program = (ENGINE, "--step-ms", str(step_ms))
+
+    async def run() -> None:
+        if workers > 1:
+            await Pool(config, "benchmark", print, program).run()
+        else:
+            load = lambda: load_text(config.engine.model)  # noqa: E731
+            await Server(config, EngineClient(config.engine, program), load, "benchmark", print).run()
+
+    profiler = cProfile.Profile()
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        if profile is None:
+            runner.run(run())
+            return
+        profiler.runcall(runner.run, run())
+    profiler.dump_stats(profile)
+
+
+@contextmanager
+def server(port: int, workers: int = 1, step_ms: float = 5.0, profile: str | None = None) -> Iterator[list[int]]:
+    """A running server; yields the process ids of its API processes."""
+    command = [sys.executable, __file__, "--role", "server", "--port", str(port), "--workers", str(workers)]
+    command += ["--step-ms", str(step_ms)] + ([] if profile is None else ["--profile-file", profile])
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_ready(f"http://127.0.0.1:{port}/ready")
+        yield [process.pid] if workers == 1 else children(process.pid, "server.api.pool.worker")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_ready(url: str) -> None:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"{url} never became ready")
+
+
+def children(parent: int, module: str) -> list[int]:
+    """Process ids of `parent`'s children that run `module`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if f"PPid:\t{parent}\n" in (entry / "status").read_text() and module in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds, user and system, that all threads of the processes have used, as the scheduler counts them."""
+    threads = [thread for pid in pids for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
+# -- the clients -----------------------------------------------------------------------------------------------
+
+
+def payload(max_tokens: int, stream: bool) -> bytes:
+    body = json.dumps(
+        {"messages": [{"role": "user", "content": MESSAGE}], "max_tokens": max_tokens, "stream": stream}
+    ).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def client(port: int, request: bytes, times: int, end: bytes) -> None:
+    """Sends the request `times` times over one connection; an answer ends with `end`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(times):
+        writer.write(request)
+        tail = b""
+        while not tail.endswith(end):
+            data = await reader.read(65536)
+            if not data:
+                raise RuntimeError(f"the server closed the connection: {tail!r}")
+            tail = (tail + data)[-400:]
+        if b"HTTP/1.1 4" in tail or b"HTTP/1.1 5" in tail:
+            raise RuntimeError(tail.decode())
+    writer.close()
+    await writer.wait_closed()
+
+
+async def load(port: int, num_clients: int, times: int, max_tokens: int, stream: bool) -> float:
+    """Seconds for `num_clients` clients to do `times` requests each."""
+    request = payload(max_tokens, stream)
+    end = b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}}}"
+    started = time.perf_counter()
+    await asyncio.gather(*(client(port, request, times, end) for _ in range(num_clients)))
+    return time.perf_counter() - started
+
+
+def measure(port: int, pids: list[int], num_clients: int, times: int, max_tokens: int, stream: bool) -> float:
+    """CPU seconds of the API processes for one request of this shape."""
+    asyncio.run(load(port, num_clients, max(1, times // 10), max_tokens, stream))
+    before = cpu_s(pids)
+    asyncio.run(load(port, num_clients, times, max_tokens, stream))
+    return (cpu_s(pids) - before) / (num_clients * times)
+
+
+def costs(port: int, repeats: int) -> list[Row]:
+    whole: list[float] = []
+    stream_1: list[float] = []
+    slopes: dict[int, list[float]] = {1: [], 16: [], 64: []}
+    with server(port, step_ms=1.0) as pids:
+        for _ in range(repeats):
+            whole.append(measure(port, pids, 16, 200, 1, False) * 1e3)
+            stream_1.append(measure(port, pids, 16, 200, 1, True) * 1e3)
+    with server(port, step_ms=4.0) as pids:
+        for _ in range(repeats):
+            for num_clients, values in slopes.items():
+                times = max(2, 24 // num_clients) if num_clients > 1 else 8
+                short = measure(port, pids, num_clients, times, 20, True)
+                long = measure(port, pids, num_clients, times, 420, True)
+                values.append((long - short) / 400 * 1e6)
+    rows = [
+        median_row("cpu2/http/request_ms", whole, "ms", "whole answer of one token"),
+        median_row("cpu2/http/stream_request_ms", stream_1, "ms", "stream of one token"),
+    ]
+    for num_clients, values in slopes.items():
+        rows.append(
+            median_row(f"cpu2/http/chunk_us/streams{num_clients}", values, "us", f"{num_clients} streams at once")
+        )
+    return rows
+
+
+def profile(port: int) -> None:
+    """Writes where the API process's time goes, for whole answers and for streams."""
+    for name, shape in (("requests", (16, 200, 1, False)), ("chunks", (16, 4, 400, True))):
+        file = RESULTS / f"http_profile_{name}.txt"
+        dump = f"/tmp/outpace-{name}.prof"
+        with server(port, step_ms=2.0, profile=dump):
+            asyncio.run(load(port, *shape))
+        with file.open("w") as out:
+            out.write(f"# {shape[0]} clients, {shape[1]} requests each, {shape[2]} tokens, stream={shape[3]}\n")
+            pstats.Stats(dump, stream=out).strip_dirs().sort_stats("tottime").print_stats(45)
+        print(f"wrote {file.relative_to(RESULTS.parent)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--role", choices=("benchmark", "server"), default="benchmark")
+    parser.add_argument("--port", type=int, default=8391)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile-file")
+    options = parser.parse_args()
+    if options.role == "server":
+        run_server(options.port, options.workers, options.step_ms, options.profile_file)
+        return
+    rows = costs(options.port, options.repeats)
+    write_result("http_cost", rows)
+    if options.profile:
+        profile(options.port)
+
+
+if __name__ == "__main__":
+    main()

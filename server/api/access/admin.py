@@ -1,0 +1,55 @@
+"""Admin routes. The auth middleware lets only the admin key in."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import orjson
+from aiohttp import web
+
+from server.api.access.control import ACCESS
+from server.api.errors import SERVER_ERROR, ApiError, Handler
+
+Reload = Callable[[], Awaitable[Sequence[str]]]
+"""Does what SIGHUP does, in every process; gives one line for each thing that stayed as it was because it is wrong."""
+
+
+def admin_routes(reload: Reload) -> list[web.RouteDef]:
+    """`GET /admin/keys` and `POST /admin/reload`."""
+    return [web.get("/admin/keys", list_keys), web.post("/admin/reload", _reload_handler(reload))]
+
+
+async def list_keys(request: web.Request) -> web.Response:
+    """Every key's name, limits and use in the last 60 seconds, over all workers; never its hash."""
+    access = request.app[ACCESS]
+    keys = []
+    for key in access.table.users() if access.table is not None else []:
+        requests, tokens = access.limiter.ledger.used(key.row)
+        keys.append(
+            {
+                "name": key.name,
+                "requests_per_minute": key.requests_per_minute,
+                "tokens_per_minute": key.tokens_per_minute,
+                "best_priority": key.best_priority,
+                "default_priority": key.default_priority,
+                "speculation": key.speculation,
+                "used": {"requests": requests, "tokens": tokens},
+            }
+        )
+    return _json({"object": "list", "data": keys})
+
+
+def _reload_handler(reload: Reload) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        """Key file and certificate are read again. Raises ApiError 500 with what is wrong; that stays as it was."""
+        problems = await reload()
+        if problems:
+            message = "Not everything was reloaded; what was not stays as it was. " + " ".join(problems)
+            raise ApiError(500, message, type=SERVER_ERROR, code="reload_failed")
+        return _json({"status": "reloaded"})
+
+    return handler
+
+
+def _json(payload: object) -> web.Response:
+    return web.Response(body=orjson.dumps(payload), content_type="application/json")

@@ -1,0 +1,112 @@
+"""What the owner and its API workers tell each other: one msgpack object a message, over ZeroMQ IPC."""
+
+from __future__ import annotations
+
+import msgspec
+
+from server.api.access.keys import KeyTable
+from server.config import ServerConfig
+from server.engine.messages import EngineInfo, EngineStats
+from server.telemetry.merge import Family
+
+
+class Assignment(msgspec.Struct):
+    """What a worker is started with, on its standard input. `index` is its row in shared memory."""
+
+    config: ServerConfig
+    version: str
+    index: int
+    identity: bytes
+    control: str
+    ledger: str
+    counts: str
+
+
+# -- owner to worker -----------------------------------------------------------------------------------------
+
+
+class EngineState(msgspec.Struct, tag="engine"):
+    """How the engine is; `endpoint` is where it listens while it is ready. `keep_waiting` as in `disconnect`."""
+
+    ready: bool
+    endpoint: str
+    info: EngineInfo | None
+    failure: str | None
+    num_restarts: int
+    keep_waiting: bool = True
+
+
+class Stats(msgspec.Struct, tag="stats"):
+    stats: EngineStats
+
+
+class Keys(msgspec.Struct, tag="keys"):
+    """The key table to use from now on; None: nobody needs a key."""
+
+    table: KeyTable | None
+
+
+class Reload(msgspec.Struct, tag="reload"):
+    """Read the TLS certificate again and reopen the access log."""
+
+
+class Drain(msgspec.Struct, tag="drain"):
+    """Refuse new work and say `Idle` once nothing is in flight."""
+
+
+class Quit(msgspec.Struct, tag="quit"):
+    """End now: the engine is closed."""
+
+
+class Collect(msgspec.Struct, tag="collect"):
+    """Send a `Snapshot` with this number."""
+
+    number: int
+
+
+class Scraped(msgspec.Struct, tag="scraped"):
+    """The whole server's metrics, as asked for by `Scrape` with this number."""
+
+    number: int
+    body: bytes
+
+
+ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped
+
+# -- worker to owner -----------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag="hello"):
+    """The worker listens. `model_name` is the model's short name."""
+
+    model_name: str
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """The worker can not serve; one line on why."""
+
+    reason: str
+
+
+class Snapshot(msgspec.Struct, tag="snapshot"):
+    """The worker's own metrics; `number` 0 was not asked for."""
+
+    number: int
+    families: list[Family]
+
+
+class Scrape(msgspec.Struct, tag="scrape"):
+    """Somebody asked this worker for /metrics."""
+
+    number: int
+
+
+class ReloadKeys(msgspec.Struct, tag="reload_keys"):
+    """Somebody asked this worker to reload: the owner does as on SIGHUP."""
+
+
+class Idle(msgspec.Struct, tag="idle"):
+    """After `Drain`: nothing is in flight."""
+
+
+ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle

@@ -1,0 +1,213 @@
+"""The owner of several API workers: it holds the port, the engine's life, the keys and the merged metrics.
+
+owner ──supervises──► engine ◄──ZeroMQ, one line a worker──┐
+  └────supervises──► worker 0 … N-1 (HTTP, SO_REUSEPORT) ──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import zmq
+
+from server.api import sockets
+from server.api.access.control import AccessControl
+from server.api.access.counters import SharedCounts
+from server.api.access.keys import KeyFileError
+from server.api.access.ledger import Ledger
+from server.api.access.tls import TlsContext
+from server.api.banner import banner
+from server.api.lifecycle import Say, Signals, StartError, bound_or_start_error, farewell, first_of, until_stopped
+from server.api.pool import messages as m
+from server.api.pool.channel import Channel, bind
+from server.api.pool.member import Member
+from server.api.pool.metrics import PoolMetrics
+from server.config import ConfigError, ServerConfig
+from server.engine.errors import EngineUnavailable
+from server.engine.messages import EngineStats
+from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
+
+logger = logging.getLogger(__name__)
+
+_WORKERS_CLOSE_S = 4.0
+
+
+class Pool:
+    """Runs until a signal. Raises StartError."""
+
+    def __init__(self, config: ServerConfig, version: str, say: Say, program: Sequence[str] = ENGINE_PROGRAM) -> None:
+        self._config = config
+        self._version = version
+        self._say = say
+        self._supervisor = Supervisor(config.engine, b"owner", program)
+        self._supervisor.on_up = self._on_up
+        self._supervisor.on_down = self._on_down
+        self._supervisor.on_stats = self._on_stats
+        self._signals = Signals(lambda: None, self.reload)
+        self._members: list[Member] = []
+        self._by_identity: dict[bytes, Member] = {}
+        self._idle = asyncio.Event()
+        try:
+            self._access = AccessControl.from_file(config.api_keys)
+            TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
+        except (KeyFileError, ConfigError) as error:
+            raise StartError(str(error)) from error
+        self._metrics = PoolMetrics(version, self._ask_for_snapshots)
+        self._metrics.own.watch_engine(lambda: self._supervisor.ready, lambda: self._supervisor.num_restarts)
+
+    async def run(self) -> None:
+        """Serves until stopped."""
+        config = self._config
+        held = bound_or_start_error(lambda: sockets.reserve(config.host, config.port))
+        port = sockets.port_of(held[0])
+        self._url = sockets.url_of(config.host, port, tls=config.tls_certificate is not None)
+        directory = Path(tempfile.mkdtemp(prefix="outpace-pool-"))
+        context = zmq.Context()
+        try:
+            self._open(directory, context, port)
+            if await until_stopped(self._start(), self._signals.stop):
+                await self._signals.stop.wait()
+                await self._drain()
+        finally:
+            await self._close()
+            self._channel.close()
+            context.destroy(linger=200)
+            for holder in held:
+                holder.close()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def reload(self) -> None:
+        """What SIGHUP does."""
+        if self._access.reload() is None:
+            self._tell_all(m.Keys(self._access.table))
+        self._tell_all(m.Reload())
+
+    # -- start -------------------------------------------------------------------------------------------------
+
+    def _open(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]], port: int) -> None:
+        config, num_workers = self._config, self._config.api_workers
+        control, ledger, counts = f"ipc://{directory}/control.sock", directory / "ledger", directory / "counts"
+        Ledger.create(ledger, num_workers)
+        SharedCounts.create(counts, num_workers)
+        self._counts = SharedCounts(counts, num_workers, 0)
+        self._channel: Channel[m.ToOwner] = Channel(
+            bind(context, control),
+            m.ToOwner,  # type: ignore[arg-type]
+            self._handle,
+        )
+        for index in range(num_workers):
+            template = m.Assignment(
+                _on_port(config, port), self._version, index, b"", control, str(ledger), str(counts)
+            )
+            self._members.append(Member(template, self._on_spawn, self._on_death))
+
+    async def _start(self) -> None:
+        self._say(f"Loading {self._config.engine.model}; {self._url}/ready says when it serves")
+        await self._supervisor.start()
+        for member in self._members:
+            member.start()
+        try:
+            info = await self._supervisor.wait_ready()
+        except EngineUnavailable as error:
+            raise StartError(f"the engine failed to start: {error}") from error
+        for member in self._members:
+            await member.wait_ready()
+        self._metrics.own.on_ready(info)
+        name = self._config.served_model_name or self._members[0].model_name
+        self._say(banner(self._config, info, name, self._url))
+        self._say(f"  {len(self._members)} API workers")
+
+    # -- end ---------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        timeout_s = self._config.drain_timeout_s
+        num_in_flight = self._counts.total()[0]
+        if num_in_flight:
+            self._say(farewell(num_in_flight, timeout_s))
+        for member in self._members:
+            member.idle = False
+        self._tell_all(m.Drain())
+        await first_of(self._idle.wait(), self._signals.quit.wait(), timeout_s=timeout_s)
+
+    async def _close(self) -> None:
+        """The engine goes first: handlers still at work learn it and can tell their clients."""
+        for member in self._members:
+            member.stopping = True
+        await self._supervisor.close()
+        self._tell_all(m.Quit())
+        await asyncio.gather(*(member.close(_WORKERS_CLOSE_S) for member in self._members))
+
+    # -- the engine --------------------------------------------------------------------------------------------
+
+    def _engine_state(self, reason: str | None = None, *, keep_waiting: bool = True) -> m.EngineState:
+        s = self._supervisor
+        return m.EngineState(s.ready, s.endpoint, s.info, reason or s.failure, s.num_restarts, keep_waiting)
+
+    def _on_up(self, endpoint: str) -> None:
+        self._tell_all(self._engine_state())
+
+    def _on_down(self, reason: str, keep_waiting: bool) -> None:
+        self._tell_all(self._engine_state(reason, keep_waiting=keep_waiting))
+
+    def _on_stats(self, stats: EngineStats) -> None:
+        self._metrics.own.on_stats(stats)
+        self._tell_all(m.Stats(stats))
+
+    # -- the workers -------------------------------------------------------------------------------------------
+
+    def _tell_all(self, message: m.ToWorker) -> None:
+        for identity in self._by_identity:
+            self._channel.send(message, identity)
+
+    def _on_spawn(self, member: Member) -> None:
+        self._by_identity[member.identity] = member
+
+    def _on_death(self, member: Member) -> None:
+        """What it held is free, what it counted stays counted."""
+        del self._by_identity[member.identity]
+        self._counts.clear(member.index)
+        self._supervisor.forget_client(member.identity)
+        self._metrics.retire(member.identity)
+        member.idle = True
+        self._check_idle()
+
+    def _handle(self, identity: bytes, message: m.ToOwner) -> None:
+        member = self._by_identity.get(identity)
+        if member is None:  # its last words came after its end
+            return
+        match message:
+            case m.Hello():
+                self._channel.send(m.Keys(self._access.table), identity)
+                self._channel.send(self._engine_state(), identity)
+                member.on_hello(message.model_name)
+            case m.Failed():
+                member.on_failed(message.reason)
+            case m.Snapshot():
+                self._metrics.take(identity, message)
+            case m.Scrape():
+                self._metrics.render_soon(
+                    set(self._by_identity), lambda body: self._channel.send(m.Scraped(message.number, body), identity)
+                )
+            case m.ReloadKeys():
+                self.reload()
+            case m.Idle():
+                member.idle = True
+                self._check_idle()
+
+    def _ask_for_snapshots(self, number: int) -> None:
+        self._tell_all(m.Collect(number))
+
+    def _check_idle(self) -> None:
+        if all(member.idle for member in self._members):
+            self._idle.set()
+
+
+def _on_port(config: ServerConfig, port: int) -> ServerConfig:
+    """Port 0 was any free one: all workers take the one that was found."""
+    return replace(config, port=port)

@@ -1,0 +1,173 @@
+"""`python -m server.api.pool.worker`: one of several API processes on the same port.
+
+Its assignment arrives as JSON on standard input. What is the whole server's (engine, keys, merged metrics, when to end)
+it hears from the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from itertools import count
+
+import msgspec
+import zmq
+
+from server.api import sockets
+from server.api.access.control import AccessControl
+from server.api.access.counters import SharedCounts
+from server.api.access.keys import KeyTable
+from server.api.access.ledger import Ledger
+from server.api.access.limits import RateLimiter
+from server.api.event_loop import loop_factory
+from server.api.front import Front
+from server.api.lifecycle import on_daemon_thread
+from server.api.load_text import load_text
+from server.api.params import Limits
+from server.api.pool import messages as m
+from server.api.pool.channel import Channel, connect
+from server.api.pool.remote_engine import RemoteEngine
+from server.api.state import ServerState
+from server.config import ConfigError
+from server.telemetry.merge import snapshot
+from server.telemetry.metrics import Metrics
+
+SNAPSHOT_S = 2.0
+"""How often the owner gets this worker's metrics unasked: what a killed worker counted since then is lost."""
+SCRAPE_TIMEOUT_S = 5.0
+
+
+def main() -> int:
+    """Exit codes: 0 asked to end, 1 could not serve (the owner was told why)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: not to outlive the owner
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they go to the whole group; the owner decides
+    assignment = msgspec.json.decode(sys.stdin.buffer.read(), type=m.Assignment)
+    level = assignment.config.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(Worker(assignment).run())
+
+
+class Worker:
+    """Serves until the owner says `Quit`."""
+
+    def __init__(self, assignment: m.Assignment) -> None:
+        self._assignment = assignment
+        self._scrapes: dict[int, asyncio.Future[bytes]] = {}
+        self._numbers = count(1)
+
+    async def run(self) -> int:
+        a, config = self._assignment, self._assignment.config
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._engine = RemoteEngine(a.identity)
+        limiter = RateLimiter(Ledger(a.ledger, config.api_workers, a.index))
+        self._state = state = ServerState(
+            config,
+            self._engine,
+            Metrics(a.version),
+            a.version,
+            config.served_model_name or config.engine.model,
+            limits=Limits(max_body_bytes=config.max_body_bytes),
+            # Until the owner has sent the keys nobody is let in.
+            access=AccessControl(None if config.api_keys is None else KeyTable(), limiter),
+            counts=SharedCounts(a.counts, config.api_workers, a.index),
+            scrape=self._scrape,
+            reload=self._reload,
+        )
+        context = zmq.Context()
+        self._channel: Channel[m.ToWorker] = Channel(
+            connect(context, a.control, a.identity),
+            m.ToWorker,  # type: ignore[arg-type]
+            lambda _, message: self._handle(message),
+        )
+        try:
+            return await self._serve(state)
+        finally:
+            self._channel.close()
+            context.destroy(linger=200)
+
+    async def _serve(self, state: ServerState) -> int:
+        try:
+            front = self._front = Front(state)
+            await front.listen(sockets.bind(state.config.host, state.config.port, shared=True))
+            state.text, name = await on_daemon_thread(lambda: load_text(state.config.engine.model))
+        except (ConfigError, OSError, ValueError) as error:
+            self._channel.send(m.Failed(str(error)))
+            return 1
+        state.model_name = state.config.served_model_name or name
+        self._channel.send(m.Hello(name))
+        reporting = asyncio.create_task(self._report())
+        try:
+            await asyncio.wait({self._ended, self._engine.broken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reporting.cancel()
+        if self._engine.broken.done():
+            reason = f"a message from the engine could not be handled: {self._engine.broken.exception()}"
+            self._channel.send(m.Failed(reason))
+        await self._engine.close()
+        await front.close()
+        self._channel.send(m.Snapshot(0, snapshot(state.metrics.registry)))
+        return 1 if self._engine.broken.done() else 0
+
+    # -- what the owner says -----------------------------------------------------------------------------------
+
+    def _handle(self, message: m.ToWorker) -> None:
+        match message:
+            case m.EngineState():
+                self._engine.apply(message)
+            case m.Stats():
+                self._engine.apply_stats(message.stats)
+            case m.Keys():
+                self._state.access.install(message.table)
+            case m.Reload():
+                self._front.reload()
+            case m.Collect():
+                self._channel.send(m.Snapshot(message.number, snapshot(self._state.metrics.registry)))
+            case m.Scraped():
+                waiting = self._scrapes.pop(message.number, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message.body)
+            case m.Drain():
+                self._state.draining = True
+                self._draining = asyncio.ensure_future(self._say_when_idle())
+            case m.Quit():
+                if not self._ended.done():
+                    self._ended.set_result(None)
+
+    async def _say_when_idle(self) -> None:
+        await self._state.idle.wait()
+        await self._engine.line.wait_idle()
+        self._channel.send(m.Idle())
+
+    # -- what is asked of the owner ----------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(SNAPSHOT_S)
+            self._channel.send(m.Snapshot(0, snapshot(self._state.metrics.registry)))
+
+    async def _scrape(self) -> bytes:
+        """The whole server's metrics. Raises TimeoutError where the owner does not answer."""
+        number = next(self._numbers)
+        future = self._scrapes[number] = asyncio.get_running_loop().create_future()
+        self._channel.send(m.Scrape(number))
+        try:
+            return await asyncio.wait_for(future, SCRAPE_TIMEOUT_S)
+        finally:
+            self._scrapes.pop(number, None)
+
+    async def _reload(self) -> Sequence[str]:
+        """The owner reads the key file and tells every worker; what it finds wrong is in its log."""
+        self._channel.send(m.ReloadKeys())
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

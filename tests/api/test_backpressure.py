@@ -1,0 +1,91 @@
+"""Clients that read slowly, or not at all: their tokens are bounded, their generation waits, and nobody else does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Sequence
+from contextlib import closing
+
+from server.core import FinishReason, Request, StepOutput
+from tests.api.conftest import Live, Serve
+from tests.api.fakes import FakeEngine
+
+NUM_BYTES = 60_000
+STEP = 50
+
+
+def long(request: Request) -> Sequence[StepOutput]:
+    """Steps of 50 tokens, each token a byte of its own: `NUM_BYTES` bytes of text."""
+    text = b"".join(b"%07d " % number for number in range(NUM_BYTES // 8))
+    outputs = [StepOutput(request.request_id, list(text[i : i + STEP])) for i in range(0, len(text), STEP)]
+    outputs[-1] = StepOutput(request.request_id, outputs[-1].token_ids, finish_reason=FinishReason.LENGTH)
+    return outputs
+
+
+def connect(live: Live) -> socket.socket:
+    """A client that has asked for a stream and takes only what fits a small buffer."""
+    data = json.dumps({"prompt": "a", "max_tokens": 100, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(("127.0.0.1", int(live.url.rsplit(":", 1)[1])))
+    client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    client.setblocking(False)
+    return client
+
+
+def text_of(raw: bytes) -> str:
+    """The text of a chunked stream's events."""
+    events = [line for line in raw.decode().splitlines() if line.startswith("data: {")]
+    return "".join(json.loads(event[6:])["choices"][0]["text"] for event in events)
+
+
+async def read_all(client: socket.socket) -> bytes:
+    loop = asyncio.get_running_loop()
+    parts = []
+    while part := await loop.sock_recv(client, 65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def test_a_stalled_reader_holds_its_request_and_gets_everything_in_the_end(serve: Serve) -> None:
+    live = await serve(FakeEngine(long), server={"stream_buffer_tokens": 500})
+    with closing(connect(live)) as client:
+        await live.engine.until(lambda: bool(live.engine.held))
+        await asyncio.sleep(0.1)
+        assert live.engine.active, "it is not all generated"
+        # What is kept here, what the connection and the kernel's two buffers hold: far from all of it.
+        assert live.engine.num_emitted_tokens < NUM_BYTES / 2
+        raw = await asyncio.wait_for(read_all(client), 20)
+    assert text_of(raw) == "".join(f"{number:07d} " for number in range(NUM_BYTES // 8))
+    assert b"data: [DONE]" in raw
+    assert not live.engine.held
+    assert not live.engine.aborted
+
+
+async def test_a_reader_that_takes_nothing_is_dropped(serve: Serve) -> None:
+    live = await serve(FakeEngine(long), server={"stream_buffer_tokens": 500, "stall_timeout_s": 0.2})
+    with closing(connect(live)):
+        await live.engine.until(lambda: live.state.num_in_flight == 1)
+        await live.engine.until(lambda: live.state.num_in_flight == 0)
+    assert len(live.engine.aborted) == 1
+    assert "outpace_slow_clients_dropped_total 1.0" in (await live.get("/metrics"))[1]
+
+
+async def test_a_stalled_reader_that_leaves_takes_its_request_with_it(serve: Serve) -> None:
+    live = await serve(FakeEngine(long), server={"stream_buffer_tokens": 500})
+    with closing(connect(live)):
+        await live.engine.until(lambda: bool(live.engine.held))
+    await live.engine.until(lambda: live.state.num_in_flight == 0)
+    assert len(live.engine.aborted) == 1
+
+
+async def test_others_do_not_wait_for_a_stalled_reader(serve: Serve) -> None:
+    live = await serve(FakeEngine(long), server={"stream_buffer_tokens": 500})
+    with closing(connect(live)):
+        await live.engine.until(lambda: bool(live.engine.held))
+        status, answer = await live.complete(max_tokens=100)
+        assert status == 200
+        assert len(answer["choices"][0]["text"]) == NUM_BYTES
