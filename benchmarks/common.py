@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions(names: Iterable[str] = ("torch", "transformers", "numpy", "aiohttp", "pyzmq")) -> dict[str, str]:
+def versions(names: Iterable[str] = ("torch", "transformers", "numpy", "aiohttp", "uvloop")) -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 

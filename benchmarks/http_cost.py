@@ -4,7 +4,7 @@
 
 One keep-alive connection a client, chat requests of one short message. A request's cost is that of an answer of one
 token; a chunk's is the slope between streams of few and of many chunks, a chunk being one token's event. `--profile`
-also writes where the time goes. CPU time is the process's own, its ZeroMQ thread included.
+also writes where the time goes. CPU time is that of all the process's threads.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import msgspec
-import zmq
 
 from server.config import EngineConfig
 from server.core import FinishReason, Request, StepOutput
 from server.engine.kinds import ABORT, FRAME, GONE, HELLO, HOLD, INFO, PING, PONG, RESUME, STOP, SUBMIT
 from server.engine.messages import EngineFrame, EngineInfo, EngineStats
+from server.engine.wire import Hub
 
 VOCABULARY = range(1000, 6000)
 
@@ -36,8 +36,8 @@ class Running:
 class ScriptedEngine:
     """Admits up to `max_num_seqs` requests; token i of an answer is always the same."""
 
-    def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes], step_s: float) -> None:
-        self.config, self.socket, self.step_s = config, socket, step_s
+    def __init__(self, config: EngineConfig, hub: Hub, step_s: float) -> None:
+        self.config, self.hub, self.step_s = config, hub, step_s
         self.running: dict[str, Running] = {}
         self.waiting: deque[Running] = deque()
         self.num_steps = 0
@@ -60,14 +60,9 @@ class ScriptedEngine:
                 self._receive(0.0)
 
     def _receive(self, wait_ms: float) -> None:
-        if not self.socket.poll(max(0, round(wait_ms))):
-            return
-        while not self._stopping:
-            try:
-                identity, kind, payload = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._handle(identity, kind, payload)
+        if self.hub.poll(max(0.0, wait_ms)):
+            for identity, kind, payload in self.hub.receive():
+                self._handle(identity, kind, payload)
 
     def _handle(self, identity: bytes, kind: bytes, payload: bytes) -> None:
         if kind == SUBMIT:
@@ -79,11 +74,11 @@ class ScriptedEngine:
             if (held := self.running.get(payload.decode())) is not None:
                 held.held = kind == HOLD
         elif kind == GONE:
-            self.running = {i: r for i, r in self.running.items() if r.owner != payload}
+            self.running = {i: r for i, r in self.running.items() if r.owner != identity}
         elif kind == HELLO:
-            self.socket.send_multipart([identity, INFO, self._encode(self._info())])
+            self.hub.send(identity, INFO, self._encode(self._info()))
         elif kind == PING:
-            self.socket.send_multipart([identity, PONG, self._encode(self._stats())])
+            self.hub.send(identity, PONG, self._encode(self._stats()))
         elif kind == STOP:
             self._stopping = True
 
@@ -99,7 +94,7 @@ class ScriptedEngine:
             frames.setdefault(running.owner, []).append(self._emit(running))
         stats = self._stats()
         for owner, outputs in frames.items():
-            self.socket.send_multipart([owner, FRAME, self._encode(EngineFrame(outputs, stats))])
+            self.hub.send(owner, FRAME, self._encode(EngineFrame(outputs, stats)))
 
     def _emit(self, running: Running) -> StepOutput:
         request = running.request
@@ -150,14 +145,10 @@ def main() -> None:
     parser.add_argument("endpoint")
     options = parser.parse_args()
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-        socket.setsockopt(option, 0)
-    socket.bind(options.endpoint)
+    hub = Hub(options.endpoint)
     print(json.dumps({"ready": True}), flush=True)
-    ScriptedEngine(config, socket, options.step_ms / 1e3).run()
-    context.destroy(linger=0)
+    ScriptedEngine(config, hub, options.step_ms / 1e3).run()
+    hub.close()
 
 
 if __name__ == "__main__":

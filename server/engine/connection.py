@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
-import zmq
 
 from server.core import Request, StepOutput
 from server.engine.errors import EngineUnavailable
 from server.engine.kinds import ABORT, FRAME, HELLO, HOLD, INFO, PONG, RESUME, SUBMIT
 from server.engine.messages import EngineFrame, EngineInfo, EngineStats
+from server.engine.wire import Line
 
 MAX_TRIES = 3
 """Engines a request that has not started may be sent to: one that kills every engine must not go on for ever."""
@@ -41,7 +41,7 @@ class _InFlight:
 
 
 class EngineConnection:
-    """A DEALER socket to one engine process after another. `identity` is unique among the engine's clients.
+    """A line to one engine process after another. `identity` is unique among the engine's clients.
 
     `disconnect` fails the requests that hold a slot and keeps those that still wait; `connect` sends them again, since
     nothing of them has reached anybody. `on_frame`, `on_info` and `on_pong` see what arrives; an exception in handling
@@ -57,9 +57,7 @@ class EngineConnection:
         self.on_pong: Callable[[EngineStats], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
         self._in_flight: dict[str, _InFlight] = {}
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._socket: zmq.Socket[bytes] | None = None
-        self._fd = -1
+        self._line: Line | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._encode = msgspec.msgpack.Encoder().encode
@@ -67,7 +65,7 @@ class EngineConnection:
 
     @property
     def connected(self) -> bool:
-        return self._socket is not None
+        return self._line is not None
 
     @property
     def num_in_flight(self) -> int:
@@ -76,26 +74,17 @@ class EngineConnection:
     # -- the line --------------------------------------------------------------------------------------------
 
     def connect(self, endpoint: str) -> None:
-        """Greets the engine at `endpoint` and sends it every request that was kept."""
-        self._context = self._context or zmq.Context()
-        socket = self._socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.IDENTITY, self.identity)
-        socket.connect(endpoint)
-        self._fd = int(socket.getsockopt(zmq.FD))
-        asyncio.get_running_loop().add_reader(self._fd, self._receive)
+        """Greets the engine at `endpoint` and sends it every request that was kept. Raises OSError if there is none."""
+        self._line = Line(endpoint, self.identity, self._receive)
         self.send(HELLO)
         for entry in list(self._in_flight.values()):
             self._send_request(entry)
 
     def disconnect(self, reason: str, *, keep_waiting: bool = True) -> None:
         """The engine is gone. Requests that wait are kept for the next one unless `keep_waiting` is False."""
-        if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._fd)
-            self._socket.close(linger=0)
-            self._socket = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         self.stats = EngineStats()  # what waited and ran there is gone
         for request_id, entry in list(self._in_flight.items()):
             if entry.started or not keep_waiting or entry.tries >= MAX_TRIES:
@@ -103,19 +92,14 @@ class EngineConnection:
                 entry.sink.fail(EngineUnavailable(reason))
 
     def close(self) -> None:
-        """Fails what is left and frees the socket's context."""
+        """Fails what is left."""
         self.disconnect("the server is shutting down", keep_waiting=False)
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = None
 
     def send(self, kind: bytes, payload: bytes = b"") -> None:
         """Sends a message. RuntimeError if there is no engine to send it to."""
-        if self._socket is None:
+        if self._line is None:
             raise RuntimeError("not connected to an engine")
-        self._socket.send_multipart([kind, payload], zmq.NOBLOCK)
-        # Sending may swallow the edge that says that something can be read.
-        asyncio.get_running_loop().call_soon(self._receive)
+        self._line.send(kind, payload)
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -126,7 +110,7 @@ class EngineConnection:
         """
         if request.request_id in self._in_flight:
             raise ValueError(f"request id {request.request_id!r} is in flight")
-        if self._socket is None:
+        if self._line is None:
             raise EngineUnavailable("the engine is not ready")
         entry = self._in_flight[request.request_id] = _InFlight(request, sink)
         self._idle.clear()
@@ -134,16 +118,16 @@ class EngineConnection:
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its sink hears no more. One that is not in flight is ignored: it may just have ended."""
-        if self._forget(request_id) and self._socket is not None:
+        if self._forget(request_id) and self._line is not None:
             self.send(ABORT, request_id.encode())
 
     def hold(self, request_id: str) -> None:
         """Suspends a request whose reader is slow, until `resume`."""
-        if request_id in self._in_flight and self._socket is not None:
+        if request_id in self._in_flight and self._line is not None:
             self.send(HOLD, request_id.encode())
 
     def resume(self, request_id: str) -> None:
-        if request_id in self._in_flight and self._socket is not None:
+        if request_id in self._in_flight and self._line is not None:
             self.send(RESUME, request_id.encode())
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -178,21 +162,15 @@ class EngineConnection:
 
     # -- what arrives ----------------------------------------------------------------------------------------
 
-    def _receive(self) -> None:
-        socket = self._socket
+    def _receive(self, kind: bytes, payload: bytes) -> None:
         try:
-            while socket is not None and socket is self._socket:
-                self._handle(*socket.recv_multipart(zmq.NOBLOCK))
-        except zmq.Again:
-            pass
-        except Exception as error:  # noqa: BLE001 - handed to the owner, which gives this engine up
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        asyncio.get_running_loop().remove_reader(self._fd)
-        if self.on_error is None:
-            raise error
-        self.on_error(error)
+            self._handle(kind, payload)
+        except Exception as error:
+            if self._line is not None:
+                self._line.stop_reading()
+            if self.on_error is None:
+                raise
+            self.on_error(error)
 
     def _handle(self, kind: bytes, payload: bytes) -> None:
         if kind == FRAME:

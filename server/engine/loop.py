@@ -6,12 +6,12 @@ import logging
 import os
 
 import msgspec
-import zmq
 
 from server.core import Request, StepOutput
 from server.engine.core import EngineCore
 from server.engine.kinds import ABORT, FRAME, GONE, HELLO, HOLD, INFO, PING, PONG, RESUME, STOP, SUBMIT
 from server.engine.messages import EngineFrame, EngineInfo
+from server.engine.wire import Hub
 
 log = logging.getLogger("outpace.engine")
 
@@ -19,13 +19,13 @@ _IDLE_POLL_MS = 500
 
 
 class EngineLoop:
-    """Serves the clients connected to a ROUTER socket. A request belongs to the client that sent it.
+    """Serves the clients connected to a hub. A request belongs to the client that sent it.
 
     `parent` is the process id that started us: when it is another's, nobody is left to serve.
     """
 
-    def __init__(self, core: EngineCore, info: EngineInfo, socket: zmq.Socket[bytes], parent: int) -> None:
-        self.core, self.info, self.socket = core, info, socket
+    def __init__(self, core: EngineCore, info: EngineInfo, hub: Hub, parent: int) -> None:
+        self.core, self.info, self.hub = core, info, hub
         self._owner: dict[str, bytes] = {}
         self._clients: set[bytes] = set()
         self._encode = msgspec.msgpack.Encoder().encode
@@ -45,17 +45,15 @@ class EngineLoop:
         """Takes every message that is there; waits for one only if there is nothing else to do."""
         if not self.core.has_work:
             self.core.check_integrity()
-            while not self.socket.poll(_IDLE_POLL_MS):
+            while not self.hub.poll(_IDLE_POLL_MS):
                 if os.getppid() != self._parent:
                     log.warning("the server process is gone; the engine stops")
                     self._stopping = True
                     return
-        while not self._stopping:
-            try:
-                identity, kind, payload = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        for identity, kind, payload in self.hub.receive():
             self._handle(identity, kind, payload)
+            if self._stopping:
+                return
 
     def _handle(self, identity: bytes, kind: bytes, payload: bytes) -> None:
         if kind == SUBMIT:
@@ -67,16 +65,16 @@ class EngineLoop:
                 self._send_stats()
         elif kind == HELLO:
             self._clients.add(identity)
-            self.socket.send_multipart([identity, INFO, self._encode(self.info)])
-            self.socket.send_multipart([identity, FRAME, self._encode(EngineFrame([], self.core.stats()))])
+            self.hub.send(identity, INFO, self._encode(self.info))
+            self.hub.send(identity, FRAME, self._encode(EngineFrame([], self.core.stats())))
         elif kind == HOLD:
             self.core.hold(payload.decode())
         elif kind == RESUME:
             self.core.resume(payload.decode())
         elif kind == PING:
-            self.socket.send_multipart([identity, PONG, self._encode(self.core.stats())])
+            self.hub.send(identity, PONG, self._encode(self.core.stats()))
         elif kind == GONE:
-            self._forget_client(payload)
+            self._forget_client(identity)
         elif kind == STOP:
             self._stopping = True
         else:
@@ -89,7 +87,7 @@ class EngineLoop:
             self._owner[request.request_id] = identity
         else:
             frame = EngineFrame([refused], self.core.stats())
-            self.socket.send_multipart([identity, FRAME, self._encode(frame)])
+            self.hub.send(identity, FRAME, self._encode(frame))
 
     def _forget_client(self, identity: bytes) -> None:
         """Its process is gone: nobody reads what its requests generate."""
@@ -109,7 +107,7 @@ class EngineLoop:
         stats = self.core.stats()
         for identity, mine in by_client.items():
             frame = self._encode(EngineFrame([], stats, mine))
-            self.socket.send_multipart([identity, FRAME, frame])
+            self.hub.send(identity, FRAME, frame)
 
     def _send(self, outputs: list[StepOutput]) -> None:
         """One frame a client; every client gets the stats."""
@@ -124,7 +122,7 @@ class EngineLoop:
         stats = self.core.stats()
         for identity, mine in by_client.items():
             if mine or not self.core.has_work:
-                self.socket.send_multipart([identity, FRAME, self._encode(EngineFrame(mine, stats))])
+                self.hub.send(identity, FRAME, self._encode(EngineFrame(mine, stats)))
 
     def _send_stats(self) -> None:
         self._send([])

@@ -1,4 +1,4 @@
-"""Frames between the API process and the engine process: msgpack over ZeroMQ IPC. Never imports torch."""
+"""What API and engine process tell each other: msgpack over Unix sockets (`server.engine.wire`). No torch."""
 
 from __future__ import annotations
 

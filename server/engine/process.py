@@ -18,9 +18,9 @@ import traceback
 from typing import TextIO
 
 import msgspec
-import zmq
 
 from server.config import ConfigError, EngineConfig
+from server.engine.wire import Hub
 
 MAX_REASON = 2000
 """Characters; a checkpoint of the wrong model can lack a thousand tensors."""
@@ -47,17 +47,12 @@ def main() -> int:
             reason = f"{type(e).__name__}: {reason}"
         print(json.dumps({"failure": reason[:MAX_REASON]}), file=verdict, flush=True)
         return 1
-    context = zmq.Context()
-    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 0)  # frames to a slow client wait here rather than being dropped
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.bind(endpoint)
+    hub = Hub(endpoint)
     print(json.dumps({"ready": True}), file=verdict, flush=True)
     from server.engine.loop import EngineLoop
 
-    EngineLoop(core, info, socket, parent).run()
-    context.destroy()
+    EngineLoop(core, info, hub, parent).run()
+    hub.close()
     return 0
 
 

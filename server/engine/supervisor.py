@@ -20,7 +20,7 @@ from server.config import EngineConfig
 from server.engine.connection import EngineConnection
 from server.engine.environment import engine_environment
 from server.engine.errors import EngineUnavailable
-from server.engine.kinds import GONE, PING, STOP
+from server.engine.kinds import PING, STOP
 from server.engine.messages import EngineInfo, EngineStats
 
 log = logging.getLogger("outpace.engine.supervisor")
@@ -83,11 +83,6 @@ class Supervisor:
             raise EngineUnavailable(self.failure or "the engine was stopped before it was ready")
         return self.info
 
-    def forget_client(self, identity: bytes) -> None:
-        """The client with this identity is gone: nobody reads what its requests generate."""
-        if self.connection.connected:
-            self.connection.send(GONE, identity)
-
     async def close(self) -> None:
         """Stops the engine: asked first, killed after STOP_TIMEOUT_S. Requests in flight fail."""
         self._closing = True
@@ -144,7 +139,7 @@ class Supervisor:
     async def _run_once(self) -> tuple[str, bool]:
         """One life of the process: start, readiness, work, death. Returns why it ended and whether it was ready."""
         assert self.directory is not None
-        endpoint = f"ipc://{self.directory / f'engine-{self.num_restarts}.sock'}"
+        endpoint = str(self.directory / f"engine-{self.num_restarts}.sock")
         try:
             process = self.process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -85,7 +85,7 @@ def get(path: str, method: str = "GET", *, close: bool = True) -> bytes:
     return "\r\n".join([*lines, *(["Connection: close"] if close else []), "", ""]).encode()
 
 
-USAGE = {"stream_options": {"include_usage": True}}
+USAGE: Any = {"stream_options": {"include_usage": True}}
 EXCHANGES = {
     "chat": Exchange(post(CHAT)),
     "chat_logprobs": Exchange(post(CHAT, logprobs=True, top_logprobs=2), steps("Hé")),

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import pty
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0
 CTRL_C, CTRL_D = "\x03", "\x04"
+# In the child: a hook before exec is no option where this process has threads.
+_TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
     """Nothing of the developer's own keys, history or colour settings."""
-    dropped = ("OPENAI_API_KEY", "OUTPACE_API_KEY", "NO_COLOR", "INPUTRC")
+    dropped = ("OPENAI_API_KEY", "OUTPACE_API_KEY", "NO_COLOR", "INPUTRC", "PYTHONUNBUFFERED")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "OUTPACE_CACHE": str(home), "TERM": "xterm", "INPUTRC": os.devnull, **variables}
 
@@ -30,14 +34,13 @@ class Terminal:
     def __init__(self, home: Path, *arguments: str, **variables: str) -> None:
         self._master, slave = pty.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "server", "chat", *arguments],
+            [sys.executable, "-c", _TAKE_TERMINAL, sys.executable, "-m", "server", "chat", *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             cwd=ROOT,
             env=environment(home, **variables),
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(slave)
         os.set_blocking(self._master, False)

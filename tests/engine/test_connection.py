@@ -1,4 +1,4 @@
-"""The line to the engine, against a ROUTER socket that plays the engine."""
+"""The line to the engine, against a hub that plays the engine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import zmq
 
 from server.core import FinishReason, Request, StepOutput
 from server.engine import kinds
 from server.engine.connection import MAX_TRIES, EngineConnection
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineFrame, EngineStats
+from server.engine.wire import Hub
 
 
 @dataclass
@@ -35,43 +35,35 @@ class Engine:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._context = zmq.Context()
         self._lives = 0
         self.heard: list[tuple[bytes, bytes]] = []
         self.identity = b""
 
     def live(self) -> str:
-        self.endpoint = f"ipc://{self._directory}/{self._lives}.sock"
+        path = str(self._directory / f"{self._lives}.sock")
         self._lives += 1
-        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self.socket.bind(self.endpoint)
+        self.hub = Hub(path)
         self.heard = []
-        return self.endpoint
+        return path
 
     def send(self, frame: EngineFrame) -> None:
-        self.socket.send_multipart([self.identity, kinds.FRAME, msgspec.msgpack.encode(frame)])
+        self.hub.send(self.identity, kinds.FRAME, msgspec.msgpack.encode(frame))
 
     async def hears(self, kind: bytes, times: int = 1) -> list[bytes]:
         async with asyncio.timeout(10):
             while len(found := [payload for k, payload in self.heard if k == kind]) < times:
                 await asyncio.sleep(0.001)
-                try:
-                    self.identity, heard_kind, payload = self.socket.recv_multipart(zmq.NOBLOCK)
+                for identity, heard_kind, payload in self.hub.receive():
+                    self.identity = identity
                     self.heard.append((heard_kind, payload))
-                except zmq.Again:
-                    pass
         return found
-
-    def close(self) -> None:
-        self.socket.close(linger=0)
-        self._context.destroy(linger=0)
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     engine = Engine(tmp_path)
     yield engine
-    engine.close()
+    engine.hub.close()
 
 
 async def until(condition: object) -> None:
@@ -95,7 +87,7 @@ async def test_only_what_has_not_started_is_sent_again(engine: Engine) -> None:
     assert line.stats.num_running == 0
     assert [str(e) for e in started.errors + emitted.errors] == ["it died"] * 2
     assert not waiting.errors
-    engine.socket.close(linger=0)
+    engine.hub.close()
     line.connect(engine.live())
     (again,) = await engine.hears(kinds.SUBMIT)
     assert msgspec.msgpack.decode(again, type=Request) == Request("waiting", [1])
@@ -112,7 +104,7 @@ async def test_a_request_that_no_engine_survives_is_given_up(engine: Engine) -> 
     for _ in range(MAX_TRIES - 1):
         await engine.hears(kinds.SUBMIT)
         line.disconnect("died")
-        engine.socket.close(linger=0)
+        engine.hub.close()
         assert not poison.errors
         line.connect(engine.live())
     line.disconnect("died")
@@ -149,7 +141,7 @@ async def test_an_aborted_request_hears_no_more_and_the_engine_is_told_once(engi
     pongs: list[EngineStats] = []
     line.on_pong = pongs.append
     engine.send(EngineFrame([StepOutput("r", [1])], EngineStats()))
-    engine.socket.send_multipart([b"me", kinds.PONG, msgspec.msgpack.encode(EngineStats(num_steps=3))])
+    engine.hub.send(b"me", kinds.PONG, msgspec.msgpack.encode(EngineStats(num_steps=3)))
     await until(lambda: pongs)
     assert pongs[0].num_steps == 3
     assert not listener.outputs
@@ -163,7 +155,7 @@ async def test_a_message_that_can_not_be_handled_is_told_once_and_ends_reading(e
     line.connect(engine.live())
     await engine.hears(kinds.HELLO)
     for _ in range(2):
-        engine.socket.send_multipart([b"me", kinds.FRAME, b"no msgpack"])
+        engine.hub.send(b"me", kinds.FRAME, b"no msgpack")
     await until(lambda: errors)
     await asyncio.sleep(0.05)
     assert len(errors) == 1

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-import zmq
 
 from server.config import EngineConfig
 from server.engine.kinds import FRAME, HELLO, INFO, STOP, SUBMIT
 from server.engine.messages import EngineFrame, EngineInfo
+from server.engine.wire import Frames, frame
 from tests.engine.tiny import request
 
 NOISY = """
@@ -59,9 +61,15 @@ def test_a_failure_is_one_line_on_standard_output(error: str, expected: str, tra
     assert (b"Traceback" in done.stderr) == traceback
 
 
+def read(line: socket.socket) -> Iterator[tuple[bytes, bytes]]:
+    frames = Frames()
+    while data := line.recv(65536):
+        yield from frames.feed(data)
+
+
 def test_it_serves_until_asked_to_stop(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Ctrl-C in the terminal reaches the whole process group: it is the server's to decide, not the engine's."""
-    endpoint = f"ipc://{tmp_path / 'e'}"
+    endpoint = str(tmp_path / "e")
     config = EngineConfig(model=str(tiny_llama_dir), adaptive=False, num_threads=1, kv_cache_tokens=512)
     with subprocess.Popen(
         [sys.executable, "-m", "server.engine.process", endpoint],
@@ -74,22 +82,22 @@ def test_it_serves_until_asked_to_stop(tiny_llama_dir: Path, tmp_path: Path) -> 
         process.stdin.close()
         assert json.loads(process.stdout.readline()) == {"ready": True}
         process.send_signal(signal.SIGINT)
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.RCVTIMEO, 60_000)
-            socket.connect(endpoint)
-            socket.send_multipart([HELLO, b""])
-            kind, payload = socket.recv_multipart()
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(60)
+            line.connect(endpoint)
+            line.sendall(frame(b"", b"me") + frame(HELLO, b""))
+            messages = read(line)
+            kind, payload = next(messages)
             assert kind == INFO
             assert msgspec.msgpack.decode(payload, type=EngineInfo).vocab_size == 288
-            socket.send_multipart([SUBMIT, msgspec.msgpack.encode(request("r", [5, 6], 3))])
+            line.sendall(frame(SUBMIT, msgspec.msgpack.encode(request("r", [5, 6], 3))))
             count = 0
             while count < 3:
-                kind, payload = socket.recv_multipart()
+                kind, payload = next(messages)
                 assert kind == FRAME
                 count += sum(len(o.token_ids) for o in msgspec.msgpack.decode(payload, type=EngineFrame).outputs)
             time.sleep(0.6)  # longer than an idle poll: it waits rather than leaves
             assert process.poll() is None
-            socket.send_multipart([STOP, b""])
+            line.sendall(frame(STOP, b""))
             assert process.wait(60) == 0
         assert process.stdout.read() == b""

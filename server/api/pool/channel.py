@@ -1,74 +1,53 @@
-"""The owner's and a worker's ends of their ZeroMQ IPC line, on the event loop without a task."""
+"""The owner's and a worker's ends of their line: one msgpack object a message, read without a task."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any
 
 import msgspec
-import zmq
 
-M = TypeVar("M")
+from server.api.pool.messages import ToOwner, ToWorker
+from server.engine.kinds import GONE
+from server.engine.wire import Hub, Line
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
-class Channel(Generic[M]):
-    """Reads messages of one type from a socket and hands them to `handle(sender, message)`, where `sender` is the
-    peer's identity on the owner's ROUTER and empty on a worker's DEALER.
-    """
+class OwnerChannel:
+    """Listens at `path`; `handle(identity, message)` is called for every worker's message."""
 
-    def __init__(self, socket: zmq.Socket[bytes], kind: type[M], handle: Callable[[bytes, M], None]) -> None:
-        self._socket = socket
+    def __init__(self, path: str, handle: Callable[[bytes, ToOwner], None]) -> None:
         self._handle = handle
-        self._decode = msgspec.msgpack.Decoder(kind).decode
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._is_router = socket.socket_type == zmq.ROUTER
+        self._decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(ToOwner).decode
+        self._hub = Hub(path)
         self._loop = asyncio.get_running_loop()
-        self._fd = int(socket.getsockopt(zmq.FD))
-        self._closed = False
-        self._loop.add_reader(self._fd, self._receive)
-        self._loop.call_soon(self._receive)
+        self._loop.add_reader(self._hub.fileno(), self._receive)
 
-    def send(self, message: object, to: bytes = b"") -> None:
-        """To the owner, or to the worker with this identity; a worker that is gone is ignored."""
-        if self._closed:
-            return
-        data = self._encode(message)
-        self._socket.send_multipart([to, data] if self._is_router else [data], zmq.NOBLOCK)
-        self._loop.call_soon(self._receive)  # sending may swallow the edge that says that something can be read
+    def send(self, message: ToWorker, identity: bytes) -> None:
+        """To the worker with this identity; one that is gone is ignored."""
+        self._hub.send(identity, b"", _encode(message))
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._loop.remove_reader(self._fd)
-            self._socket.close(linger=200)
+        self._loop.remove_reader(self._hub.fileno())
+        self._hub.close()
 
     def _receive(self) -> None:
-        while not self._closed:
-            try:
-                *sender, data = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._handle(sender[0] if sender else b"", self._decode(data))
+        for identity, kind, payload in self._hub.receive():
+            if kind != GONE:  # its process has ended as well, and that is what counts
+                self._handle(identity, self._decode(payload))
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    """The owner's socket."""
-    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    _unbounded(socket)
-    socket.bind(endpoint)
-    return socket
+class WorkerChannel:
+    """Connects to the owner at `path`; `handle(message)` is called for every message."""
 
+    def __init__(self, path: str, identity: bytes, handle: Callable[[ToWorker], None]) -> None:
+        decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(ToWorker).decode
+        self._line = Line(path, identity, lambda _, payload: handle(decode(payload)))
 
-def connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
-    """A worker's socket."""
-    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    _unbounded(socket)
-    socket.setsockopt(zmq.IDENTITY, identity)
-    socket.connect(endpoint)
-    return socket
+    def send(self, message: ToOwner) -> None:
+        self._line.send(b"", _encode(message))
 
-
-def _unbounded(socket: zmq.Socket[bytes]) -> None:
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
+    def close(self) -> None:
+        self._line.close()

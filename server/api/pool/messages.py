@@ -1,4 +1,4 @@
-"""What the owner and its API workers tell each other: one msgpack object a message, over ZeroMQ IPC."""
+"""What the owner and its API workers tell each other: one msgpack object a message."""
 
 from __future__ import annotations
 

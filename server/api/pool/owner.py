@@ -1,6 +1,6 @@
 """The owner of several API workers: it holds the port, the engine's life, the keys and the merged metrics.
 
-owner ──supervises──► engine ◄──ZeroMQ, one line a worker──┐
+owner ──supervises──► engine ◄──── one line a worker ──────┐
   └────supervises──► worker 0 … N-1 (HTTP, SO_REUSEPORT) ──┘
 """
 
@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import zmq
-
 from server.api import sockets
 from server.api.access.control import AccessControl
 from server.api.access.counters import SharedCounts
@@ -25,7 +23,7 @@ from server.api.access.tls import TlsContext
 from server.api.banner import banner
 from server.api.lifecycle import Say, Signals, StartError, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
-from server.api.pool.channel import Channel, bind
+from server.api.pool.channel import OwnerChannel
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
 from server.config import ConfigError, ServerConfig
@@ -68,16 +66,14 @@ class Pool:
         port = sockets.port_of(held[0])
         self._url = sockets.url_of(config.host, port, tls=config.tls_certificate is not None)
         directory = Path(tempfile.mkdtemp(prefix="outpace-pool-"))
-        context = zmq.Context()
         try:
-            self._open(directory, context, port)
+            self._open(directory, port)
             if await until_stopped(self._start(), self._signals.stop):
                 await self._signals.stop.wait()
                 await self._drain()
         finally:
             await self._close()
             self._channel.close()
-            context.destroy(linger=200)
             for holder in held:
                 holder.close()
             shutil.rmtree(directory, ignore_errors=True)
@@ -90,17 +86,13 @@ class Pool:
 
     # -- start -------------------------------------------------------------------------------------------------
 
-    def _open(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]], port: int) -> None:
+    def _open(self, directory: Path, port: int) -> None:
         config, num_workers = self._config, self._config.api_workers
-        control, ledger, counts = f"ipc://{directory}/control.sock", directory / "ledger", directory / "counts"
+        control, ledger, counts = str(directory / "control.sock"), directory / "ledger", directory / "counts"
         Ledger.create(ledger, num_workers)
         SharedCounts.create(counts, num_workers)
         self._counts = SharedCounts(counts, num_workers, 0)
-        self._channel: Channel[m.ToOwner] = Channel(
-            bind(context, control),
-            m.ToOwner,  # type: ignore[arg-type]
-            self._handle,
-        )
+        self._channel = OwnerChannel(control, self._handle)
         for index in range(num_workers):
             template = m.Assignment(
                 _on_port(config, port), self._version, index, b"", control, str(ledger), str(counts)
@@ -172,7 +164,6 @@ class Pool:
         """What it held is free, what it counted stays counted."""
         del self._by_identity[member.identity]
         self._counts.clear(member.index)
-        self._supervisor.forget_client(member.identity)
         self._metrics.retire(member.identity)
         member.idle = True
         self._check_idle()

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from itertools import count
 
 import msgspec
-import zmq
 
 from server.api import sockets
 from server.api.access.control import AccessControl
@@ -30,7 +29,7 @@ from server.api.lifecycle import on_daemon_thread
 from server.api.load_text import load_text
 from server.api.params import Limits
 from server.api.pool import messages as m
-from server.api.pool.channel import Channel, connect
+from server.api.pool.channel import WorkerChannel
 from server.api.pool.remote_engine import RemoteEngine
 from server.api.state import ServerState
 from server.config import ConfigError
@@ -81,17 +80,11 @@ class Worker:
             scrape=self._scrape,
             reload=self._reload,
         )
-        context = zmq.Context()
-        self._channel: Channel[m.ToWorker] = Channel(
-            connect(context, a.control, a.identity),
-            m.ToWorker,  # type: ignore[arg-type]
-            lambda _, message: self._handle(message),
-        )
+        self._channel = WorkerChannel(a.control, a.identity, self._handle)
         try:
             return await self._serve(state)
         finally:
             self._channel.close()
-            context.destroy(linger=200)
 
     async def _serve(self, state: ServerState) -> int:
         try:
