@@ -176,6 +176,7 @@ def _others() -> dict[str, Schema]:
             engine={"type": ["object", "null"], "description": "What the engine says of itself."},
             stats={"type": "object", "description": "The engine's counters and gauges."},
             num_engine_restarts=COUNT,
+            process=struct(pid=COUNT, num_tasks=COUNT, num_fds=INTEGER),
             internal_states=array(struct(**state)),
         ),
     }

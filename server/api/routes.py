@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -64,9 +67,17 @@ async def server_info(request: web.Request) -> web.Response:
             "engine": None if info is None else asdict(info),
             "stats": asdict(state.engine.stats),
             "num_engine_restarts": state.engine.num_restarts,
+            "process": process_info(),
             "internal_states": [{"avg_spec_accept_length": accept_length(state.engine.stats)}],
         }
     )
+
+
+def process_info() -> dict[str, int]:
+    """What this API process holds: it must not grow while nothing is asked of it."""
+    descriptors = Path("/proc/self/fd")
+    num_fds = sum(1 for _ in descriptors.iterdir()) if descriptors.is_dir() else -1
+    return {"pid": os.getpid(), "num_tasks": len(asyncio.all_tasks()), "num_fds": num_fds}
 
 
 def accept_length(stats: EngineStats) -> float | None:

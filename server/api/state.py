@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from aiohttp import web
 
@@ -54,8 +55,7 @@ class ServerState:
     @property
     def fingerprint(self) -> str:
         """Changes with the model and the version: what else decides the answer is in the request."""
-        digest = hashlib.sha256(f"{self.config.engine.model}\0{self.model_name}\0{self.version}".encode())
-        return f"fp_{digest.hexdigest()[:10]}"
+        return _fingerprint(self.config.engine.model, self.model_name, self.version)
 
     @property
     def not_ready(self) -> tuple[str, str] | None:
@@ -121,6 +121,11 @@ class ServerState:
             return None
         waiting = self.config.engine.max_waiting_tokens
         return info.kv_cache_tokens + (8 * info.kv_cache_tokens if waiting is None else waiting)
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(*names: str) -> str:
+    return f"fp_{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:10]}"
 
 
 STATE: web.AppKey[ServerState] = web.AppKey("state", ServerState)

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import tokenizers
 
+from server.text.pieces import PieceEncoder, divides_at_special_tokens
 from server.text.token_bytes import ByteDecoding, byte_decoding
 from server.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -41,6 +42,9 @@ class Tokenizer:
         self._special_texts = {t.content: token_id for token_id, t in added.items() if t.special and t.content}
         longest_first = sorted(self._special_texts, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._pieces: PieceEncoder | None = None
+        if divides_at_special_tokens(content):
+            self._pieces = PieceEncoder(self._special_pattern, self._special_texts, self._encode_plain)
         # Here and not at the first text that needs them: that would stall every client of an event loop.
         self._respelled = self._respell(content)
         self._respelled_ids = self._original_ids()
@@ -59,10 +63,16 @@ class Tokenizer:
         Hugging Face world; without it, it is text like any other.
         """
         if allow_special or not self._special_pattern.search(text):
+            if self._pieces is not None and not add_special_tokens:
+                return self._pieces.encode(text)
             ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
             return ids
         prefix, suffix = self._around if add_special_tokens else ([], [])
         return [*prefix, *self._encode_respelled(text), *suffix]
+
+    def _encode_plain(self, piece: str) -> list[int]:
+        ids: list[int] = self.backend.encode(piece, add_special_tokens=False).ids
+        return ids
 
     def guard(self, text: str) -> str:
         """`text` with every spelling of a special token marked, so that `encode_guarded` takes it for text."""

@@ -53,7 +53,7 @@ def raw_timeout(timeout_s: float, request_id: str) -> bytes:
     text = f"The request's head did not arrive within {timeout_s:g} s; send it faster."
     body = orjson.dumps(ApiError(408, text, code="request_timeout").body())
     head = (
-        "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json; charset=utf-8\r\n"
+        "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n{REQUEST_ID_HEADER}: {request_id}\r\n\r\n"
     )
     return head.encode() + body

@@ -29,6 +29,8 @@ async def read_body(request: web.Request, limit: int, timeout_s: float) -> bytes
     if request.content.is_eof() and not request.content.total_bytes:
         return b""
     try:
+        if request.content.is_eof() and request.content.total_bytes <= limit:  # it came with the head
+            return request.content.read_nowait()
         async with asyncio.timeout(timeout_s):
             return await _collect(request, limit)
     except TimeoutError:

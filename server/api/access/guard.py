@@ -143,6 +143,8 @@ class GuardedHandler(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answers what never reached the middlewares, and what failed outside them."""
+        if isinstance(exc, ConnectionError):  # the client is gone: aiohttp ends the connection without a word
+            raise exc
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already")
         error = explain(status, exc, message)
