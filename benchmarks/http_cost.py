@@ -14,11 +14,12 @@ import asyncio
 import cProfile
 import json
 import pstats
+import random
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,9 +108,11 @@ def cpu_s(pids: list[int]) -> float:
 # -- the clients -----------------------------------------------------------------------------------------------
 
 
-def payload(max_tokens: int, stream: bool) -> bytes:
+def payload(max_tokens: int, stream: bool, number: int = 0) -> bytes:
+    """A request whose message nobody has sent before, so that nothing about it is known."""
+    message = f"Question {number}: {MESSAGE}"
     body = json.dumps(
-        {"messages": [{"role": "user", "content": MESSAGE}], "max_tokens": max_tokens, "stream": stream}
+        {"messages": [{"role": "user", "content": message}], "max_tokens": max_tokens, "stream": stream}
     ).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -118,10 +121,10 @@ def payload(max_tokens: int, stream: bool) -> bytes:
     return head.encode() + body
 
 
-async def client(port: int, request: bytes, times: int, end: bytes) -> None:
-    """Sends the request `times` times over one connection; an answer ends with `end`."""
+async def client(port: int, requests: Iterable[bytes], end: bytes) -> None:
+    """Sends the requests one after another over one connection; an answer ends with `end`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for _ in range(times):
+    for request in requests:
         writer.write(request)
         tail = b""
         while not tail.endswith(end):
@@ -137,10 +140,11 @@ async def client(port: int, request: bytes, times: int, end: bytes) -> None:
 
 async def load(port: int, num_clients: int, times: int, max_tokens: int, stream: bool) -> float:
     """Seconds for `num_clients` clients to do `times` requests each."""
-    request = payload(max_tokens, stream)
+    numbers = iter(range(random.randrange(10**9), 10**10))
+    requests = [[payload(max_tokens, stream, next(numbers)) for _ in range(times)] for _ in range(num_clients)]
     end = b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}}}"
     started = time.perf_counter()
-    await asyncio.gather(*(client(port, request, times, end) for _ in range(num_clients)))
+    await asyncio.gather(*(client(port, mine, end) for mine in requests))
     return time.perf_counter() - started
 
 

@@ -95,7 +95,8 @@ class ChoiceText:
 
     def step(self, output: StepOutput) -> Delta:
         """Raises ApiError if the engine gave the request up."""
-        _raise_if_failed(output)
+        if output.finish_reason is not None:
+            _raise_if_failed(output)
         if output.num_cached is not None:
             self.tally.num_cached = output.num_cached
         if self._discard:

@@ -95,9 +95,6 @@ class Generation:
         if not self._open and not self._done.done():
             self._done.set_result(None)
 
-    def emit(self, delta: Delta) -> None:
-        self._emit(delta)
-
 
 class _PartSink:
     """Where one part's outputs arrive. Never raises: other requests' outputs come in the same message."""
@@ -114,7 +111,7 @@ class _PartSink:
             part.timer.observe_step(len(output.token_ids))
             delta = part.text.step(output)
             finish = delta.finish_reason
-            generation.emit(delta)
+            generation._emit(delta)
         except Exception as error:  # noqa: BLE001 - told to this request's client; an unforeseen one is logged there
             generation.fail(as_api_error(error))
             return

@@ -202,6 +202,7 @@ class _Streamed:
         self._events: EventStream | None = None
         self._begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._early: list[bytes] = []
+        self._last = b""
 
     def take(self, delta: Delta) -> None:
         if delta.prompt_logprobs is not None and self._job.echoes:
@@ -212,11 +213,14 @@ class _Streamed:
             data = self._writer.chunk(delta)
         if not data:
             return
-        if self._events is not None:
+        if delta.finish_reason is not None and len(self._parts) == 1:
+            self._last = data  # goes with what ends the stream
+            self._begin()
+        elif self._events is not None:
             self._events.push(data, len(delta.token_ids))
-            return
-        self._early.append(data)
-        self._begin()
+        else:
+            self._early.append(data)
+            self._begin()
 
     def _last_chunk(self, delta: Delta) -> bytes:
         chunks = self._job.format.chunk(delta)
@@ -231,7 +235,7 @@ class _Streamed:
         job, state = self._job, self._state
         generation.on_end(self._begin)
         await self._begun
-        if not self._early:  # it failed before there was anything to send
+        if not self._early and not self._last:  # it failed before there was anything to send
             await generation.wait()
         flow = Flow(
             state.config.stream_buffer_tokens,
@@ -263,6 +267,6 @@ class _Streamed:
             record_of(self._request).error_code = told.code or told.type
             return event(told.body())
         if not job.include_usage:
-            return DONE
+            return self._last + DONE
         usage = job.format.usage_chunk(_usage(job, self._parts)) | _metrics(self._state, job, self._parts)
-        return event(usage) + DONE
+        return self._last + event(usage) + DONE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +93,9 @@ class EventStream:
         """Sends what is kept, then `data`, and ends the body."""
         while self._pump is not None:
             await asyncio.shield(self._pump)
-        await self._write(data)
-        await self.response.write_eof()
+        assert self._writer is not None
+        await self._within(self._writer.drain)
+        await self._within(lambda: self.response.write_eof(data))
 
     def close(self) -> None:
         """Forgets what is kept. To be called however the stream is left."""
@@ -136,12 +137,17 @@ class EventStream:
 
     async def _write(self, data: bytes) -> None:
         """Returns once the connection has room again."""
-        transport = self._open_transport()
         assert self._writer is not None
+        await self._writer.write(data)
+        if self._request.protocol.writing_paused:
+            await self._within(self._writer.drain)
+
+    async def _within(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Raises ConnectionResetError where the client takes nothing for too long."""
+        transport = self._open_transport()
         try:
             async with asyncio.timeout(self._flow.stall_timeout_s):
-                await self._writer.write(data)
-                await self._writer.drain()
+                await wait()
         except TimeoutError:
             self._flow.dropped()
             transport.abort()

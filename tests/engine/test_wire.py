@@ -18,7 +18,8 @@ MESSAGES = st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=300)), 
 @given(messages=MESSAGES, cuts=st.lists(st.integers(1, 50), max_size=60))
 def test_any_cut_of_the_stream_gives_the_same_messages(messages: list[tuple[bytes, bytes]], cuts: list[int]) -> None:
     data = b"".join(frame(kind, payload) for kind, payload in messages)
-    frames, found = Frames(), []
+    frames = Frames()
+    found: list[tuple[bytes, bytes]] = []
     for cut in cuts:
         found += frames.feed(data[:cut])
         data = data[cut:]
