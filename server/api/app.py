@@ -21,19 +21,16 @@ from server.api.state import STATE, ServerState
 
 
 @web.middleware
-async def _count_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Counts answers by route pattern (not by path: a client could make up any number of those) and status."""
+async def _account(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Counts answers by route pattern (not by path: a client could make up any number of those) and status.
+
+    A server that is leaving closes the connection with its answer.
+    """
     response = await handler(request)
+    state = request.app[STATE]
     resource = request.match_info.route.resource
-    route = "unknown" if resource is None else resource.canonical
-    request.app[STATE].metrics.count_answer(route, response.status)
-    return response
-
-
-@web.middleware
-async def _close_when_draining(request: web.Request, handler: Handler) -> web.StreamResponse:
-    response = await handler(request)
-    if request.app[STATE].draining and not response.prepared:
+    state.metrics.count_answer("unknown" if resource is None else resource.canonical, response.status)
+    if state.draining and not response.prepared:
         response.force_close()
     return response
 
@@ -47,7 +44,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
         cors = Cors(parse_origins(state.config.cors_origins))
         middlewares.append(cors.middleware)
         signals.append(cors.add_headers)
-    middlewares += [_count_requests, _close_when_draining, error_middleware, auth_middleware]
+    middlewares += [_account, error_middleware, auth_middleware]
     app = web.Application(middlewares=middlewares, client_max_size=state.limits.max_body_bytes)
     app[STATE] = state
     app[ACCESS] = state.access

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -61,19 +60,19 @@ async def read_body(request: web.Request, state: ServerState) -> bytes:
 async def respond(request: web.Request, state: ServerState, text: TextLayerLike, job: Job) -> web.StreamResponse:
     """Admits the job, runs it and answers. However this is left, no request stays behind in the engine."""
     key = request.get(CALLER, ANONYMOUS).key
-    limiter = state.access.limiter
     num_prompt = _num_prompt(job)
-    with state.admit(job.requests):
-        limiter.reserve(key, num_prompt)
+    state.admit(job.requests)
+    parts: list[Part] = []
+    try:
+        state.access.limiter.reserve(key, num_prompt)
         parts = _parts(state, text, job)
         state.metrics.prompt_tokens.inc(num_prompt)
         answer = _Streamed(request, state, job, parts) if job.stream else _Whole(state, job, parts)
-        try:
-            async with _running(state, job, parts, answer.take) as generation:
-                return await answer.run(generation)
-        finally:
-            limiter.charge(key, sum(part.text.tally.num_completion for part in parts))
-            _note(record_of(request), state.model_name, job, parts)
+        return await _run(state, job, parts, answer)
+    finally:
+        state.leave(job.requests)
+        state.access.limiter.charge(key, sum(part.text.tally.num_completion for part in parts))
+        _note(record_of(request), state.model_name, job, parts)
 
 
 def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
@@ -107,19 +106,16 @@ def _parts(state: ServerState, text: TextLayerLike, job: Job) -> list[Part]:
     ]
 
 
-@asynccontextmanager
-async def _running(
-    state: ServerState, job: Job, parts: list[Part], emit: Callable[[Delta], None]
-) -> AsyncIterator[Generation]:
-    """The generation of a job, under its deadline."""
-    generation = Generation(state.engine, parts, emit)
+async def _run(state: ServerState, job: Job, parts: list[Part], answer: _Whole | _Streamed) -> web.StreamResponse:
+    """Generates and answers, under the job's deadline."""
+    generation = Generation(state.engine, parts, answer.take)
     deadline: asyncio.TimerHandle | None = None
     if job.timeout_s is not None:
         left = job.arrival + job.timeout_s - state.metrics.clock()
         deadline = asyncio.get_running_loop().call_later(left, generation.fail, request_timeout(job.timeout_s))
     try:
         generation.start()
-        yield generation
+        return await answer.run(generation)
     finally:
         if deadline is not None:
             deadline.cancel()

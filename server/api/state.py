@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -90,9 +89,8 @@ class ServerState:
         if num_in_flight + num_choices > config.max_num_seqs + config.max_waiting:
             raise queue_full(max(0, num_in_flight - config.max_num_seqs), config.max_waiting)
 
-    @contextmanager
-    def admit(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Holds places for these engine requests. Raises ApiError 429 where the queue would overflow.
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Holds places for these engine requests until `leave`. Raises ApiError 429 where the queue would overflow.
 
         The bounds are those of the engine's queue, counted here: its own answer would have to wait for a step. What
         runs fits the KV cache, so prompts beyond that many tokens wait.
@@ -106,13 +104,13 @@ class ServerState:
         self.num_in_flight += len(requests)
         self.counts.add(len(requests), num_tokens)
         self.idle.clear()
-        try:
-            yield
-        finally:
-            self.num_in_flight -= len(requests)
-            self.counts.add(-len(requests), -num_tokens)
-            if self.num_in_flight == 0:
-                self.idle.set()
+
+    def leave(self, requests: Sequence[Request]) -> None:
+        """Gives back what `admit` held."""
+        self.num_in_flight -= len(requests)
+        self.counts.add(-len(requests), -sum(len(request.prompt_ids) for request in requests))
+        if self.num_in_flight == 0:
+            self.idle.set()
 
     @property
     def _max_prompt_tokens(self) -> int | None:
