@@ -1,10 +1,11 @@
 """CPU time that the API process spends on a request and on a streamed chunk, before an engine that only speaks.
 
-    python benchmarks/http_cost.py [--profile]
+    python benchmarks/http_cost.py [--profile] [--throughput]
 
 One keep-alive connection a client, chat requests of one short message. A request's cost is that of an answer of one
 token; a chunk's is the slope between streams of few and of many chunks, a chunk being one token's event. `--profile`
-also writes where the time goes. CPU time is that of all the process's threads.
+also writes where the time goes. `--throughput` adds requests a second of one, two and four API workers, with six client
+processes; that needs a dozen cores. CPU time is that of all the process's threads.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import RESULTS, Row, median_row, write_result
 
 ENGINE = str(Path(__file__).with_name("scripted_engine.py"))
+MODEL = "smollm2-135m"
 MESSAGE = "What is the capital of France? Answer in one word, please."
 
 
 # -- the server under test -------------------------------------------------------------------------------------
 
 
-def run_server(port: int, workers: int, step_ms: float, profile: str | None) -> None:
+def run_server(port: int, workers: int, step_ms: float, profile: str | None, model: str) -> None:
     """`outpace serve` with the scripted engine; `profile` names the file for this process's profile."""
     from server.api.event_loop import loop_factory
     from server.api.lifecycle import Server
@@ -43,7 +45,9 @@ def run_server(port: int, workers: int, step_ms: float, profile: str | None) -> 
     from server.config import EngineConfig, ServerConfig
     from server.engine.client import EngineClient
 
-    config = ServerConfig(EngineConfig(max_num_seqs=64), port=port, api_workers=workers, access_log="/dev/null")
+    config = ServerConfig(
+        EngineConfig(model=model, max_num_seqs=64), port=port, api_workers=workers, access_log="/dev/null"
+    )
     program = (ENGINE, "--step-ms", str(step_ms))
 
     async def run() -> None:
@@ -66,7 +70,7 @@ def run_server(port: int, workers: int, step_ms: float, profile: str | None) -> 
 def server(port: int, workers: int = 1, step_ms: float = 5.0, profile: str | None = None) -> Iterator[list[int]]:
     """A running server; yields the process ids of its API processes."""
     command = [sys.executable, __file__, "--role", "server", "--port", str(port), "--workers", str(workers)]
-    command += ["--step-ms", str(step_ms)] + ([] if profile is None else ["--profile-file", profile])
+    command += ["--model", MODEL, "--step-ms", str(step_ms)] + ([] if profile is None else ["--profile-file", profile])
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_ready(f"http://127.0.0.1:{port}/ready")
@@ -156,7 +160,34 @@ def measure(port: int, pids: list[int], num_clients: int, times: int, max_tokens
     return (cpu_s(pids) - before) / (num_clients * times)
 
 
-def costs(port: int, repeats: int) -> list[Row]:
+def requests_per_s(port: int, num_processes: int, times: int) -> float:
+    """Whole answers of one token, asked for by that many processes of 16 clients each."""
+    command = [sys.executable, __file__, "--role", "client", "--port", str(port), "--times", str(times)]
+    started = time.perf_counter()
+    clients = [subprocess.Popen(command) for _ in range(num_processes)]
+    if any(client.wait() for client in clients):
+        raise RuntimeError("a client failed")
+    return num_processes * 16 * times / (time.perf_counter() - started)
+
+
+def throughput(port: int, repeats: int, prefix: str) -> list[Row]:
+    """Alternating, in one run."""
+    rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    for _ in range(repeats):
+        for workers, values in rates.items():
+            with server(port, workers, step_ms=1.0):
+                requests_per_s(port, 6, 20)
+                # Twice as long: what the clients take to start is the same and falls out.
+                short, long = (96 * times / requests_per_s(port, 6, times) for times in (100, 300))
+                values.append(96 * 200 / (long - short))
+    rows = [median_row(f"{prefix}/http/requests_per_s/workers{n}", v, "1/s") for n, v in rates.items()]
+    for workers in (2, 4):
+        ratios = [many / one for many, one in zip(rates[workers], rates[1], strict=True)]
+        rows.append(median_row(f"{prefix}/http/throughput_ratio/workers{workers}", ratios, "x", "to one worker"))
+    return rows
+
+
+def costs(port: int, repeats: int, prefix: str) -> list[Row]:
     whole: list[float] = []
     stream_1: list[float] = []
     slopes: dict[int, list[float]] = {1: [], 16: [], 64: []}
@@ -172,12 +203,12 @@ def costs(port: int, repeats: int) -> list[Row]:
                 long = measure(port, pids, num_clients, times, 420, True)
                 values.append((long - short) / 400 * 1e6)
     rows = [
-        median_row("cpu2/http/request_ms", whole, "ms", "whole answer of one token"),
-        median_row("cpu2/http/stream_request_ms", stream_1, "ms", "stream of one token"),
+        median_row(f"{prefix}/http/request_ms", whole, "ms", "whole answer of one token"),
+        median_row(f"{prefix}/http/stream_request_ms", stream_1, "ms", "stream of one token"),
     ]
     for num_clients, values in slopes.items():
         rows.append(
-            median_row(f"cpu2/http/chunk_us/streams{num_clients}", values, "us", f"{num_clients} streams at once")
+            median_row(f"{prefix}/http/chunk_us/streams{num_clients}", values, "us", f"{num_clients} streams at once")
         )
     return rows
 
@@ -197,19 +228,30 @@ def profile(port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--role", choices=("benchmark", "server"), default="benchmark")
+    parser.add_argument("--role", choices=("benchmark", "server", "client"), default="benchmark")
     parser.add_argument("--port", type=int, default=8391)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--model", default=MODEL, help="whose tokenizer and chat template are used")
+    parser.add_argument("--prefix", default="cpu2", help="begins the cases' names: the machine")
+    parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--profile-file")
     options = parser.parse_args()
     if options.role == "server":
-        run_server(options.port, options.workers, options.step_ms, options.profile_file)
+        run_server(options.port, options.workers, options.step_ms, options.profile_file, options.model)
         return
-    rows = costs(options.port, options.repeats)
-    write_result("http_cost", rows)
+    if options.role == "client":
+        asyncio.run(load(options.port, 16, options.times, 1, False))
+        return
+    global MODEL
+    MODEL = options.model
+    rows = costs(options.port, options.repeats, options.prefix)
+    if options.throughput:
+        rows += throughput(options.port, options.repeats, options.prefix)
+    write_result(f"http_cost_{options.prefix}", rows)
     if options.profile:
         profile(options.port)
 
