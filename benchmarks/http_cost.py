@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import RESULTS, Row, median_row, write_result
 
 ENGINE = str(Path(__file__).with_name("scripted_engine.py"))
-MODEL = "smollm2-135m"
+SETTINGS = {"model": "smollm2-135m"}
+"""Of the server under test, for the whole run."""
 MESSAGE = "What is the capital of France? Answer in one word, please."
 
 
@@ -45,9 +46,8 @@ def run_server(port: int, workers: int, step_ms: float, profile: str | None, mod
     from server.config import EngineConfig, ServerConfig
     from server.engine.client import EngineClient
 
-    config = ServerConfig(
-        EngineConfig(model=model, max_num_seqs=64), port=port, api_workers=workers, access_log="/dev/null"
-    )
+    engine = EngineConfig(model=model, max_num_seqs=64)
+    config = ServerConfig(engine, port=port, api_workers=workers, access_log="/dev/null")
     program = (ENGINE, "--step-ms", str(step_ms))
 
     async def run() -> None:
@@ -70,7 +70,9 @@ def run_server(port: int, workers: int, step_ms: float, profile: str | None, mod
 def server(port: int, workers: int = 1, step_ms: float = 5.0, profile: str | None = None) -> Iterator[list[int]]:
     """A running server; yields the process ids of its API processes."""
     command = [sys.executable, __file__, "--role", "server", "--port", str(port), "--workers", str(workers)]
-    command += ["--model", MODEL, "--step-ms", str(step_ms)] + ([] if profile is None else ["--profile-file", profile])
+    command += ["--model", SETTINGS["model"], "--step-ms", str(step_ms)] + (
+        [] if profile is None else ["--profile-file", profile]
+    )
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_ready(f"http://127.0.0.1:{port}/ready")
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--times", type=int, default=100)
-    parser.add_argument("--model", default=MODEL, help="whose tokenizer and chat template are used")
+    parser.add_argument("--model", default=SETTINGS["model"], help="whose tokenizer and chat template are used")
     parser.add_argument("--prefix", default="cpu2", help="begins the cases' names: the machine")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -246,8 +248,7 @@ def main() -> None:
     if options.role == "client":
         asyncio.run(load(options.port, 16, options.times, 1, False))
         return
-    global MODEL
-    MODEL = options.model
+    SETTINGS["model"] = options.model
     rows = costs(options.port, options.repeats, options.prefix)
     if options.throughput:
         rows += throughput(options.port, options.repeats, options.prefix)
