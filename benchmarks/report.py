@@ -29,6 +29,9 @@ def met(value: float, target: dict[str, Any]) -> bool:
     return value >= wanted if target["better"] == "higher" else value <= wanted
 
 
+SHOWN = ("torch", "transformers", "aiohttp", "uvloop")
+
+
 def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[list[str], int]:
     """Markdown lines of one result file, and how many of its cases miss."""
     lines: list[str] = []
@@ -47,8 +50,8 @@ def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[l
         f"### {result['name']}",
         "",
         f"`{result['command']}`, commit `{result['commit']}`, {result['date'][:10]}; {machine['cpu']} "
-        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}. Raw: [results/{result['file']}](results/{result['file']})",
+        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; "
+        f"{', '.join(f'{name} {versions[name]}' for name in SHOWN if name in versions)}. Raw: [results/{result['file']}](results/{result['file']})",
         "",
         "| case | value | target | spread | note |",
         "| --- | --- | --- | --- | --- |",
