@@ -189,12 +189,22 @@ def throughput(port: int, repeats: int, prefix: str) -> list[Row]:
     return rows
 
 
+def calibration_ms() -> float:
+    """CPU time of a fixed piece of Python: how fast this host is just now, which on shared machines varies twofold."""
+    started = time.process_time()
+    for number in range(20_000):
+        json.loads(json.dumps({"number": number, "text": MESSAGE}))
+    return (time.process_time() - started) * 1e3
+
+
 def costs(port: int, repeats: int, prefix: str) -> list[Row]:
     whole: list[float] = []
     stream_1: list[float] = []
     slopes: dict[int, list[float]] = {1: [], 16: [], 64: []}
+    calibrations: list[float] = []
     with server(port, step_ms=1.0) as pids:
         for _ in range(repeats):
+            calibrations.append(calibration_ms())
             whole.append(measure(port, pids, 16, 200, 1, False) * 1e3)
             stream_1.append(measure(port, pids, 16, 200, 1, True) * 1e3)
     with server(port, step_ms=4.0) as pids:
@@ -207,6 +217,7 @@ def costs(port: int, repeats: int, prefix: str) -> list[Row]:
     rows = [
         median_row(f"{prefix}/http/request_ms", whole, "ms", "whole answer of one token"),
         median_row(f"{prefix}/http/stream_request_ms", stream_1, "ms", "stream of one token"),
+        median_row(f"{prefix}/http/calibration_ms", calibrations, "ms", "a fixed piece of Python, between the others"),
     ]
     for num_clients, values in slopes.items():
         rows.append(

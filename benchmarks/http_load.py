@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Target:
 def serving(options: argparse.Namespace, **settings: Any) -> Iterator[Target]:
     """A server with these settings of `outpace serve`."""
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags += [] if options.threads is None else ["--num-threads", str(options.threads)]
     flags += ["--port", str(options.port), "--access-log", "off", "--log-level", "error"]
     if options.engine == "scripted":
         command = [sys.executable, str(BENCH.with_name("scripted_server.py")), str(options.step_ms), *flags]
@@ -384,12 +385,17 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--engine", choices=("scripted", "real"), default="scripted")
     parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, help="of the engine; by default it takes every core, the clients' too")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--port", type=int, default=8392)
     options = parser.parse_args()
     rows = CASES[options.case](options)
-    write_result(f"http_{options.case.replace('-', '_')}_{options.engine}", rows)
+    name = f"http_{options.case.replace('-', '_')}_{options.engine}"
+    if options.threads is not None:
+        rows = [replace(row, case=f"{row.case}/threads{options.threads}") for row in rows]
+        name += f"_threads{options.threads}"
+    write_result(name, rows)
 
 
 if __name__ == "__main__":

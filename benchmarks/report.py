@@ -46,12 +46,13 @@ def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[l
         line = f"| `{row['case']}` | {shown} {row['unit']} | {sign} | {spread} | {note} |"
         (misses if missed else lines).append(line)
     machine, versions = result["machine"], result["versions"]
+    shown_versions = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
     head = [
         f"### {result['name']}",
         "",
         f"`{result['command']}`, commit `{result['commit']}`, {result['date'][:10]}; {machine['cpu']} "
-        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; "
-        f"{', '.join(f'{name} {versions[name]}' for name in SHOWN if name in versions)}. Raw: [results/{result['file']}](results/{result['file']})",
+        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; {shown_versions}. "
+        f"Raw: [results/{result['file']}](results/{result['file']})",
         "",
         "| case | value | target | spread | note |",
         "| --- | --- | --- | --- | --- |",

@@ -1,6 +1,7 @@
 """The aiohttp application: routes, middlewares, shared state. It neither binds sockets nor starts the engine.
 
-From the outside in: request id, access log, cross-origin answers, counting, errors, authentication, handler.
+From the outside in: what a stop waits for, request id, access log, cross-origin answers, counting, errors,
+authentication, handler.
 """
 
 from __future__ import annotations
@@ -35,10 +36,23 @@ async def _account(request: web.Request, handler: Handler) -> web.StreamResponse
     return response
 
 
+@web.middleware
+async def _in_progress(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What a stop waits for: requests of work, from their first to their last byte."""
+    if request.method != "POST":
+        return await handler(request)
+    state = request.app[STATE]
+    state.begin()
+    try:
+        return await handler(request)
+    finally:
+        state.end()
+
+
 def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.Application:
     """`state.text` may still be None: until it is set and the engine is ready, generation answers 503."""
     log = access_log or AccessLog(None)
-    middlewares = [request_id_middleware, log.middleware]
+    middlewares = [_in_progress, request_id_middleware, log.middleware]
     signals = [add_request_id, add_rate_limit_headers]
     if state.config.cors_origins is not None:
         cors = Cors(parse_origins(state.config.cors_origins))

@@ -29,7 +29,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     priority = check_priority(caller, options.priority)
     state.require_model(body.model)
     info, text = state.require_ready()
-    prompt = await encode_chat(text, messages)
+    prompt = await encode_chat(text, messages, info=info)
     request_id = new_id("chatcmpl")
     requests = engine_requests(
         request_id,

@@ -21,6 +21,7 @@ from server.api.parsing import parse_body
 from server.api.respond import read_body, respond
 from server.api.schemas import CompletionRequest
 from server.api.state import STATE
+from server.engine.messages import EngineInfo
 
 Prompt = str | list[int]
 
@@ -35,7 +36,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     priority = check_priority(caller, options.priority)
     state.require_model(body.model)
     info, text = state.require_ready()
-    prompt_ids = [await _token_ids(prompt, text, info.vocab_size) for prompt in prompts]
+    prompt_ids = [await _token_ids(prompt, text, info) for prompt in prompts]
     request_id = new_id("cmpl")
     requests = engine_requests(
         request_id, body, options, info, prompt_ids, param="prompt", tenant=caller.tenant, priority=priority
@@ -64,9 +65,9 @@ def _bad_prompt(reason: str) -> ApiError:
     return invalid(f"Invalid value for 'prompt': {reason}.", "prompt", "invalid_value")
 
 
-async def _token_ids(prompt: Prompt, text: TextLayerLike, vocab_size: int) -> list[int]:
-    token_ids = await encode_text(text, prompt) if isinstance(prompt, str) else prompt
+async def _token_ids(prompt: Prompt, text: TextLayerLike, info: EngineInfo) -> list[int]:
+    token_ids = await encode_text(text, prompt, info=info) if isinstance(prompt, str) else prompt
     if not token_ids:
         raise _bad_prompt("it has no tokens; at least one is needed")
-    check_token_ids(token_ids, vocab_size, "prompt")
+    check_token_ids(token_ids, info.vocab_size, "prompt")
     return token_ids

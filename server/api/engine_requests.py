@@ -52,12 +52,12 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
 
 
 def sampling_params(body: Common, vocab_size: int, seed: int, logprobs: int | None) -> SamplingParams:
-    """OpenAI's defaults where the body says nothing; `top_k` -1 and 0 both mean off."""
-    top_k = body.top_k or 0
+    """OpenAI's defaults where the body says nothing; `top_k` -1 and 0 both mean off; `top_p` 0 is `top_k` 1."""
+    top_k = 1 if body.top_p == 0 else body.top_k or 0
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=0 if top_k == -1 else min(top_k, vocab_size),
-        top_p=1.0 if body.top_p is None else body.top_p,
+        top_p=body.top_p or 1.0,
         min_p=body.min_p or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0,

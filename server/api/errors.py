@@ -76,9 +76,9 @@ def model_not_found(model: str) -> ApiError:
     return ApiError(404, f"The model {model!r} does not exist on this server.", param="model", code="model_not_found")
 
 
-def queue_full(num_waiting: int, limit: int) -> ApiError:
+def queue_full(num_waiting: int, limit: int, retry_after_s: int = RETRY_AFTER_S) -> ApiError:
     """Too many requests wait already: 429, and when to come back."""
-    return _overloaded(f"{num_waiting} requests wait and the limit is {limit}")
+    return _overloaded(f"{num_waiting} requests wait and the limit is {limit}", retry_after_s)
 
 
 def queue_full_of_tokens(num_tokens: int, wanted: int, limit: int) -> ApiError:
@@ -86,9 +86,9 @@ def queue_full_of_tokens(num_tokens: int, wanted: int, limit: int) -> ApiError:
     return _overloaded(f"prompts of {num_tokens} tokens are in flight, yours has {wanted} and the limit is {limit}")
 
 
-def _overloaded(why: str) -> ApiError:
-    message = f"The server is overloaded: {why}. Please retry later."
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
+def _overloaded(why: str, retry_after_s: int = RETRY_AFTER_S) -> ApiError:
+    message = f"The server is overloaded: {why}. Please retry in {retry_after_s} s."
+    headers = {"Retry-After": str(retry_after_s)}
     return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
 

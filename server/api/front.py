@@ -28,7 +28,9 @@ class Front:
         self._handshake_timeout_s = config.header_timeout_s
         self._tls = TlsContext.from_settings(config.tls_certificate, config.tls_key)
         self._writer = LogWriter.from_setting(config.access_log)
-        self._log = AccessLog(self._writer)
+        self._log = AccessLog(
+            self._writer, stall_timeout_s=config.stall_timeout_s, dropped=state.metrics.slow_clients_dropped.inc
+        )
         self._runner = GuardedRunner(
             create_app(state, self._log),
             header_timeout_s=config.header_timeout_s,

@@ -77,14 +77,26 @@ class TextLayerLike(Protocol):
     @property
     def eos_token_ids(self) -> Collection[int]: ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A prompt's tokens, with the special tokens that the model's own tokenizer adds around it."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """A prompt's tokens, with the special tokens that the model's own tokenizer adds around it.
+
+        May raise TooManyTokens where they are more than `max_tokens`.
+        """
 
     def encode_plain(self, text: str) -> list[int]:
         """A text's tokens and nothing around them; spellings of special tokens stay text."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """The chat template over `messages`, ready for the assistant's turn. ValueError where it refuses them."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """The chat template over `messages`, ready for the assistant's turn. ValueError where it refuses them.
+
+        May raise TooManyTokens where they are more than `max_tokens`.
+        """
 
     def token_bytes(self, token_id: int) -> bytes: ...
 

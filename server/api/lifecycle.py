@@ -154,7 +154,7 @@ class Server:
 
 def farewell(num_in_flight: int, timeout_s: float) -> str:
     """What is said when a stop has to wait."""
-    return f"Stopping: {num_in_flight} sequences get up to {timeout_s:g} s to finish; another signal quits at once"
+    return f"Stopping: {num_in_flight} requests get up to {timeout_s:g} s to finish; another signal quits at once"
 
 
 def bound_or_start_error(bind: Callable[[], list[socket.socket]]) -> list[socket.socket]:

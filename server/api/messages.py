@@ -21,7 +21,7 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
         valid = ", ".join(ROLES)
         explained = f"Invalid value for '{where}.role': {message.role[:100]!r}; use one of {valid}."
         raise invalid(explained, f"{where}.role", "invalid_value")
-    for name in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id"):
+    for name in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id", "annotations"):
         if getattr(message, name):
             raise unsupported(f"{where}.{name} is not supported yet.", f"{where}.{name}")
     role = "system" if message.role == "developer" else message.role

@@ -64,6 +64,9 @@ def include_usage(body: Common) -> bool:
     if body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed when 'stream' is true."
         raise invalid(message, "stream_options", "invalid_value")
+    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+        name = "stream_options.continuous_usage_stats"
+        raise unsupported(f"{name!r} is not supported; use 'stream_options.include_usage'.", name)
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
@@ -87,6 +90,8 @@ def refuse_unsupported_chat(body: ChatRequest) -> None:
     """Fields whose empty or default value is fine and any other would change an answer that we cannot change yet."""
     if body.response_format is not None and body.response_format.type != "text":
         raise unsupported(f"response_format {body.response_format.type!r} is not supported yet.", "response_format")
+    if body.response_format is not None and body.response_format.json_schema is not None:
+        raise _unknown_with_text()
     if body.tools:
         raise unsupported("'tools' is not supported yet.", "tools")
     if body.modalities not in (None, ["text"]):
@@ -95,6 +100,11 @@ def refuse_unsupported_chat(body: ChatRequest) -> None:
         if getattr(body, name) not in (None, *neutral):
             allowed = " or ".join(map(repr, neutral))
             raise unsupported(f"{name!r} other than {allowed} is not supported yet.", name)
+
+
+def _unknown_with_text() -> ApiError:
+    param = "response_format.json_schema"
+    return invalid(f"Unknown parameter: {param!r} with type 'text'. Valid here: type.", param, "unknown_parameter")
 
 
 _NEUTRAL = {

@@ -62,15 +62,16 @@ async def respond(request: web.Request, state: ServerState, text: TextLayerLike,
     key = request.get(CALLER, ANONYMOUS).key
     num_prompt = _num_prompt(job)
     state.admit(job.requests)
+    place = _Place(state, job.requests)
     parts: list[Part] = []
     try:
         state.access.limiter.reserve(key, num_prompt)
         parts = _parts(state, text, job)
         state.metrics.prompt_tokens.inc(num_prompt)
         answer = _Streamed(request, state, job, parts) if job.stream else _Whole(state, job, parts)
-        return await _run(state, job, parts, answer)
+        return await _run(state, job, parts, answer, place)
     finally:
-        state.leave(job.requests)
+        place.give_back()
         state.access.limiter.charge(key, sum(part.text.tally.num_completion for part in parts))
         _note(record_of(request), state.model_name, job, parts)
 
@@ -106,9 +107,25 @@ def _parts(state: ServerState, text: TextLayerLike, job: Job) -> list[Part]:
     ]
 
 
-async def _run(state: ServerState, job: Job, parts: list[Part], answer: _Whole | _Streamed) -> web.StreamResponse:
+class _Place:
+    """What a job holds of the queue: until the engine has done with it, however long its client then takes to read."""
+
+    def __init__(self, state: ServerState, requests: list[Request]) -> None:
+        self._state = state
+        self._requests: list[Request] | None = requests
+
+    def give_back(self) -> None:
+        if self._requests is not None:
+            self._state.leave(self._requests)
+            self._requests = None
+
+
+async def _run(
+    state: ServerState, job: Job, parts: list[Part], answer: _Whole | _Streamed, place: _Place
+) -> web.StreamResponse:
     """Generates and answers, under the job's deadline."""
     generation = Generation(state.engine, parts, answer.take)
+    generation.on_end(place.give_back)
     deadline: asyncio.TimerHandle | None = None
     if job.timeout_s is not None:
         left = job.arrival + job.timeout_s - state.metrics.clock()

@@ -14,6 +14,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_MESSAGES = 10_000
+MAX_METADATA = 16
 MAX_TIMEOUT_S = 1e9
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -69,6 +71,7 @@ _NO_EFFECT = Meta(description="Accepted: it cannot change the answer.")
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: Annotated[bool | None, Meta(description="Ends the stream with a chunk that has the usage.")] = None
     include_obfuscation: Annotated[bool | None, Meta(description="Accepted: nothing is ever padded.")] = None
+    continuous_usage_stats: Annotated[bool | None, Meta(extra_json_schema={"enum": [False, None]})] = None
 
 
 class Speculative(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -83,8 +86,11 @@ class Speculative(Struct, kw_only=True, forbid_unknown_fields=True):
     annotate: Annotated[bool | None, Meta(description="Choices say which of their text was drafted.")] = None
 
 
-class ResponseFormat(Struct, kw_only=True):
+class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`json_schema` is known so that the type it belongs to is what is refused."""
+
     type: Annotated[str, Meta(extra_json_schema={"const": "text"})]
+    json_schema: Annotated[Any, Meta(extra_json_schema={"enum": [None]})] = None
 
 
 class Prediction(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -104,7 +110,7 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     content: TextContent = None
     name: Annotated[str | None, Meta(description="Handed to the chat template, which may use it.")] = None
     refusal: Annotated[str | None, _EMPTY] = None
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any] | None, _EMPTY] = None
     audio: Annotated[dict[str, Any] | None, _EMPTY] = None
     tool_calls: Annotated[list[Any] | None, _EMPTY] = None
     function_call: Annotated[dict[str, Any] | None, _EMPTY] = None
@@ -118,7 +124,9 @@ class Common(Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 is greedy; 1 if not given.")
     ] = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="0: the most likely token alone.")] = (
+        None
+    )
     top_k: Annotated[Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None, Meta(description="0 and -1: off.")] = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
@@ -156,7 +164,7 @@ class Common(Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Seconds from the request's arrival to its end; then it fails with 408."),
     ] = None
     user: Annotated[str | None, _NO_EFFECT] = None
-    metadata: Annotated[dict[str, Any] | None, _NO_EFFECT] = None
+    metadata: Annotated[Annotated[dict[str, Any], Meta(max_length=MAX_METADATA)] | None, _NO_EFFECT] = None
     store: Annotated[bool | None, _NO_EFFECT] = None
     service_tier: Annotated[str | None, _NO_EFFECT] = None
     safety_identifier: Annotated[str | None, _NO_EFFECT] = None
@@ -168,7 +176,7 @@ class Common(Struct, kw_only=True, forbid_unknown_fields=True):
 class ChatRequest(Common, kw_only=True, forbid_unknown_fields=True):
     """One conversation."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[Positive | None, Meta(description="What `max_completion_tokens` is.")] = None
     max_completion_tokens: Annotated[Positive | None, Meta(description="What fits, if not given.")] = None
     logprobs: bool | None = None
@@ -205,7 +213,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     add_special_tokens: Annotated[
         bool | None, Meta(description="Only with `prompt`. What the model's tokenizer puts around a text; true.")
     ] = None
-    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_generation_prompt: Annotated[
         bool | None, Meta(description="Only with `messages`. Ready for the assistant's turn; true if not given.")
     ] = None

@@ -46,6 +46,28 @@ class Flow:
     dropped: Callable[[], None]
 
 
+async def while_taken(
+    transport: asyncio.Transport, wait: Callable[[], Awaitable[None]], timeout_s: float, dropped: Callable[[], None]
+) -> None:
+    """Awaits `wait()` for as long as the peer takes something every `timeout_s` seconds.
+
+    Else calls `dropped`, ends the connection and raises ConnectionResetError.
+    """
+    task = asyncio.ensure_future(wait())
+    try:
+        while True:
+            num_left = transport.get_write_buffer_size()
+            done, _ = await asyncio.wait({task}, timeout=timeout_s)
+            if done:
+                return task.result()
+            if transport.get_write_buffer_size() >= num_left:
+                dropped()
+                transport.abort()
+                raise ConnectionResetError("the client does not read")
+    finally:
+        task.cancel()
+
+
 class EventStream:
     """One response body of events. A client that is gone makes coroutines raise ConnectionResetError.
 
@@ -63,9 +85,12 @@ class EventStream:
         self._num_kept_tokens = 0
         self._paused = False
         self._pump: asyncio.Task[None] | None = None
+        self._head_sent = False
         self.response = web.StreamResponse(headers=HEADERS | headers)
         if self._chunked:
             self.response.enable_chunked_encoding()
+        else:
+            self.response.force_close()  # nothing else tells an HTTP/1.0 client where the body ends
 
     @property
     def num_kept_tokens(self) -> int:
@@ -93,8 +118,7 @@ class EventStream:
         """Sends what is kept, then `data`, and ends the body."""
         while self._pump is not None:
             await asyncio.shield(self._pump)
-        assert self._writer is not None
-        await self._within(self._writer.drain)
+        await self._taken()
         await self._within(lambda: self.response.write_eof(data))
 
     def close(self) -> None:
@@ -138,20 +162,23 @@ class EventStream:
     async def _write(self, data: bytes) -> None:
         """Returns once the connection has room again."""
         assert self._writer is not None
-        await self._writer.write(data)
+        if not self._head_sent:  # aiohttp's own write, with the head; beyond 64 KiB it would wait by itself, for ever
+            self._head_sent = True
+            await self._writer.write(data[:HIGH_WATER_BYTES])
+            data = data[HIGH_WATER_BYTES:]
+        if data:
+            self._open_transport().write(self._framed(data))
+        await self._taken()
+
+    async def _taken(self) -> None:
+        """Returns once the connection has room."""
         if self._request.protocol.writing_paused:
+            assert self._writer is not None
             await self._within(self._writer.drain)
 
     async def _within(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """Raises ConnectionResetError where the client takes nothing for too long."""
-        transport = self._open_transport()
-        try:
-            async with asyncio.timeout(self._flow.stall_timeout_s):
-                await wait()
-        except TimeoutError:
-            self._flow.dropped()
-            transport.abort()
-            raise ConnectionResetError("the client does not read") from None
+        """Raises ConnectionResetError where the client takes nothing at all for too long; slowly is fast enough."""
+        await while_taken(self._open_transport(), wait, self._flow.stall_timeout_s, self._flow.dropped)
 
     def _open_transport(self) -> asyncio.Transport:
         transport = self._request.transport

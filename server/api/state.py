@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,17 @@ from server.core import Request
 from server.engine.messages import EngineInfo
 from server.telemetry.metrics import Metrics
 
+MAX_RETRY_AFTER_S = 30
+
 
 @dataclass(slots=True)
 class ServerState:
     """`text` is None until it is loaded, `progress` says what start-up is doing, `draining` refuses new work.
 
-    `num_in_flight` counts engine requests of this process; `idle` is set while there are none. `counts` has those of
-    all API processes. `scrape` renders the whole server's metrics, `reload` does what SIGHUP does and gives one line
-    for each thing that stayed as it was because it is wrong; where this process is not the only one both ask the owner.
+    `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
+    there are none. `counts` has the engine's requests of all API processes. `scrape` renders the whole server's
+    metrics, `reload` does what SIGHUP does and gives one line for each thing that stayed as it was because it is wrong;
+    where this process is not the only one both ask the owner.
     """
 
     config: ServerConfig
@@ -47,6 +51,9 @@ class ServerState:
     num_in_flight: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    _last_leave: float = 0.0
+    _pace_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.idle.set()
@@ -87,7 +94,8 @@ class ServerState:
         config = self.config.engine
         num_in_flight = self.counts.total()[0]
         if num_in_flight + num_choices > config.max_num_seqs + config.max_waiting:
-            raise queue_full(max(0, num_in_flight - config.max_num_seqs), config.max_waiting)
+            num_waiting = max(0, num_in_flight - config.max_num_seqs)
+            raise queue_full(num_waiting, config.max_waiting, self.retry_after_s(num_waiting))
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Holds places for these engine requests until `leave`. Raises ApiError 429 where the queue would overflow.
@@ -101,14 +109,28 @@ class ServerState:
         in_flight_tokens = self.counts.total()[1]
         if limit is not None and in_flight_tokens and in_flight_tokens + num_tokens > limit:
             raise queue_full_of_tokens(in_flight_tokens, num_tokens, limit)
-        self.num_in_flight += len(requests)
         self.counts.add(len(requests), num_tokens)
-        self.idle.clear()
 
     def leave(self, requests: Sequence[Request]) -> None:
-        """Gives back what `admit` held."""
-        self.num_in_flight -= len(requests)
+        """Gives back what `admit` held: the engine has done with them."""
         self.counts.add(-len(requests), -sum(len(request.prompt_ids) for request in requests))
+        now = self.metrics.clock()
+        took_s = min((now - self._last_leave) / len(requests), 60.0)
+        self._last_leave = now
+        self._pace_s += 0.1 * (took_s - self._pace_s)
+
+    def retry_after_s(self, num_waiting: int) -> int:
+        """When somebody who is refused now will find room: what waits has begun by then, at the present pace."""
+        return max(1, min(math.ceil(num_waiting * self._pace_s), MAX_RETRY_AFTER_S))
+
+    def begin(self) -> None:
+        """A request that is to be answered has arrived."""
+        self.num_in_flight += 1
+        self.idle.clear()
+
+    def end(self) -> None:
+        """Its answer is complete, or its client is gone."""
+        self.num_in_flight -= 1
         if self.num_in_flight == 0:
             self.idle.set()
 

@@ -29,17 +29,27 @@ class TextLayer:
     def eos_token_ids(self) -> Collection[int]:
         return self.tokenizer.eos_token_ids
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     def encode_plain(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, allow_special=False)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         if isinstance(self._template, ChatTemplateError):
             raise ChatTemplateError(str(self._template))
         return chat_template.encode_chat(
-            self.tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt
+            self.tokenizer,
+            self._template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            max_tokens=max_tokens,
         )
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -41,8 +41,15 @@ async def tokenize(request: web.Request) -> web.Response:
         tokens = await encode_text(text, body.prompt, add_special_tokens=body.add_special_tokens is not False)
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
     if body.return_token_strs:
-        answer["token_strs"] = [token_string(text.token_bytes(token_id)) for token_id in tokens]
+        answer["token_strs"] = await _token_strings(text, tokens)
     return json_response(answer)
+
+
+async def _token_strings(text: TextLayerLike, tokens: list[int]) -> list[str]:
+    def strings() -> list[str]:
+        return [token_string(text.token_bytes(token_id)) for token_id in tokens]
+
+    return strings() if len(tokens) <= INLINE_CHARS else await asyncio.to_thread(strings)
 
 
 def _check_form(body: TokenizeRequest) -> None:

@@ -33,7 +33,8 @@ def main() -> int:
     _die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the supervisor's last question to an engine that hangs: where?
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they go to the whole group; the server decides when we stop
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:

@@ -26,7 +26,7 @@ from server.engine.messages import EngineInfo, EngineStats
 log = logging.getLogger("outpace.engine.supervisor")
 
 ENGINE_PROGRAM = ("-m", "server.engine.process")
-MAX_BACKOFF_S = 30.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 STOP_TIMEOUT_S = 5.0
 PING_INTERVAL_S = 1.0
 LAST_WORDS_S = 0.5
@@ -90,8 +90,8 @@ class Supervisor:
         if process is not None and process.returncode is None:
             if self.ready and self.connection.connected:
                 self.connection.send(STOP)
-            else:
-                process.terminate()
+            else:  # it is still loading: it reads no messages, and signals are the server's to handle
+                process.kill()
             try:
                 await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
             except TimeoutError:
@@ -117,10 +117,14 @@ class Supervisor:
             self._settled.set()
 
     async def _keep_alive(self) -> None:
-        backoff = 0.5
+        backoff = FIRST_BACKOFF_S
         while not self._closing:
             started = asyncio.get_running_loop().time()
-            reason, was_ready = await self._run_once()
+            try:
+                reason, was_ready = await self._run_once()
+            except Exception as error:
+                log.exception("the supervisor of the engine failed")
+                reason, was_ready = f"the server lost its engine: {error}", False
             if self._closing:
                 return
             if self.info is None:
@@ -131,9 +135,10 @@ class Supervisor:
             log.error("%s", self.failure)
             # What waits is worth keeping for one start; an engine that does not come back must not make it hang.
             self._down("the engine process died; the request was lost, send it again", keep_waiting=was_ready)
-            lasted = asyncio.get_running_loop().time() - started
-            backoff = 0.5 if lasted > 60 else min(backoff * 2, MAX_BACKOFF_S)
-            await asyncio.sleep(backoff / 2)
+            if asyncio.get_running_loop().time() - started > 60:
+                backoff = FIRST_BACKOFF_S
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, MAX_BACKOFF_S)
             self.num_restarts += 1
 
     async def _run_once(self) -> tuple[str, bool]:
@@ -180,7 +185,11 @@ class Supervisor:
         """Until the process ends, hangs, or says what can not be handled. Returns why, None for an end of its own."""
         self._broken.clear()
         self.endpoint = endpoint
-        self.connection.connect(endpoint)
+        try:
+            self.connection.connect(endpoint)
+        except OSError:  # it has died since
+            await process.wait()
+            return None
         watchers = [
             asyncio.create_task(process.wait()),
             asyncio.create_task(self._broken.wait()),
@@ -206,7 +215,11 @@ class Supervisor:
         interval = min(PING_INTERVAL_S, self.config.step_timeout_s / 4)
         while loop.time() - self._last_pong < self.config.step_timeout_s:
             self.connection.send(PING)
+            asked = loop.time()
             await asyncio.sleep(interval)
+            overslept = loop.time() - asked - interval
+            if overslept > interval:  # it was this process that stood still: the engine may have answered long since
+                self._last_pong += overslept
         with contextlib.suppress(ProcessLookupError, OSError):
             os.kill(process.pid, signal.SIGUSR1)  # it writes where its threads are
             await asyncio.sleep(LAST_WORDS_S)
@@ -214,8 +227,14 @@ class Supervisor:
     def _on_pong(self, stats: EngineStats) -> None:
         self._last_pong = asyncio.get_running_loop().time()
         self.connection.stats = stats
+        self._tell_stats(stats)
+
+    def _tell_stats(self, stats: EngineStats) -> None:
         if self.on_stats is not None:
-            self.on_stats(stats)
+            try:
+                self.on_stats(stats)
+            except Exception:
+                log.exception("the engine's counters could not be told")
 
     def _on_info(self, info: EngineInfo) -> None:
         self.info = info
@@ -232,5 +251,6 @@ class Supervisor:
     def _down(self, reason: str, *, keep_waiting: bool) -> None:
         self.ready = False
         self.connection.disconnect(reason, keep_waiting=keep_waiting)
+        self._tell_stats(EngineStats())
         if self.on_down is not None:
             self.on_down(reason, keep_waiting)

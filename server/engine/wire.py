@@ -12,7 +12,7 @@ import asyncio
 import selectors
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from server.engine.kinds import GONE
@@ -31,10 +31,11 @@ class Frames:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that `data` completes."""
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes, each of them once."""
         buffer = self._buffer
         buffer += data
+        messages: list[Message] = []
         at = 0
         while len(buffer) - at >= _HEAD.size:
             length, kind_length = _HEAD.unpack_from(buffer, at)
@@ -42,10 +43,11 @@ class Frames:
             if len(buffer) < end:
                 break
             payload_at = at + _HEAD.size + kind_length
-            yield bytes(buffer[at + _HEAD.size : payload_at]), bytes(buffer[payload_at:end])
+            messages.append((bytes(buffer[at + _HEAD.size : payload_at]), bytes(buffer[payload_at:end])))
             at = end
         if at:
             del buffer[:at]
+        return messages
 
 
 def frame(kind: bytes, payload: bytes) -> bytes:

@@ -68,12 +68,14 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    max_tokens: int | None = None,
     **variables: Any,
 ) -> list[int]:
     """Prompt token ids of a conversation.
 
     Equal to tokenizing the rendered template, unless a message spells out a special token such as `<|im_end|>`:
     that stays text, so that nothing a user writes can end the user's turn or begin another role's.
+    Raises `TooManyTokens`, before it encodes, where the rendered text is surely more than `max_tokens`.
     """
     rendered = template.render(
         _guarded(tokenizer, normalise_messages(messages)),
@@ -81,7 +83,7 @@ def encode_chat(
         tools=_guarded(tokenizer, tools),
         **variables,
     )
-    return tokenizer.encode_guarded(rendered)
+    return tokenizer.encode_guarded(rendered, max_tokens=max_tokens)
 
 
 def normalise_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

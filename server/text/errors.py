@@ -9,3 +9,11 @@ class TokenizerError(ValueError):
 
 class ChatTemplateError(ValueError):
     """A chat template is missing or broken, or refuses the given messages."""
+
+
+class TooManyTokens(Exception):  # noqa: N818 - what is wrong with the text, not with the program
+    """A text is so long that it has at least `at_least` tokens, more than allowed: it was not encoded."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens")
+        self.at_least = at_least

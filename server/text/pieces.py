@@ -6,13 +6,17 @@ A chat prompt begins with the same system prompt and the same earlier turns agai
 from __future__ import annotations
 
 import re
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Any
 
-MAX_PIECES = 512
+MAX_PIECES_BYTES = 16 * 2**20
 MAX_PIECE_CHARS = 32_768
-"""Pieces kept, the oldest going first: some megabytes at most."""
+"""Pieces kept in all and the longest of them; what was not used for longest goes first."""
+
+_ENTRY_BYTES = 128
 
 Content = Mapping[str, Any]
 """A `tokenizer.json`."""
@@ -48,7 +52,8 @@ class PieceEncoder:
         self._special = special
         self._ids = ids
         self._encode = encode
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._known: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._num_bytes = 0
         self._lock = Lock()
 
     def encode(self, text: str) -> list[int]:
@@ -65,12 +70,26 @@ class PieceEncoder:
         return ids
 
     def _piece(self, piece: str) -> tuple[int, ...]:
-        known = self._known.get(piece)
-        if known is None:
-            known = tuple(self._encode(piece))
-            if len(piece) <= MAX_PIECE_CHARS:
-                with self._lock:
-                    if len(self._known) >= MAX_PIECES:
-                        del self._known[next(iter(self._known))]
-                    self._known[piece] = known
-        return known
+        with self._lock:
+            known = self._known.get(piece)
+            if known is not None:
+                self._known.move_to_end(piece)
+                return known
+        found = tuple(self._encode(piece))
+        if len(piece) <= MAX_PIECE_CHARS:
+            with self._lock:
+                self._keep(piece, found)
+        return found
+
+    def _keep(self, piece: str, ids: tuple[int, ...]) -> None:
+        if piece in self._known:  # another thread was faster
+            return
+        self._known[piece] = ids
+        self._num_bytes += _num_bytes(piece, ids)
+        while self._num_bytes > MAX_PIECES_BYTES:
+            self._num_bytes -= _num_bytes(*self._known.popitem(last=False))
+
+
+def _num_bytes(piece: str, ids: tuple[int, ...]) -> int:
+    """What one piece takes: text, tokens (each a reference and a number of its own) and the entry itself."""
+    return sys.getsizeof(piece) + sys.getsizeof(ids) + 32 * len(ids) + _ENTRY_BYTES

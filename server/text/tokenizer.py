@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -11,9 +12,17 @@ from typing import Any
 import orjson
 import tokenizers
 
+from server.text.errors import TooManyTokens
 from server.text.pieces import PieceEncoder, divides_at_special_tokens
+from server.text.token_bounds import token_bound
 from server.text.token_bytes import ByteDecoding, byte_decoding
 from server.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+# One text at a time gains nothing from the library's threads, and with them it warns of every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BATCH_CHARS = 4096
+"""From here on a text is encoded as a batch of one: the library's `encode` holds the GIL, its batches do not."""
 
 # Unicode noncharacters: legal in strings, never in text, left alone by normalizers. The random part of a spelling
 # is what keeps a client from writing it.
@@ -42,6 +51,8 @@ class Tokenizer:
         self._special_texts = {t.content: token_id for token_id, t in added.items() if t.special and t.content}
         longest_first = sorted(self._special_texts, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.bound = token_bound(content, [self.token_bytes(i) for i in range(self.vocab_size)])
+        """How few tokens a text may have; None where that is not known."""
         self._pieces: PieceEncoder | None = None
         if divides_at_special_tokens(content):
             self._pieces = PieceEncoder(self._special_pattern, self._special_texts, self._encode_plain)
@@ -55,35 +66,53 @@ class Tokenizer:
         """The tokenizer of a Hugging Face directory. Raises `TokenizerError`."""
         return cls(read_tokenizer_files(Path(path)))
 
-    def encode(self, text: str, *, add_special_tokens: bool, allow_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool, allow_special: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of `text`.
 
         `add_special_tokens` adds what the model wants around a text (a beginning-of-sequence token, for instance).
         With `allow_special` the spelling of a special token in the text becomes that token, as everywhere in the
         Hugging Face world; without it, it is text like any other.
+        Raises `TooManyTokens`, before it encodes, where the text is surely more than `max_tokens`.
         """
-        if allow_special or not self._special_pattern.search(text):
+        self._check_length(text, max_tokens)
+        if allow_special or not self._has_special(text):
             if self._pieces is not None and not add_special_tokens:
                 return self._pieces.encode(text)
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
+            return _ids(self.backend, text, add_special_tokens=add_special_tokens)
         prefix, suffix = self._around if add_special_tokens else ([], [])
         return [*prefix, *self._encode_respelled(text), *suffix]
 
     def _encode_plain(self, piece: str) -> list[int]:
-        ids: list[int] = self.backend.encode(piece, add_special_tokens=False).ids
-        return ids
+        return _ids(self.backend, piece, add_special_tokens=False)
+
+    def _has_special(self, text: str) -> bool:
+        if len(text) <= BATCH_CHARS:
+            return self._special_pattern.search(text) is not None
+        # One search a token: a single one over megabytes would hold the GIL for a third of a second.
+        return any(special in text for special in self._special_texts)
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        if max_tokens is not None and self.bound is not None and len(text) > max_tokens:
+            at_least = self.bound.at_least(text)
+            if at_least > max_tokens:
+                raise TooManyTokens(at_least)
 
     def guard(self, text: str) -> str:
         """`text` with every spelling of a special token marked, so that `encode_guarded` takes it for text."""
-        while self._special_pattern.search(text):  # again: marking one may leave another that overlapped it
+        while self._has_special(text):  # again: marking one may leave another that overlapped it
             text = self._special_pattern.sub(lambda match: match[0][0] + self._mark + match[0][1:], text)
         return text
 
-    def encode_guarded(self, text: str) -> list[int]:
-        """Token ids of a text built from guarded and trusted parts: only the trusted parts yield special tokens."""
+    def encode_guarded(self, text: str, *, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text built from guarded and trusted parts: only the trusted parts yield special tokens.
+
+        Raises `TooManyTokens` as `encode` does.
+        """
         if self._mark not in text:
-            return self.encode(text, add_special_tokens=False)
+            return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+        self._check_length(self.unguard(text), max_tokens)
         respelled = self._special_pattern.sub(lambda match: self._spelling(match[0]), text)
         return self._encode_respelled(self.unguard(respelled))
 
@@ -121,7 +150,7 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def _encode_respelled(self, text: str) -> list[int]:
-        ids = self._respelled.encode(text, add_special_tokens=False).ids
+        ids = _ids(self._respelled, text, add_special_tokens=False)
         return [self._respelled_ids.get(i, i) for i in ids]
 
     def _find_bytes(self, token_id: int) -> bytes:
@@ -160,3 +189,13 @@ class Tokenizer:
         starts = (i for i in range(len(whole)) if whole[i : i + len(core)] == core)
         start = next(starts, len(whole))
         return whole[:start], whole[start + len(core) :]
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    ids: list[int]
+    if len(text) <= BATCH_CHARS:
+        ids = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    else:
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids = encoding.ids
+    return ids

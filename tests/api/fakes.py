@@ -196,10 +196,16 @@ class ByteText:
 
     eos_token_ids: tuple[int, ...] = (EOS,)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         rendered = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
         if "forbidden" in rendered:
             raise ValueError("the template forbids it")

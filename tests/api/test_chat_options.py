@@ -70,7 +70,9 @@ async def test_a_messages_name_reaches_the_template(live: Live, monkeypatch: pyt
 
     monkeypatch.setattr(live.state.text, "encode_chat", encode_chat)
     await live.chat(messages=[{"role": "user", "content": "Hi", "name": "Ada"}])
-    assert seen == [([{"role": "user", "content": "Hi", "name": "Ada"}], {"add_generation_prompt": True})]
+    assert seen == [
+        ([{"role": "user", "content": "Hi", "name": "Ada"}], {"add_generation_prompt": True, "max_tokens": 256})
+    ]
 
 
 @pytest.mark.parametrize(

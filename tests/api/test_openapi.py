@@ -183,7 +183,7 @@ def test_request_schemas_say_what_the_types_check(schema: Any, body: dict[str, A
         {"seed": True},
         {"logit_bias": {"1": 101}},
     ]
-    for fields in [*wrong, {"top_p": 0}, {"stream": 1}, {"timeout": 0}, {"speculative": {"metrics": "x"}}]:
+    for fields in [*wrong, {"top_p": -0.1}, {"stream": 1}, {"timeout": 0}, {"speculative": {"metrics": "x"}}]:
         with pytest.raises(jsonschema.ValidationError):
             check({**body, **fields}, reference)
         with pytest.raises(Exception, match=next(iter(fields))):

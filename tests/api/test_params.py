@@ -8,6 +8,7 @@ import pytest
 
 from server.api.engine_requests import engine_requests
 from server.api.errors import ApiError
+from server.api.messages import plain_messages
 from server.api.options import Defaults, Options, chat_options, completion_options
 from server.api.params import Limits
 from server.api.parsing import parse_body
@@ -218,3 +219,44 @@ def test_more_tokens_demanded_than_fit() -> None:
 @pytest.mark.parametrize("key", ["01", "1 ", "+1", "1_0", "٣", "9" * 13])
 def test_a_bias_key_is_written_one_way_only(key: str) -> None:
     assert _error(_requests, _completion_body(logit_bias={key: 1})).param == "logit_bias"
+
+
+def test_top_p_0_is_the_most_likely_token() -> None:
+    (request,) = _requests(_completion_body(top_p=0, top_k=5))
+    assert (request.sampling.top_k, request.sampling.top_p) == (1, 1.0)
+    (request,) = _requests(_completion_body(top_p=0.5, top_k=5))
+    assert (request.sampling.top_k, request.sampling.top_p) == (5, 0.5)
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_usage_in_each_chunk_may_be_declined(value: bool | None) -> None:
+    assert _chat(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": value}).include_usage
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "unsupported_parameter",
+        ),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "unknown_parameter"),
+        (
+            {"response_format": {"type": "text", "json_schema": {}}},
+            "response_format.json_schema",
+            "unknown_parameter",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "unsupported_parameter"),
+    ],
+)
+def test_what_would_change_the_answer_is_not_ignored(fields: dict[str, Any], param: str, code: str) -> None:
+    error = _error(_chat, **fields)
+    assert (error.param, error.code) == (param, code)
+
+
+def test_annotations_of_a_message_must_be_empty() -> None:
+    message = {"role": "assistant", "content": "Hi"}
+    assert plain_messages(_chat_body(messages=[{**message, "annotations": []}]).messages) == [message]
+    error = _error(plain_messages, _chat_body(messages=[{**message, "annotations": [{"type": "x"}]}]).messages)
+    assert (error.param, error.code) == ("messages[0].annotations", "unsupported_parameter")

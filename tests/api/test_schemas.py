@@ -200,7 +200,7 @@ def test_a_value_out_of_range_is_named(fields: bytes, param: str) -> None:
 @pytest.mark.parametrize(
     ("field", "param", "valid"),
     [
-        (b'"stream_options":{"x":1}', "stream_options.x", "include_obfuscation, include_usage"),
+        (b'"stream_options":{"x":1}', "stream_options.x", "continuous_usage_stats, include_obfuscation, include_usage"),
         (b'"speculative":{"k":1}', "speculative.k", "annotate, enabled, max_draft_tokens, metrics"),
         (b'"prediction":{"type":"content","content":"","x":1}', "prediction.x", "content, type"),
         (b'"%s":1' % (b"x" * 5000), "x" * 97 + "...", "frequency_penalty, function_call, "),

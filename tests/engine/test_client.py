@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,57 @@ async def test_a_hung_step_is_a_dead_engine(tiny_llama_dir: Path, capfd: pytest.
     assert client.supervisor.num_hangs == 1
     await until(lambda: client.ready, "the engine comes back")
     assert not alive(pid)
+    assert len(tokens(await collect(client, request("after")))) == 8
+    await client.close()
+
+
+async def test_a_pause_of_this_process_is_not_the_engines(tiny_llama_dir: Path) -> None:
+    client = EngineClient(replace(settings(tiny_llama_dir), step_timeout_s=1.0))
+    await client.start()
+    await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    time.sleep(2.5)  # noqa: ASYNC251 - what is tested is a loop that stands still
+    await asyncio.sleep(1.5)
+    assert client.num_restarts == 0
+    assert client.ready
+    await client.close()
+
+
+async def test_signals_to_the_whole_group_leave_the_engine_alone(client: EngineClient) -> None:
+    assert client.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(client.pid, number)
+    assert len(tokens(await collect(client, request("after")))) == 8
+
+
+SHORT_LIVED = """
+import json, pathlib, sys
+lives = pathlib.Path(sys.argv[1])
+count = int(lives.read_text()) if lives.exists() else 0
+lives.write_text(str(count + 1))
+if count == 0:
+    sys.argv = ["engine", sys.argv[2]]
+    import runpy
+    runpy.run_module("server.engine.process", run_name="__main__")
+elif count < 3:
+    print(json.dumps({"ready": True}), flush=True)
+else:
+    sys.argv = ["engine", sys.argv[2]]
+    import runpy
+    runpy.run_module("server.engine.process", run_name="__main__")
+"""
+
+
+async def test_an_engine_that_dies_as_soon_as_it_is_ready_is_started_again(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(SHORT_LIVED)
+    client = EngineClient(settings(tiny_llama_dir), (str(script), str(tmp_path / "lives")))
+    await client.start()
+    await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    await until(lambda: client.num_restarts >= 3 and client.ready, "the fourth life works")
     assert len(tokens(await collect(client, request("after")))) == 8
     await client.close()
 

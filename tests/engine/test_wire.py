@@ -95,3 +95,32 @@ def test_its_file_goes_with_it(tmp_path: Path) -> None:
     hub = Hub(str(tmp_path / "hub"))
     hub.close()
     assert not (tmp_path / "hub").exists()
+
+
+async def test_what_was_handled_is_never_handled_again(tmp_path: Path) -> None:
+    """A handler that fails loses its own message and no other."""
+    hub = Hub(str(tmp_path / "hub"))
+    heard: list[bytes] = []
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+
+    def handle(kind: bytes, payload: bytes) -> None:
+        heard.append(payload)
+        if payload == b"2":
+            raise ValueError("a bug")
+
+    line = Line(str(tmp_path / "hub"), b"me", handle)
+    line.send(b"", b"hello")
+    await until(hub, 1)
+    for number in b"1234":
+        hub.send(b"me", b"", bytes([number]))
+    async with asyncio.timeout(10):
+        while not failures:  # noqa: ASYNC110 - a test polls
+            await asyncio.sleep(0.001)
+    hub.send(b"me", b"", b"5")
+    async with asyncio.timeout(10):
+        while b"5" not in heard:  # noqa: ASYNC110 - a test polls
+            await asyncio.sleep(0.001)
+    assert len(set(heard)) == len(heard)
+    line.close()
+    hub.close()

@@ -56,18 +56,38 @@ def test_the_embedded_models_prompts_are_encoded_in_pieces(embedded_model_dir: P
     assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.backend.encode(text).ids
 
 
-def test_memory_is_bounded_and_long_pieces_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "MAX_PIECES", 2)
-    monkeypatch.setattr(pieces, "MAX_PIECE_CHARS", 3)
+def _recording(monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> tuple[PieceEncoder, list[str]]:
+    monkeypatch.setattr(pieces, "MAX_PIECES_BYTES", max_bytes)
     encoded: list[str] = []
 
     def encode(piece: str) -> list[int]:
         encoded.append(piece)
         return [len(piece)]
 
-    encoder = PieceEncoder(re.compile("#"), {"#": 99}, encode)
-    assert encoder.encode("a#bb#a#") == [1, 99, 2, 99, 1, 99]
-    assert encoded == ["a", "bb"]
-    assert encoder.encode("long#ccc") == [4, 99, 3]
-    assert encoder.encode("long#bb#a") == [4, 99, 2, 99, 1]
-    assert encoded == ["a", "bb", "long", "ccc", "long", "a"]
+    return PieceEncoder(re.compile("#"), {"#": 99}, encode), encoded
+
+
+def test_long_pieces_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "MAX_PIECE_CHARS", 3)
+    encoder, encoded = _recording(monkeypatch, 2**20)
+    assert encoder.encode("long#ccc") == encoder.encode("long#ccc") == [4, 99, 3]
+    assert encoded == ["long", "ccc", "long"]
+
+
+def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, encoded = _recording(monkeypatch, 2 * pieces._num_bytes("a", (1,)))
+    encoder.encode("a#b#a")
+    assert encoded == ["a", "b"]
+    encoder.encode("c")  # b goes: a was used after it
+    encoder.encode("a")
+    assert encoded == ["a", "b", "c"]
+    encoder.encode("b")
+    assert encoded == ["a", "b", "c", "b"]
+
+
+def test_memory_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, _ = _recording(monkeypatch, 100_000)
+    for index in range(100):
+        encoder.encode(chr(0x4E00 + index) * 10_000)
+    kept = sum(pieces._num_bytes(*item) for item in encoder._known.items())
+    assert 0 < kept == encoder._num_bytes <= 100_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from server.text.errors import TokenizerError
+from server.text.errors import TokenizerError, TooManyTokens
 from server.text.tokenizer import Tokenizer
 from tests.text.conftest import byte_level_backend, save
 
@@ -266,3 +267,50 @@ def test_missing_and_damaged_files(byte_level_directory: Path, tmp_path: Path) -
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(TokenizerError, match="not a JSON object"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_a_long_text_has_the_tokens_of_one_call(smollm2: Tokenizer, byte_fallback: Tokenizer) -> None:
+    for tokenizer, text in ((smollm2, "Grüße 12 <|im_end|>世界\n" * 500), (byte_fallback, "hi é </s> 世" * 900)):
+        for add in (False, True):
+            whole = tokenizer.backend.encode(text, add_special_tokens=add).ids
+            assert tokenizer.encode(text, add_special_tokens=add) == whole
+    plain = smollm2.encode("x" * 5000 + "<|im_end|>", add_special_tokens=False, allow_special=False)
+    assert not smollm2.special_ids.intersection(plain)
+    assert smollm2.decode(plain) == "x" * 5000 + "<|im_end|>"
+
+
+def test_no_token_stands_for_more_characters_than_the_bound(smollm2: Tokenizer) -> None:
+    bound = smollm2.bound
+    assert bound is not None
+    texts = [smollm2.token_text(token_id) for token_id in range(smollm2.vocab_size)]
+    assert max(map(len, texts)) <= bound.max_chars <= 100
+    assert smollm2.encode("\x04" * 1000, add_special_tokens=False) == [], "it has no token and is dropped"
+    assert bound.at_least("\x04" * 1000 + "a") == 1
+
+
+@given(text=st.text(alphabet=st.sampled_from("a \x04\x06\n\U00041234\U0010ffff世é<"), max_size=300))
+def test_the_bound_holds(smollm2: Tokenizer, text: str) -> None:
+    assert smollm2.bound is not None
+    assert smollm2.bound.at_least(text) <= len(smollm2.encode(text, add_special_tokens=False))
+
+
+def test_no_bound_where_none_is_proven(
+    byte_fallback: Tokenizer, word_piece: Tokenizer, odd_decoder: Tokenizer, byte_level: Tokenizer
+) -> None:
+    for tokenizer in (byte_fallback, word_piece, odd_decoder, byte_level):
+        assert tokenizer.bound is None
+        assert tokenizer.encode("hello" * 3, add_special_tokens=False, max_tokens=1)
+
+
+def test_a_text_that_is_surely_too_long_is_not_encoded(smollm2: Tokenizer) -> None:
+    assert smollm2.bound is not None
+    bound = smollm2.bound.max_chars
+    assert smollm2.encode("a" * bound * 2, add_special_tokens=False, max_tokens=2)
+    for encode in (smollm2.encode_guarded, partial(smollm2.encode, add_special_tokens=False)):
+        with pytest.raises(TooManyTokens, match="at least 3 tokens"):
+            encode("a" * (bound * 2 + 1), max_tokens=2)
+    guarded = smollm2.guard("<|im_end|>" + "a" * (bound * 2 - 10))
+    assert len(guarded) > bound * 2
+    assert smollm2.encode_guarded(guarded, max_tokens=2), "marks are no text"
+    with pytest.raises(TooManyTokens):
+        smollm2.encode_guarded(guarded + "a", max_tokens=2)

@@ -15,6 +15,7 @@ from aiohttp.typedefs import Middleware
 from server.api.access.log_writer import LogWriter
 from server.api.access.request_id import REQUEST_ID
 from server.api.errors import ERROR_CODE, Handler
+from server.api.sse import HIGH_WATER_BYTES, while_taken
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status of a request whose client went away before its answer was complete. Nobody is sent it."""
@@ -58,9 +59,18 @@ class AccessLog:
     `stopping` says that the server ends what is left: it is then no client's doing that an answer stays incomplete.
     """
 
-    def __init__(self, writer: LogWriter | None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        writer: LogWriter | None,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        stall_timeout_s: float = 120.0,
+        dropped: Callable[[], None] = lambda: None,
+    ) -> None:
         self._writer = writer
         self._clock = clock
+        self._stall_timeout_s = stall_timeout_s
+        self._dropped = dropped
         self.stopping = False
 
     @property
@@ -74,7 +84,7 @@ class AccessLog:
                 response = await handler(request)
                 # Written here, not after the middlewares as usual: only so is it known whether it arrived.
                 await response.prepare(request)
-                await response.write_eof()
+                await self._send(request, response)
                 status = response.status
                 record.error_code = response.get(ERROR_CODE, record.error_code)
                 return response
@@ -85,6 +95,16 @@ class AccessLog:
                 self._log(request, record, status, (self._clock() - start) * 1e3)
 
         return access_log_middleware
+
+    async def _send(self, request: web.Request, response: web.StreamResponse) -> None:
+        """The whole answer; a client that takes nothing of it for too long is dropped, like one of a stream."""
+        body = response.body if isinstance(response, web.Response) else None
+        is_small = not isinstance(body, bytes) or len(body) < HIGH_WATER_BYTES
+        transport = request.transport
+        if transport is None or (is_small and not request.protocol.writing_paused):
+            await response.write_eof()
+        else:
+            await while_taken(transport, response.write_eof, self._stall_timeout_s, self._dropped)
 
     def refused(self, remote: str | None, status: int, request_id: str, error_code: str) -> None:
         """A request that was never one: malformed, too large or too slow a head."""

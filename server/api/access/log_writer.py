@@ -32,7 +32,7 @@ class LogWriter:
         self._lines: list[bytes] = []
         self._flush: asyncio.TimerHandle | None = None
         self._batches: queue.SimpleQueue[bytes | int | None] = queue.SimpleQueue()
-        self._backlog = 0
+        self._num_handed = self._num_written = 0  # bytes; one writer each: the loop and the thread
         self._failed = False
         self.num_dropped = 0
         self._thread = threading.Thread(target=self._work, name="access-log", daemon=True)
@@ -45,7 +45,7 @@ class LogWriter:
 
     def write(self, line: bytes) -> None:
         """Takes one line with its newline. On the event loop."""
-        if self._backlog > _MAX_BACKLOG_BYTES:
+        if self._num_handed - self._num_written > _MAX_BACKLOG_BYTES:
             self.num_dropped += 1
             return
         self._lines.append(line)
@@ -60,7 +60,7 @@ class LogWriter:
         if self._lines:
             batch = b"".join(self._lines)
             self._lines.clear()
-            self._backlog += len(batch)
+            self._num_handed += len(batch)
             self._batches.put(batch)
 
     def reopen(self) -> str | None:
@@ -89,7 +89,7 @@ class LogWriter:
                 self._descriptor = item
             else:
                 self._write_out(item)
-                self._backlog -= len(item)
+                self._num_written += len(item)
         self._close_file()
 
     def _write_out(self, batch: bytes) -> None:

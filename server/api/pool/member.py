@@ -14,7 +14,7 @@ from server.api.pool.messages import Assignment
 
 logger = logging.getLogger(__name__)
 
-MAX_BACKOFF_S = 10.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
 
 
 class Member:
@@ -76,21 +76,29 @@ class Member:
             self._ready.exception()
 
     async def _keep_alive(self) -> None:
-        backoff = 0.25
+        backoff = FIRST_BACKOFF_S
         while not self.stopping:
             loop = asyncio.get_running_loop()
             started = loop.time()
-            code = await self._run_once()
+            try:
+                code = await self._run_once()
+                reason = self._failure or f"it ended unexpectedly (exit code {code})"
+            except OSError as error:
+                reason = f"it could not be started ({error})"
             if self.stopping:
                 return
-            reason = self._failure or f"it ended unexpectedly (exit code {code})"
             if not self._ready.done():
                 self._ready.set_exception(StartError(f"an API worker failed to start: {reason}"))
                 return
             self.num_deaths += 1
             logger.error("API worker %d is gone: %s; another one starts", self.index, reason)
-            backoff = 0.25 if loop.time() - started > 60 else min(2 * backoff, MAX_BACKOFF_S)
-            await asyncio.sleep(backoff / 2)
+            if loop.time() - started > 60:
+                backoff = FIRST_BACKOFF_S
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    def _assignment(self) -> Assignment:
+        return msgspec.structs.replace(self._template, identity=self.identity, replaces=self.num_deaths > 0)
 
     async def _run_once(self) -> int:
         self._failure = None
@@ -105,7 +113,7 @@ class Member:
         self._on_spawn(self)
         try:
             assert process.stdin is not None
-            process.stdin.write(msgspec.json.encode(msgspec.structs.replace(self._template, identity=self.identity)))
+            process.stdin.write(msgspec.json.encode(self._assignment()))
             process.stdin.close()
             return await process.wait()
         finally:

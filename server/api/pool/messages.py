@@ -11,7 +11,10 @@ from server.telemetry.merge import Family
 
 
 class Assignment(msgspec.Struct):
-    """What a worker is started with, on its standard input. `index` is its row in shared memory."""
+    """What a worker is started with, on its standard input. `index` is its row in shared memory.
+
+    One that `replaces` another listens only once it can serve: meanwhile the others take what comes.
+    """
 
     config: ServerConfig
     version: str
@@ -20,6 +23,7 @@ class Assignment(msgspec.Struct):
     control: str
     ledger: str
     counts: str
+    replaces: bool = False
 
 
 # -- owner to worker -----------------------------------------------------------------------------------------
@@ -71,7 +75,14 @@ class Scraped(msgspec.Struct, tag="scraped"):
     body: bytes
 
 
-ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped
+class Reloaded(msgspec.Struct, tag="reloaded"):
+    """What stayed as it was because it is wrong, after `ReloadKeys` with this number."""
+
+    number: int
+    problems: list[str]
+
+
+ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped | Reloaded
 
 # -- worker to owner -----------------------------------------------------------------------------------------
 
@@ -102,7 +113,9 @@ class Scrape(msgspec.Struct, tag="scrape"):
 
 
 class ReloadKeys(msgspec.Struct, tag="reload_keys"):
-    """Somebody asked this worker to reload: the owner does as on SIGHUP."""
+    """Somebody asked this worker to reload: the owner does as on SIGHUP and answers `Reloaded` with this number."""
+
+    number: int
 
 
 class Idle(msgspec.Struct, tag="idle"):

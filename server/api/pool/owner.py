@@ -47,10 +47,12 @@ class Pool:
         self._supervisor.on_up = self._on_up
         self._supervisor.on_down = self._on_down
         self._supervisor.on_stats = self._on_stats
-        self._signals = Signals(lambda: None, self.reload)
+        self._signals = Signals(lambda: None, self._on_reload)
         self._members: list[Member] = []
         self._by_identity: dict[bytes, Member] = {}
         self._idle = asyncio.Event()
+        self._draining = False
+        self._closing = False
         try:
             self._access = AccessControl.from_file(config.api_keys)
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
@@ -78,11 +80,22 @@ class Pool:
                 holder.close()
             shutil.rmtree(directory, ignore_errors=True)
 
-    def reload(self) -> None:
-        """What SIGHUP does."""
-        if self._access.reload() is None:
+    def reload(self) -> list[str]:
+        """What SIGHUP does. One line for each thing that stayed as it was because it is wrong."""
+        config = self._config
+        problem = self._access.reload()
+        if problem is None:
             self._tell_all(m.Keys(self._access.table))
         self._tell_all(m.Reload())
+        problems = [] if problem is None else [problem]
+        try:  # the workers read it themselves; whether they can is found out here
+            TlsContext.from_settings(config.tls_certificate, config.tls_key)
+        except ConfigError as error:
+            problems.append(str(error))
+        return problems
+
+    def _on_reload(self) -> None:
+        self.reload()  # what is wrong is in the log
 
     # -- start -------------------------------------------------------------------------------------------------
 
@@ -123,12 +136,17 @@ class Pool:
         if num_in_flight:
             self._say(farewell(num_in_flight, timeout_s))
         for member in self._members:
+            member.stopping = True  # whoever dies from now on is not replaced
+        self._draining = True
+        for member in self._by_identity.values():
             member.idle = False
         self._tell_all(m.Drain())
+        self._check_idle()
         await first_of(self._idle.wait(), self._signals.quit.wait(), timeout_s=timeout_s)
 
     async def _close(self) -> None:
         """The engine goes first: handlers still at work learn it and can tell their clients."""
+        self._closing = True
         for member in self._members:
             member.stopping = True
         await self._supervisor.close()
@@ -177,6 +195,10 @@ class Pool:
                 self._channel.send(m.Keys(self._access.table), identity)
                 self._channel.send(self._engine_state(), identity)
                 member.on_hello(message.model_name)
+                if self._draining:  # it was not there when the others were told
+                    self._channel.send(m.Drain(), identity)
+                if self._closing:
+                    self._channel.send(m.Quit(), identity)
             case m.Failed():
                 member.on_failed(message.reason)
             case m.Snapshot():
@@ -186,7 +208,7 @@ class Pool:
                     set(self._by_identity), lambda body: self._channel.send(m.Scraped(message.number, body), identity)
                 )
             case m.ReloadKeys():
-                self.reload()
+                self._channel.send(m.Reloaded(message.number, self.reload()), identity)
             case m.Idle():
                 member.idle = True
                 self._check_idle()
@@ -195,7 +217,7 @@ class Pool:
         self._tell_all(m.Collect(number))
 
     def _check_idle(self) -> None:
-        if all(member.idle for member in self._members):
+        if self._draining and all(member.idle for member in self._members):
             self._idle.set()
 
 

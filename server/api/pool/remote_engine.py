@@ -39,8 +39,9 @@ class RemoteEngine:
         """The engine came or went."""
         self.info, self.failure, self.num_restarts = state.info, state.failure, state.num_restarts
         if state.ready and not self.line.connected:
-            self.line.connect(state.endpoint)
-            self._ready.set()
+            with contextlib.suppress(OSError):  # it has died since, and the owner will say so
+                self.line.connect(state.endpoint)
+                self._ready.set()
         elif not state.ready and self.line.connected:
             self._ready.clear()
             self.line.disconnect(state.failure or "the engine is gone", keep_waiting=state.keep_waiting)

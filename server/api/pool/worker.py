@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 import msgspec
 
@@ -38,7 +39,7 @@ from server.telemetry.metrics import Metrics
 
 SNAPSHOT_S = 2.0
 """How often the owner gets this worker's metrics unasked: what a killed worker counted since then is lost."""
-SCRAPE_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
 
 
 def main() -> int:
@@ -59,7 +60,8 @@ class Worker:
 
     def __init__(self, assignment: m.Assignment) -> None:
         self._assignment = assignment
-        self._scrapes: dict[int, asyncio.Future[bytes]] = {}
+        self._front: Front | None = None
+        self._asked: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count(1)
 
     async def run(self) -> int:
@@ -89,13 +91,17 @@ class Worker:
     async def _serve(self, state: ServerState) -> int:
         try:
             front = self._front = Front(state)
-            await front.listen(sockets.bind(state.config.host, state.config.port, shared=True))
+            if not self._assignment.replaces:
+                await self._listen(front)
             state.text, name = await on_daemon_thread(lambda: load_text(state.config.engine.model))
         except (ConfigError, OSError, ValueError) as error:
             self._channel.send(m.Failed(str(error)))
             return 1
         state.model_name = state.config.served_model_name or name
         self._channel.send(m.Hello(name))
+        if self._assignment.replaces:
+            await self._engine.wait_ready()
+            await self._listen(front)
         reporting = asyncio.create_task(self._report())
         try:
             await asyncio.wait({self._ended, self._engine.broken}, return_when=asyncio.FIRST_COMPLETED)
@@ -109,6 +115,10 @@ class Worker:
         self._channel.send(m.Snapshot(0, snapshot(state.metrics.registry)))
         return 1 if self._engine.broken.done() else 0
 
+    async def _listen(self, front: Front) -> None:
+        config = self._assignment.config
+        await front.listen(sockets.bind(config.host, config.port, shared=True))
+
     # -- what the owner says -----------------------------------------------------------------------------------
 
     def _handle(self, message: m.ToWorker) -> None:
@@ -120,13 +130,14 @@ class Worker:
             case m.Keys():
                 self._state.access.install(message.table)
             case m.Reload():
-                self._front.reload()
+                if self._front is not None:  # else it will read the new files when it begins
+                    self._front.reload()
             case m.Collect():
                 self._channel.send(m.Snapshot(message.number, snapshot(self._state.metrics.registry)))
             case m.Scraped():
-                waiting = self._scrapes.pop(message.number, None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(message.body)
+                self._answered(message.number, message.body)
+            case m.Reloaded():
+                self._answered(message.number, message.problems)
             case m.Drain():
                 self._state.draining = True
                 self._draining = asyncio.ensure_future(self._say_when_idle())
@@ -148,18 +159,27 @@ class Worker:
 
     async def _scrape(self) -> bytes:
         """The whole server's metrics. Raises TimeoutError where the owner does not answer."""
-        number = next(self._numbers)
-        future = self._scrapes[number] = asyncio.get_running_loop().create_future()
-        self._channel.send(m.Scrape(number))
-        try:
-            return await asyncio.wait_for(future, SCRAPE_TIMEOUT_S)
-        finally:
-            self._scrapes.pop(number, None)
+        body: bytes = await self._ask(m.Scrape)
+        return body
 
     async def _reload(self) -> Sequence[str]:
-        """The owner reads the key file and tells every worker; what it finds wrong is in its log."""
-        self._channel.send(m.ReloadKeys())
-        return []
+        """The owner reads the key file and tells every worker."""
+        problems: list[str] = await self._ask(m.ReloadKeys)
+        return problems
+
+    async def _ask(self, question: type[m.Scrape] | type[m.ReloadKeys]) -> Any:
+        number = next(self._numbers)
+        future = self._asked[number] = asyncio.get_running_loop().create_future()
+        self._channel.send(question(number))
+        try:
+            return await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
+        finally:
+            self._asked.pop(number, None)
+
+    def _answered(self, number: int, answer: Any) -> None:
+        waiting = self._asked.get(number)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer)
 
 
 if __name__ == "__main__":

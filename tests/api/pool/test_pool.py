@@ -208,6 +208,13 @@ async def test_a_keys_limit_holds_over_all_workers_and_keys_are_reloaded(
             return [(await running.post(key=other))[0] for _ in range(6)] == [200] * 6
 
         await running.until(reloaded, "every worker knows the new key")
+        file.write_text("no = toml = at all")
+        async with (
+            aiohttp.ClientSession(headers={"Authorization": f"Bearer {admin}"}) as http,
+            http.post(running.url + "/admin/reload") as response,
+        ):
+            assert response.status == 500
+            assert (await response.json())["error"]["code"] == "reload_failed"
         assert (await running.post(key=key))[0] == 429
         async with (
             aiohttp.ClientSession(headers={"Authorization": f"Bearer {admin}"}) as http,
@@ -228,7 +235,11 @@ def _entry(name: str, key: str, more: str) -> str:
 
 async def test_sigterm_loses_nothing_that_was_admitted(embedded_model_dir: Path) -> None:
     with pool("--max-num-seqs", "4", "--drain-timeout-s", "60", step_ms="10") as running:
-        streams = [asyncio.create_task(running.post(40, stream=True)) for _ in range(16)]
+        first = running.workers
+        os.kill(first[0], signal.SIGKILL)  # an earlier death must not make the stop believe that all is done
+        await running.until(lambda: len(running.workers) == NUM_WORKERS and running.workers != first, "another one")
+        await running.until(lambda: _serve_all(running), "it serves")
+        streams = [asyncio.create_task(running.post(160, stream=True)) for _ in range(16)]
         await running.until(lambda: _count_is(running, "outpace_requests_waiting", 12), "all are admitted")
         workers, engine = running.workers, running.engine
         running.process.send_signal(signal.SIGTERM)
@@ -236,9 +247,14 @@ async def test_sigterm_loses_nothing_that_was_admitted(embedded_model_dir: Path)
         for status, text in await asyncio.gather(*streams):
             assert status == 200
             assert text.endswith("data: [DONE]\n\n")
-            assert text.count('"text"') == 40
+            assert text.count('"text"') == 160
         assert running.process.wait(PATIENCE_S) == 0
         assert not any(alive(pid) for pid in [*workers, engine])
+
+
+async def _serve_all(running: Pool) -> bool:
+    """Of connections that the kernel spreads over the workers."""
+    return all([(await running.post())[0] == 200 for _ in range(8)])
 
 
 def alive(pid: int) -> bool:
