@@ -20,7 +20,7 @@ from tests.api.fakes import INFO, FakeEngine, endless
         ({"temperature": 2.1}, "temperature", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_type"),
         ({"temperature": True}, "temperature", "invalid_type"),
-        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
         ({"top_p": 1.01}, "top_p", "invalid_value"),
         ({"top_k": -2}, "top_k", "invalid_value"),
         ({"top_k": 1.5}, "top_k", "invalid_type"),
