@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from server.kernels.paged import PagedRows
+from server.spec.device import DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
 
 if TYPE_CHECKING:
@@ -88,6 +90,40 @@ class NgramDrafter:
 
     def pause(self) -> None:
         """Nothing to do."""
+
+    # -- inside graphs -------------------------------------------------------------------------------------
+
+    def upload_width(self, k: int) -> int:
+        """Nothing: all it reads is on the device."""
+        return 0
+
+    def upload(self, slots: Sequence[int], limits: Sequence[int], k: int) -> list[list[int]]:
+        """Nothing."""
+        return [[] for _ in slots]
+
+    def draft(self, step: DeviceStep, k: int) -> Drafts:
+        """See DeviceDrafter.draft."""
+        state = step.state
+        num_tokens = state.num_tokens.index_select(0, step.slots)
+        if step.slots.is_cuda:
+            from server.kernels.ngram import ngram_draft  # only where there is a GPU
+
+            tokens, matched_n = ngram_draft(state.history, step.slots, num_tokens, k, self._min_ngram, self._max_ngram)
+        else:
+            history = state.history.index_select(0, step.slots)
+            tokens, matched_n = lookup(history, num_tokens, k, self._min_ngram, self._max_ngram)
+        return Drafts(tokens, torch.where(matched_n > 0, step.limits.clamp(max=k), 0))
+
+    def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
+        """Nothing to do."""
+
+    def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
+        """Nothing to do."""
+
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+        """Nothing to do."""
+
+    # -- on the host ---------------------------------------------------------------------------------------
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
         """Drafts for every row; on the CPU they are as wide as the row that drafts most, on a GPU always `k` wide."""

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from server.kernels.paged import PagedRows
 from server.sampling.state import SamplingBatch
+from server.spec.device import DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
 
 
@@ -52,3 +54,30 @@ class Drafter(Protocol):
 
     def pause(self) -> None:
         """Drafting stops until the next `propose`; the drafter must not run meanwhile, prefill included."""
+
+
+class DeviceDrafter(Drafter, Protocol):
+    """A drafter whose part of a step runs inside CUDA graphs: no host value but shapes, no synchronisation.
+
+    `draft` is captured with the target's forward pass, `after_verify` with verification, one graph each per (rows, k).
+    The host's part is `upload`, called just before the step is launched, when what the last step emitted is not known
+    yet. `prefill` of the base protocol is replaced by `prefill_chunk`, which runs eagerly behind the target's.
+    """
+
+    def upload_width(self, k: int) -> int:
+        """Integers a row that the host sends with every step of `k` drafts; 0 for drafters that live on the device."""
+
+    def upload(self, slots: Sequence[int], limits: Sequence[int], k: int) -> list[list[int]]:
+        """`upload_width(k)` integers for each row; `limits` is the most drafts it may get."""
+
+    def draft(self, step: DeviceStep, k: int) -> Drafts:
+        """`k` >= 1 drafts a row [R, k] with `num_valid` <= `step.limits` on the device."""
+
+    def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
+        """Verification accepted a prefix and `step.state` holds it; `features` [R, 1 + k, F] as in `commit`."""
+
+    def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
+        """The target ran prompt chunks: `token_ids` [N] int64 and `features` [N, F] of the ragged `rows`."""
+
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+        """Drafting starts again after steps without it. The device is idle and `known` are all tokens of each slot."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from draft_models.recent_outputs import RecentOutputs
 from draft_models.suffix_automaton import SuffixAutomaton
+from server.kernels.paged import PagedRows
+from server.spec.device import DeviceStep
 from server.spec.types import Carry, Drafts, SlotState, Verdict
 
 if TYPE_CHECKING:
@@ -191,6 +193,46 @@ class SuffixDrafter:
             num_valid_host=num_valid,
             classes=classes,
         )
+
+    # -- inside graphs -------------------------------------------------------------------------------------
+
+    def upload_width(self, k: int) -> int:
+        """How many tokens the host knew, the row's limit, and a continuation.
+
+        The host may miss up to one step, k + 1 tokens: it predicts twice that, and the device aligns it.
+        """
+        return 2 + 2 * (k + 1)
+
+    def upload(self, slots: Sequence[int], limits: Sequence[int], k: int) -> list[list[int]]:
+        """See DeviceDrafter.upload; a continuation that ends early is padded with -1."""
+        width = 2 * (k + 1)
+        rows = []
+        for slot, limit in zip(slots, limits, strict=True):
+            tokens = self._draft(slot, width)[0] if limit > 0 else []
+            rows.append([len(self._sequences[slot].tokens), min(limit, k), *tokens] + [-1] * (width - len(tokens)))
+        return rows
+
+    def draft(self, step: DeviceStep, k: int) -> Drafts:
+        """See DeviceDrafter.draft."""
+        assert step.uploads is not None
+        state, uploads = step.state, step.uploads
+        if step.slots.is_cuda:
+            from server.kernels.align import align_drafts  # only where there is a GPU
+
+            return Drafts(*align_drafts(uploads, state.history, step.slots, state.num_tokens, k))
+        drafts, valid = align(uploads[:, 2:], uploads[:, 0], state, step.slots, k)
+        return Drafts(drafts, torch.minimum(valid.sum(1), uploads[:, 1]))
+
+    def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
+        """Nothing to do: `observe` tells what was emitted."""
+
+    def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
+        """Nothing to do: `admit` told the prompt."""
+
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+        """Nothing to do."""
+
+    # -- one step late, without graphs -----------------------------------------------------------------------
 
     def _propose_late(self, carry: Carry, k: int, device: torch.device) -> Drafts:
         """The host may miss up to one step, k + 1 tokens: predict twice that and let the device align it."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
 from server.engine.limits import Limits
 from server.engine.messages import EngineStats
-from server.engine.result import StepResult
-from server.engine.runner import Runner
+from server.engine.result import LaunchedStep, StepResult
+from server.engine.runner import Runner, StepRunner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, end_ids
 from server.engine.speculation import Speculation
+
+
+@dataclass(slots=True)
+class _Running:
+    """A step that was launched; `tenures` are its sequences' at that time."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    tenures: list[int]
+    step: LaunchedStep
 
 
 class EngineCore:
@@ -25,7 +35,7 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         limits: Limits,
         speculation: Speculation,
         eos_token_ids: Iterable[int],
@@ -40,9 +50,11 @@ class EngineCore:
         self.max_waiting_tokens = max_waiting_tokens
         self.on_started: Callable[[list[str]], None] | None = None
         self._started: list[str] = []
+        self._running: _Running | None = None
         self._num_steps = 0
         self._num_emitted = 0
-        runner.trim = speculation.trim
+        if isinstance(runner, Runner):
+            runner.trim = speculation.trim
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -108,29 +120,37 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step has anything to do; held requests are no work."""
-        return self.scheduler.has_work
+        """Whether a step has anything to do or to say; held requests are no work."""
+        return self.scheduler.has_work or self._running is not None
 
     # -- steps ---------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepOutput]:
-        """Runs one step, if there is something to run, and says what it emitted."""
+        """Launches the next step, if there is one to run, and says what the last one that is to be read emitted.
+
+        On a GPU (`runner.overlaps`) that is the step before: while it is read and published, the next one runs. What a
+        step needs to know of it is on the device; the host plans by upper bounds. A sequence that turns out to have
+        ended costs its row of one step, which is void. On the CPU, where there is nothing to hide, it is this step's.
+        """
         scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens)
         self._apply_host_events()
         self._tell_started()
-        if scheduled is None:
+        before, self._running = self._running, None
+        if scheduled is not None:
+            self._running = self._launch(*scheduled)
+            if not self.runner.overlaps:
+                before, self._running = self._running, None
+        if before is None:
             return []
-        plan, sequences = scheduled
-        started = time.perf_counter()
-        result = self.runner.step(plan, sequences)
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        if plan.phase is Phase.VERIFY:
-            context = sum(s.num_tokens for s in sequences) / len(sequences)
-            self.speculation.record(result, context, elapsed_ms - result.draft_ms)
-        self._num_steps += 1
-        outputs = self._publish(plan, sequences, result)
+        outputs = self._publish(before, before.step.read())
         self._apply_host_events()
         return outputs
+
+    def _launch(self, plan: StepPlan, sequences: list[Sequence]) -> _Running:
+        step = self.runner.launch(plan, sequences)
+        self.scheduler.launched(plan, sequences)
+        self._num_steps += 1
+        return _Running(plan, sequences, [seq.tenure for seq in sequences], step)
 
     def _apply_host_events(self) -> None:
         """Slots change hands: releases first, since an admission may take a slot that was just given up."""
@@ -151,17 +171,23 @@ class EngineCore:
             if self.on_started is not None:
                 self.on_started(started)
 
-    def _publish(self, plan: StepPlan, sequences: list[Sequence], result: StepResult) -> list[StepOutput]:
+    def _publish(self, running: _Running, result: StepResult) -> list[StepOutput]:
+        plan, verifying = running.plan, running.plan.phase is Phase.VERIFY
+        if verifying:
+            context = sum(s.num_tokens for s in running.sequences) / len(running.sequences)
+            self.speculation.record(result, context)
         outputs: list[StepOutput] = []
-        for i, (row, seq) in enumerate(zip(plan.rows, sequences, strict=True)):
+        for i, (row, seq, tenure) in enumerate(zip(plan.rows, running.sequences, running.tenures, strict=True)):
+            if seq.tenure != tenure:  # it ended or lost its slot since
+                continue
+            seq.settled(row, plan.phase)
             if result.broken[i]:
                 outputs.append(self._fail(seq))
                 continue
             if result.prompt_logprobs is not None and seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.prompt_logprobs[i]
             emitted, reason = self._cut(seq, result.emitted[i])
-            num_run = len(emitted) if plan.phase is Phase.VERIFY else row.num_tokens
-            self.scheduler.commit(seq, num_run, emitted)
+            self.scheduler.commit(seq, len(emitted) if verifying else row.num_tokens, emitted)
             if not emitted:
                 continue
             self._num_emitted += len(emitted)

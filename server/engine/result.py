@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from server.spec.types import Drafts, Verdict
 class StepResult:
     """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
 
-    `num_tokens_run` counts the tokens that went through the target; `draft_ms` is the host's time for drafting.
+    `num_tokens_run` counts the tokens that went through the target; `verify_ms` is what the step took, a host-side
+    drafter's time apart.
     `broken` marks rows whose logits are not finite: nothing they emitted means anything. `prompt_logprobs` are of the
     next prompt tokens that were to be scored, row by row (None: no row has any).
     """
@@ -28,7 +30,7 @@ class StepResult:
     logprobs: list[list[TokenLogprobs] | None]
     broken: list[bool]
     num_tokens_run: int
-    draft_ms: float = 0.0
+    verify_ms: float = 0.0
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
 
     @staticmethod
@@ -37,6 +39,24 @@ class StepResult:
         return StepResult(
             [[] for _ in zeros], zeros, zeros, None, [None] * num_rows, [False] * num_rows, num_tokens_run
         )
+
+
+class LaunchedStep(Protocol):
+    """A step that runs, or has run."""
+
+    def read(self) -> StepResult:
+        """Waits until it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A step that has run."""
+
+    result: StepResult
+
+    def read(self) -> StepResult:
+        """At once."""
+        return self.result
 
 
 def to_host(

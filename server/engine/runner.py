@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from draft_models.protocol import Drafter
 from server.core import Phase, StepPlan
 from server.engine.prompt_logprobs import add_scores, positions, to_score
-from server.engine.result import StepResult, to_host
+from server.engine.result import DoneStep, LaunchedStep, StepResult, to_host
 from server.engine.sequence import Sequence
 from server.models.attention import AttentionBatch
 from server.models.base import TargetModel
@@ -47,8 +48,35 @@ class RunnerShape:
     ragged: bool | None = None
 
 
+class StepRunner(Protocol):
+    """What the engine asks of whatever owns the device."""
+
+    model: TargetModel
+    shape: RunnerShape
+    overlaps: bool
+    """Whether a step may be launched before the last one is read."""
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """Who drafts, if anybody does."""
+
+    def admit(self, seq: Sequence) -> None:
+        """`seq` took a slot."""
+
+    def release(self, slot: int, complete: bool = False) -> None:
+        """The slot is free; `complete`: its owner's answer came to its natural end."""
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zeroes blocks that may hold values which are not finite."""
+
+    def launch(self, plan: StepPlan, sequences: list[Sequence]) -> LaunchedStep:
+        """Starts `plan`; `sequences` are its rows' owners. The host state is not touched."""
+
+
 class Runner:
     """Owns the device state of one engine. Not thread-safe; called by the engine loop only."""
+
+    overlaps = False
 
     def __init__(self, model: TargetModel, drafter: Drafter | None, shape: RunnerShape) -> None:
         self.model, self.drafter, self.shape = model, drafter, shape
@@ -109,24 +137,25 @@ class Runner:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def step(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
+    def launch(self, plan: StepPlan, sequences: list[Sequence]) -> DoneStep:
         """Runs `plan`; `sequences` are its rows' owners. The host state is not touched."""
+        started = time.perf_counter()
         self._sync_tables(sequences)
         if self.sampling.early_slots:
             for seq in sequences:
                 if seq.slot in self.sampling.early_slots and seq.num_emitted >= seq.request.min_tokens:
                     self.sampling.end_freely(seq.slot)
         if plan.phase is Phase.PREFILL:
-            return self._prefill(plan, sequences)
+            return DoneStep(self._prefill(plan, sequences))
         carry = self._carry(plan, sequences)
-        started = time.perf_counter()
+        before_drafts = time.perf_counter()
         drafts = self._propose(carry, plan.num_draft_tokens)
-        draft_ms = (time.perf_counter() - started) * 1e3
+        drafting = time.perf_counter() - before_drafts
         layout, token_ids, batch = self._prepare(carry, drafts, sequences)
         logits, features = self._forward(token_ids, batch, torch.arange(layout.rows.shape[0], device=self.device))
         result = self._decide(carry, drafts, layout, logits, sequences, features, verifying=True)
-        result.draft_ms = draft_ms
-        return result
+        result.verify_ms = (time.perf_counter() - started - drafting) * 1e3
+        return DoneStep(result)
 
     def _prefill(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         spans = [

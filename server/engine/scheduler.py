@@ -123,15 +123,19 @@ class Scheduler:
         `draft_tokens` is asked for a verify step once its rows are known.
         """
         self._admit()
-        prefilling = [s for s in self.running if not s.decoding]
-        decoding = len(prefilling) < len(self.running)
-        if prefilling and (self._last_phase is Phase.VERIFY or not decoding):
-            self._last_phase = Phase.PREFILL
-            return self._plan_prefill(prefilling)
-        if decoding:
-            self._last_phase = Phase.VERIFY
-            return self._plan_verify(draft_tokens)
-        return None
+        decoding = any(s.decoding for s in self.running)
+        prefill_first = self._last_phase is Phase.VERIFY or not decoding
+        planned = self._plan_prefill() if prefill_first else self._plan_verify(draft_tokens)
+        if planned is None:
+            planned = self._plan_verify(draft_tokens) if prefill_first else self._plan_prefill()
+        if planned is not None:
+            self._last_phase = planned[0].phase
+        return planned
+
+    def launched(self, plan: StepPlan, sequences: list[Sequence]) -> None:
+        """A step runs, of which nothing is known until each sequence has `settled` its row."""
+        for row, seq in zip(plan.rows, sequences, strict=True):
+            seq.launched(row, plan.phase)
 
     def num_decoding(self) -> int:
         """Rows that a verify step would have; prompts in progress do not count."""
@@ -175,51 +179,59 @@ class Scheduler:
         wanted = seq.token_ids[:end]
         return any(r.num_computed < end and r.num_tokens > end and r.token_ids[:end] == wanted for r in self.running)
 
-    def _plan_prefill(self, prefilling: list[Sequence]) -> tuple[StepPlan, list[Sequence]]:
+    def _plan_prefill(self) -> tuple[StepPlan, list[Sequence]] | None:
         budget, scored = self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS
         rows: list[RowPlan] = []
         sequences: list[Sequence] = []
-        for seq in prefilling:
-            chunk = min(budget, seq.num_tokens - seq.num_computed)
+        for seq in [s for s in self.running if not s.decoding]:
+            chunk = min(budget, seq.num_to_compute)
             if seq.scoring:
+                if seq.in_flight:  # which tokens are scored already is known once that is read
+                    continue
                 chunk = min(chunk, scored)
                 scored -= chunk
             if chunk == 0:
                 continue
             budget -= chunk
-            last = seq.num_computed + chunk == seq.num_tokens
-            rows.append(RowPlan(seq.slot, seq.num_computed, chunk, samples=last))
+            last = chunk == seq.num_to_compute
+            rows.append(RowPlan(seq.slot, seq.num_computed + seq.num_launched, chunk, samples=last))
             sequences.append(seq)
             self.counters.num_prefill_tokens += chunk
-        return StepPlan(Phase.PREFILL, rows, self._last_drafts), sequences
+        return (StepPlan(Phase.PREFILL, rows, self._last_drafts), sequences) if rows else None
 
     def _plan_verify(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
         sequences: list[Sequence] = []
         for seq in list(self.running):
-            while seq.running and seq.decoding and not self._try_reserve(seq, seq.num_tokens):
+            while self._goes_on(seq) and not self._try_reserve(seq, seq.most_tokens):
                 if self._take_back_draft_blocks():
                     continue
+                if any(s.in_flight for s in self.running):
+                    return None  # what that step emits or ends is worth waiting for before anything is computed anew
                 self.preempt(
                     self.running[-1]
                 )  # the youngest; never one before `seq` in this order; at worst `seq` itself
-            if seq.running and seq.decoding:
+            if self._goes_on(seq):
                 sequences.append(seq)
         if not sequences:
             return None
         eligible = sum(self._draft_limit(seq, 1) > 0 for seq in sequences)
         num_draft_tokens = self._last_drafts = draft_tokens(len(sequences), eligible)
         rows = [
-            RowPlan(
-                seq.slot, seq.num_tokens - 1, 1, samples=True, max_drafts=self._reserve_drafts(seq, num_draft_tokens)
-            )
+            RowPlan(seq.slot, seq.num_tokens - 1, 1, True, self._reserve_drafts(seq, num_draft_tokens))
             for seq in sequences
         ]
         return StepPlan(Phase.VERIFY, rows, num_draft_tokens), sequences
 
+    def _goes_on(self, seq: Sequence) -> bool:
+        """Whether a verify step has a row for it: it decodes, and the step under way can not be its last for
+        certain.
+        """
+        return seq.running and seq.decoding and seq.num_left > seq.due
+
     def _reserve_drafts(self, seq: Sequence, k: int) -> int:
         """Blocks for as many drafts as there is room for, once every row has room for its own token."""
         drafts = self._draft_limit(seq, k)
-        while drafts and not self._try_reserve(seq, seq.num_tokens + drafts):
+        while drafts and not self._try_reserve(seq, seq.most_tokens + drafts):
             drafts -= 1
         return drafts
 
@@ -229,7 +241,7 @@ class Scheduler:
         if not spec.enabled:
             return 0
         own = k if spec.max_draft_tokens is None else min(k, spec.max_draft_tokens)
-        return max(0, min(own, seq.num_left - 1))
+        return max(0, min(own, seq.num_left - seq.due - 1))
 
     def commit(self, seq: Sequence, num_run: int, emitted: list[int]) -> None:
         """A step ran `num_run` committed tokens of `seq` (chunk, or last token and accepted drafts) and emitted
@@ -265,7 +277,7 @@ class Scheduler:
         """Frees blocks that rows hold beyond their known tokens, for rejected drafts; whether there were any."""
         found = False
         for seq in self.running:
-            while len(seq.blocks) > self._blocks_for(seq.num_tokens):
+            while len(seq.blocks) > self._blocks_for(seq.most_tokens):
                 self.pool.release(seq.blocks.pop())
                 found = True
         return found
@@ -283,6 +295,7 @@ class Scheduler:
         for block in reversed(seq.blocks):
             self.pool.release(block)
         seq.slot, seq.num_computed = -1, 0
+        seq.forget_launched()
         seq.blocks, seq.keys, seq.contiguous = [], [], True
 
     def check_integrity(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server.core import Request, TokenLogprobs
+from server.core import Phase, Request, RowPlan, TokenLogprobs
 
 
 def end_ids(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int]:
@@ -26,6 +26,10 @@ class Sequence:
     `ends` are the tokens that end it. `admitted`: it held a slot before, so its prompt is charged and `num_cached` is
     settled; `started`: the runner has seen it; `announced`: its first output is out. `prompt_logprobs` are those of the
     prompt tokens from the second on, as far as they are computed (None: not asked for, or handed over).
+
+    While a step runs that was launched and not read yet, `num_launched` is how many prompt tokens it computes, and it
+    emits `due` to `ahead` tokens. `tenure` counts the slots the sequence has lost: what a step says of an earlier
+    tenure is void.
     """
 
     request: Request
@@ -41,6 +45,10 @@ class Sequence:
     started: bool = False
     announced: bool = False
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_launched: int = 0
+    due: int = 0
+    ahead: int = 0
+    tenure: int = 0
 
     @staticmethod
     def of(request: Request, eos_token_ids: frozenset[int] = frozenset()) -> Sequence:
@@ -71,8 +79,23 @@ class Sequence:
         return self.slot >= 0
 
     @property
+    def num_to_compute(self) -> int:
+        """Known tokens whose keys and values no step has computed, or is computing."""
+        return len(self.token_ids) - self.num_computed - self.num_launched
+
+    @property
     def decoding(self) -> bool:
-        return len(self.token_ids) - self.num_computed == 1
+        """One token is left to compute, or none where the step that emits the next one runs already."""
+        return len(self.token_ids) - self.num_computed - self.num_launched <= 1
+
+    @property
+    def most_tokens(self) -> int:
+        """Known tokens, and those that the step which is under way may emit."""
+        return len(self.token_ids) + self.ahead
+
+    @property
+    def in_flight(self) -> bool:
+        return self.ahead > 0 or self.num_launched > 0
 
     @property
     def scoring(self) -> bool:
@@ -88,6 +111,26 @@ class Sequence:
         if self.prompt_logprobs is not None and self.scoring:
             return len(self.prompt_logprobs)
         return len(self.token_ids) - 1
+
+    def launched(self, row: RowPlan, phase: Phase) -> None:
+        """A step with `row` of this sequence runs; `settled` undoes it when its result is read."""
+        self._note(row, phase, 1)
+
+    def settled(self, row: RowPlan, phase: Phase) -> None:
+        """The result of a step that `launched` told of is known."""
+        self._note(row, phase, -1)
+
+    def _note(self, row: RowPlan, phase: Phase, sign: int) -> None:
+        if phase is Phase.PREFILL:
+            self.num_launched += sign * row.num_tokens
+        if row.samples:
+            self.due += sign
+            self.ahead += sign * (1 + row.max_drafts)
+
+    def forget_launched(self) -> None:
+        """It lost its slot: whatever step still runs, its result is void."""
+        self.num_launched = self.due = self.ahead = 0
+        self.tenure += 1
 
     def add_block(self, block: int) -> None:
         if self.blocks and block != self.blocks[-1] + 1:

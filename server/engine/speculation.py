@@ -70,11 +70,11 @@ class Speculation:
             probs=None if drafts.probs is None else drafts.probs[:, :width],
         )
 
-    def record(self, result: StepResult, context: float, elapsed_ms: float) -> None:
+    def record(self, result: StepResult, context: float) -> None:
         """Learns from a verify step of mean length `context`: what was accepted, what it cost without drafting."""
         self._context = context
         if self.costs is not None:
-            self.costs.observe(len(result.emitted), result.num_tokens_run, context, elapsed_ms)
+            self.costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
         for row, (drafted, accepted) in enumerate(zip(result.num_drafted, result.num_accepted, strict=True)):

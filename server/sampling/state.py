@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,9 @@ class SamplingState:
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self._floats = torch.zeros(max_slots, 6, dtype=torch.float32, device=device)
-        self._ints = torch.zeros(max_slots, 5, dtype=torch.int64, device=device)
+        neutral = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+        self._floats = neutral.repeat(max_slots, 1).to(device)
+        self._ints = torch.tensor([1, 0, 0, 1, 0]).repeat(max_slots, 1).to(device)  # greedy
         self._bias_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
         self._bias_values = torch.zeros(max_slots, 0, dtype=torch.float32, device=device)
         self._end_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
@@ -108,15 +109,70 @@ class SamplingState:
         )
         seed = (params.seed + 2**63) % 2**64 - 2**63
         ints = (1 if greedy else top_k, seed, choice, int(greedy), min_tokens if end_ids else 0)
-        self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
-        self._ints[slot] = torch.tensor(ints, dtype=torch.int64)
+        self._write(self._floats, slot, floats)
+        self._write(self._ints, slot, ints)
         if params.logit_bias:
             self._set_bias(slot, params.logit_bias)
+        elif self._bias_values.shape[1]:
+            self._bias_values[slot].zero_()  # its predecessor's; captured graphs gather without asking
         self._num_ends.pop(slot, None)
         if min_tokens > 0 and end_ids:
             self._set_ends(slot, list(end_ids))
         self._params[slot] = params
         self._cached = None
+
+    def _write(self, table: Tensor, slot: int, values: Sequence[float]) -> None:
+        """One slot's line, through pinned memory where that spares waiting for the device."""
+        row = torch.tensor(values, dtype=table.dtype, pin_memory=table.is_cuda)
+        table[slot].copy_(row, non_blocking=True)
+
+    def reserve(self, num_biases: int, num_ends: int) -> None:
+        """Makes room for requests of that many biased tokens and ends, so that the tables stay where they are."""
+        slots = self._floats.shape[0]
+        self._bias_ids = torch.zeros(slots, num_biases, dtype=torch.int64, device=self.device)
+        self._bias_values = torch.zeros(slots, num_biases, dtype=torch.float32, device=self.device)
+        self._end_ids = torch.zeros(slots, num_ends, dtype=torch.int64, device=self.device)
+
+    def tables(self) -> tuple[Tensor, ...]:
+        """What `on_device` reads: a captured graph is of no use once one of them has moved."""
+        return self._floats, self._ints, self._bias_ids, self._bias_values, self._end_ids
+
+    def on_device(
+        self, slot_ids: Tensor, *, sampled: bool, filtered: bool, full: bool, num_logprobs: int = 0
+    ) -> SamplingBatch:
+        """Parameters of `slot_ids` [R], of which the host says only what may be among them: nothing depends on values.
+
+        `full`: penalties, biases and ends that are not allowed yet; neutral where a row has none. Any slot will do,
+        also one that was never set.
+        """
+        floats = self._floats.index_select(0, slot_ids).t()
+        ints = self._ints.index_select(0, slot_ids).t()
+        temperature, top_p, min_p, repetition, presence, frequency = floats.unbind(0)
+        return SamplingBatch(
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+            top_k=ints[0],
+            seeds=ints[1],
+            choices=ints[2],
+            greedy=ints[3] != 0,
+            bias_ids=self._bias_ids.index_select(0, slot_ids) if full else None,
+            bias_values=self._bias_values.index_select(0, slot_ids) if full else None,
+            min_tokens=ints[4] if full else None,
+            end_ids=self._end_ids.index_select(0, slot_ids) if full else None,
+            all_greedy=not sampled,
+            any_greedy=True,
+            all_filtered=False,
+            any_top_k=filtered,
+            any_top_p=filtered,
+            any_min_p=filtered,
+            any_repetition=full,
+            any_presence_or_frequency=full,
+            max_logprobs=num_logprobs if full else None,
+        )
 
     @property
     def early_slots(self) -> Collection[int]:
@@ -142,8 +198,8 @@ class SamplingState:
             self._bias_values = torch.nn.functional.pad(self._bias_values, (0, grow))
             width += grow
         padding = [0] * (width - len(bias))
-        self._bias_ids[slot] = torch.tensor([*bias, *padding], dtype=torch.int64)
-        self._bias_values[slot] = torch.tensor([*bias.values(), *padding], dtype=torch.float32)
+        self._write(self._bias_ids, slot, [*bias, *padding])
+        self._write(self._bias_values, slot, [*bias.values(), *padding])
 
     def _set_ends(self, slot: int, end_ids: list[int]) -> None:
         width = self._end_ids.shape[1]
@@ -153,7 +209,7 @@ class SamplingState:
             self._end_ids = torch.cat([self._end_ids, padding.expand(-1, grow)], 1)
             width += grow
         # Padding repeats an end of the row: another token would be masked too.
-        self._end_ids[slot] = torch.tensor(end_ids + end_ids[:1] * (width - len(end_ids)), dtype=torch.int64)
+        self._write(self._end_ids, slot, end_ids + end_ids[:1] * (width - len(end_ids)))
         self._num_ends[slot] = len(end_ids)
 
     def gather(self, slots: list[int], slot_ids: Tensor) -> SamplingBatch:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from draft_models.ngram import NgramDrafter
-from draft_models.protocol import Drafter
+from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
 from draft_models.suffix import SuffixDrafter
 from server.core import FinishReason, Request, SamplingParams, StepOutput
 from server.engine.core import EngineCore
+from server.engine.gpu.ops import TorchOps
+from server.engine.gpu.runner import GpuParts, GpuRunner
 from server.engine.limits import Limits
 from server.engine.runner import Runner, RunnerShape
 from server.engine.speculation import Speculation
 from server.models.base import TargetModel
+from server.models.paged_forward import TorchForward
 from server.sampling.state import SamplingBatch
 from server.spec.cost_table import CostTable
 from server.spec.types import Carry, Drafts, Verdict
@@ -101,11 +104,20 @@ def engine(
     max_waiting: int = 1024,
     max_waiting_tokens: int | None = None,
     eos: Sequence[int] = (EOS_ID,),
+    overlapped: bool = False,
 ) -> EngineCore:
-    """An engine without a process. Without `costs` every step drafts `k` tokens."""
+    """An engine without a process. Without `costs` every step drafts `k` tokens.
+
+    `overlapped`: the GPU's runner in torch operations, which reads each step one step late.
+    """
     shape = RunnerShape(max_num_seqs, max_model_len, k, BLOCK_SIZE, num_blocks, rule, ragged)
     made = make_drafter(drafter, k, draft_model, shape) if isinstance(drafter, str) else drafter
-    runner = Runner(model, made, shape)
+    runner: Runner | GpuRunner
+    if overlapped:
+        parts = GpuParts(TorchForward(model), TorchOps(rule), cast("DeviceDrafter | None", made))
+        runner = GpuRunner(model, parts, shape, (k,))
+    else:
+        runner = Runner(model, made, shape)
     limits = Limits(max_num_seqs, budget, max_model_len, BLOCK_SIZE, num_blocks, prefix_cache)
     trims = runner.ragged and made is not None and not made.has_distribution
     speculation = Speculation(costs, k if made is not None else 0, trims)

@@ -1,0 +1,61 @@
+"""Transfers that nobody waits for: rings of pinned host buffers beside one static device buffer.
+
+A pinned buffer is never written while the device may still read it, nor read before the device has written it. Two
+steps are under way at most (one runs, one is being read), so three buffers are enough:
+
+    step n      upload 0 -> inputs    A, B    results -> download 0    event
+    step n + 1  upload 1 -> inputs    A, B    results -> download 1    event
+    step n + 2  upload 2: step n - 1 was read before step n + 1 was launched
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_RING = 3
+
+
+class Upload:
+    """`size` int64 that the host fills and sends each step; `device` [size] is where graphs read them."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._ring = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(_RING)]
+        self._views = [buffer.numpy() for buffer in self._ring]
+        self._next = 0
+
+    def begin(self) -> NDArray[np.int64]:
+        """The next buffer, with whatever it held before."""
+        return self._views[self._next]
+
+    def send(self, size: int) -> None:
+        """Copies the first `size` integers of the buffer that `begin` gave, in stream order."""
+        self.device[:size].copy_(self._ring[self._next][:size], non_blocking=True)
+        self._next = (self._next + 1) % _RING
+
+
+class Download:
+    """`source` is a static device tensor; `fetch` copies its beginning into the next pinned buffer."""
+
+    def __init__(self, source: Tensor) -> None:
+        pinned = source.is_cuda
+        self.source = source
+        self._ring = [torch.zeros(source.shape, dtype=source.dtype, pin_memory=pinned) for _ in range(_RING)]
+        self._next = 0
+
+    def fetch(self, size: int) -> Tensor:
+        """The host tensor [size] that will hold the values once the stream has got that far."""
+        buffer = self._ring[self._next][:size]
+        buffer.copy_(self.source[:size], non_blocking=True)
+        self._next = (self._next + 1) % _RING
+        return buffer
+
+
+def to_device(values: NDArray[np.int64] | list[int], device: torch.device) -> Tensor:
+    """A one-off upload of int64: the caching host allocator keeps the pinned copy until it has been read."""
+    host = torch.as_tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()

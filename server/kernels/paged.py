@@ -1,0 +1,40 @@
+"""How the rows of one step see the paged KV pool: what attention kernels are told, all of it on the device.
+
+Kernels know slots, positions and blocks, never requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class PagedRows:
+    """R rows of query tokens, one after another.
+
+    `slots` [R] int64 is each row's line of `block_tables` [S, NB] int32; `starts` [R] int64 is the position of the
+    row's first query token. Query j of row r has position `starts[r] + j` and sees positions 0 … `starts[r] + j`; the
+    token at position p lies at place `block_tables[slots[r], p // block_size] * block_size + p % block_size` of the
+    pool.
+
+    `width` > 0: every row has that many query tokens (verify). `width` 0: rows are ragged (prompt chunks), row r's
+    queries are tokens `offsets[r] … offsets[r + 1]` with `offsets` [R + 1] int32, and `max_width` is the longest
+    (host). `max_context` is a host bound of the tokens any query sees. Tokens behind the last row's are padding.
+    `fresh`: every row's queries are all it sees (whole prompts: nothing earlier is in the pool).
+    """
+
+    slots: Tensor
+    starts: Tensor
+    block_tables: Tensor
+    block_size: int
+    max_context: int
+    width: int = 0
+    offsets: Tensor | None = None
+    max_width: int = 0
+    fresh: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.slots.shape[0]
