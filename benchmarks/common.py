@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from server.bench.machine import commit, describe_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("OUTPACE_RESULTS") or ROOT / "benchmarks" / "results")
 PROMPTS = ROOT.parent / "shared" / "prompts" / "spec_bench.jsonl"
 
 
@@ -60,7 +61,7 @@ def load_prompts(path: Path = PROMPTS, per_category: int | None = None) -> list[
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and load of this machine."""
+    """Processor, cores, memory and load of this machine, and its GPU if torch was loaded and sees one."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -79,11 +80,26 @@ def machine() -> dict[str, Any]:
         "memory_mib": memory,
         "load_1m": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
+        **_gpu(),
     }
 
 
-def versions(names: Iterable[str] = ("torch", "transformers", "numpy", "aiohttp", "uvloop")) -> dict[str, str]:
-    return {name: metadata.version(name) for name in names}
+def _gpu() -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    return describe_gpu(0) if torch is not None and torch.cuda.is_available() else {}
+
+
+def versions(
+    names: Iterable[str] = ("torch", "triton", "transformers", "numpy", "aiohttp", "uvloop"),
+) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def median_row(case: str, values: Sequence[float], unit: str, note: str = "") -> Row:
@@ -93,21 +109,13 @@ def median_row(case: str, values: Sequence[float], unit: str, note: str = "") ->
 
 def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = None) -> Path:
     """Writes `results/<name>.json` and prints the rows."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    dirty = bool(
-        subprocess.run(
-            ["git", "status", "--porcelain", "server", "draft_models"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    )
     script, *rest = sys.argv
     arguments = [Path(word).name if Path(word).is_absolute() else word for word in rest]  # where files lay is private
     command = shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *arguments])
     content = {
         "name": name,
         "command": command,
-        "commit": commit + ("+dirty" if dirty else ""),
+        "commit": commit() or "",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),

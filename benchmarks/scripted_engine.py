@@ -38,6 +38,7 @@ class ScriptedEngine:
 
     def __init__(self, config: EngineConfig, hub: Hub, step_s: float) -> None:
         self.config, self.hub, self.step_s = config, hub, step_s
+        self.num_slots = config.max_num_seqs or 16
         self.running: dict[str, Running] = {}
         self.waiting: deque[Running] = deque()
         self.num_steps = 0
@@ -84,7 +85,7 @@ class ScriptedEngine:
 
     def _step(self) -> None:
         active = [r for r in self.running.values() if not r.held]
-        while self.waiting and len(active) < self.config.max_num_seqs:
+        while self.waiting and len(active) < self.num_slots:
             new = self.waiting.popleft()
             self.running[new.request.request_id] = new
             active.append(new)
@@ -128,7 +129,7 @@ class ScriptedEngine:
             vocab_size=49152,
             kv_cache_tokens=1 << 30,
             kv_cache_bytes=0,
-            max_num_seqs=self.config.max_num_seqs,
+            max_num_seqs=self.num_slots,
             max_num_batched_tokens=1,
             drafter="none",
             max_draft_tokens=0,

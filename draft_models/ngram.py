@@ -104,14 +104,17 @@ class NgramDrafter:
     def draft(self, step: DeviceStep, k: int) -> Drafts:
         """See DeviceDrafter.draft."""
         state = step.state
-        num_tokens = state.num_tokens.index_select(0, step.slots)
         if step.slots.is_cuda:
             from server.kernels.ngram import ngram_draft  # only where there is a GPU
 
-            tokens, matched_n = ngram_draft(state.history, step.slots, num_tokens, k, self._min_ngram, self._max_ngram)
-        else:
-            history = state.history.index_select(0, step.slots)
-            tokens, matched_n = lookup(history, num_tokens, k, self._min_ngram, self._max_ngram)
+            return Drafts(
+                *ngram_draft(
+                    state.history, step.slots, state.num_tokens, k, self._min_ngram, self._max_ngram, step.limits
+                )
+            )
+        history = state.history.index_select(0, step.slots)
+        num_tokens = state.num_tokens.index_select(0, step.slots)
+        tokens, matched_n = lookup(history, num_tokens, k, self._min_ngram, self._max_ngram)
         return Drafts(tokens, torch.where(matched_n > 0, step.limits.clamp(max=k), 0))
 
     def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:

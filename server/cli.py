@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from server.bench.options import add_bench_options
 from server.chat.options import add_chat_options
 from server.cli_keys import add_key_commands, run_key_command
 from server.cli_options import OneLineParser, add_options, parse_config
@@ -29,6 +30,7 @@ def build_parser() -> OneLineParser:
     add_options(serve)
     add_key_commands(commands.add_parser("key", help="make and hash API keys"))
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
+    add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -49,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from server.chat.run import run_chat  # only here: nobody else needs an HTTP client
 
         return run_chat(options)
+    if options.command == "bench":
+        from server.bench.command import run_bench  # loads torch, in this process
+
+        return run_bench(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
     del options.command
     try:
         config = parse_config(options)

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from server.config import DRAFTERS, DTYPES, SPEC_METRICS, VERIFICATION_RULES, ConfigError, EngineConfig, ServerConfig
+from server.config import (
+    DRAFTERS,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    SPEC_METRICS,
+    VERIFICATION_RULES,
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+)
 
 HELP = {
     "model": "the model: smollm2-135m (embedded), a Hugging Face directory, a hub id or a GGUF file",
@@ -20,10 +29,14 @@ HELP = {
     "dtype": f"what the model computes in: {', '.join(DTYPES)}",
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "longest sequence in tokens, prompt and answer (default: the model's own)",
-    "max_num_seqs": "most sequences that are generated at once",
+    "max_num_seqs": "most sequences that are generated at once (default: 16 on a CPU, 64 on a GPU)",
     "max_num_batched_tokens": "most prompt tokens in one prefill step (default: 256 on a CPU, 2048 on a GPU)",
     "block_size": "tokens in a KV cache block",
-    "kv_memory_share": "share of the memory left after loading that the KV cache takes, 0 to 1",
+    "kv_memory_share": "share of the memory left after loading that the KV cache takes, 0 to 1 (default: 0.25 on a "
+    "CPU, 0.85 on a GPU)",
+    "kv_cache_dtype": f"what the KV cache stores: {', '.join(KV_CACHE_DTYPES)} (fp8: GPUs only, half the memory)",
+    "deterministic": "GPU: the same bits whatever is drafted, batched, chunked or cached; slower",
+    "cuda_graphs": "GPU: run steps as captured graphs; off: eagerly, to find faults",
     "kv_cache_tokens": "size of the KV cache in tokens, instead of a share of memory",
     "prefix_cache": "reuse the KV cache of prompts that begin alike",
     "recent_outputs": "finished answers that the suffix drafter may copy from (0: only the request's own tokens)",
@@ -65,15 +78,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `serve`. Absent ones leave no attribute, so that defaults live in the settings only."""
+    add_engine_options(parser)
+    _add_group(parser, "server", ServerConfig)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the engine's own options, which `serve` shares with `bench`."""
     parser.add_argument(
         "model_argument", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model"
     )
-    for title, settings in (("engine", EngineConfig), ("server", ServerConfig)):
-        group = parser.add_argument_group(title)
-        hints = get_type_hints(settings)
-        for field in fields(settings):
-            if field.name != "engine":
-                _add_option(group, field, hints[field.name])
+    _add_group(parser, "engine", EngineConfig)
 
 
 def parse_config(options: argparse.Namespace) -> ServerConfig:
@@ -88,6 +102,14 @@ def parse_config(options: argparse.Namespace) -> ServerConfig:
     server_names = {field.name for field in fields(ServerConfig)}
     engine = EngineConfig(**{name: value for name, value in given.items() if name in engine_names})
     return ServerConfig(engine=engine, **{name: value for name, value in given.items() if name in server_names})
+
+
+def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[EngineConfig] | type[ServerConfig]) -> None:
+    group = parser.add_argument_group(title)
+    hints = get_type_hints(settings)
+    for field in fields(settings):
+        if field.name != "engine":
+            _add_option(group, field, hints[field.name])
 
 
 def _add_option(group: argparse._ArgumentGroup, field: Field[Any], hint: Any) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DRAFTERS = ("suffix", "ngram", "small-lm", "none")
+DRAFTERS = ("suffix", "ngram", "small-lm", "eagle3", "none")
 VERIFICATION_RULES = ("coupled", "ratio")
 SPEC_METRICS = ("none", "summary", "detailed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 class ConfigError(ValueError):
@@ -38,9 +39,12 @@ class EngineConfig:
 
     `model` and `draft_model` are `smollm2-135m` (the embedded model), a Hugging Face directory, a hub id or a
     GGUF file. `max_model_len` None means what the model's own configuration says. The KV pool takes
-    `kv_memory_share` of the memory that is free once the weights are loaded, or exactly
-    `kv_cache_tokens` tokens where that is given. `num_threads` None means every core; `max_num_batched_tokens` (the
-    token budget of a prefill step) None means 256 on a CPU, 2048 on a GPU.
+    `kv_memory_share` of the memory that is free once the weights are loaded (None: a quarter on a CPU, 0.85 on a GPU),
+    or exactly `kv_cache_tokens` tokens where that is given; `kv_cache_dtype` `fp8` (GPUs only) stores them as
+    float8_e4m3fn. `num_threads` None means every core; `max_num_batched_tokens` (the token budget of a prefill step)
+    None means 256 on a CPU, 2048 on a GPU, `max_num_seqs` None 16 and 64. `deterministic` (GPUs; a CPU in float32
+    always is): output does not depend on drafts, batch or chunks, in any bit. `cuda_graphs` False runs every step
+    eagerly, to find faults.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
@@ -56,10 +60,11 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 16
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
-    kv_memory_share: float = 0.25
+    kv_memory_share: float | None = None
+    kv_cache_dtype: str = "auto"
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     recent_outputs: int = 0
@@ -67,25 +72,34 @@ class EngineConfig:
     max_waiting: int = 1024
     max_waiting_tokens: int | None = None
     step_timeout_s: float = 60.0
+    deterministic: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _one_of("drafter", self.drafter, DRAFTERS)
         _one_of("verification", self.verification, VERIFICATION_RULES)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         for name, low in (
             ("max_draft_tokens", 0),
-            ("max_num_seqs", 1),
             ("block_size", 1),
             ("recent_outputs", 0),
             ("max_waiting", 1),
         ):
             _at_least(name, getattr(self, name), low)
-        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens", "num_threads", "max_waiting_tokens"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_tokens",
+            "num_threads",
+            "max_waiting_tokens",
+        ):
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, 1)
         _at_least("step_timeout_s", self.step_timeout_s, 1)
-        if not 0.0 < self.kv_memory_share <= 1.0:
+        if self.kv_memory_share is not None and not 0.0 < self.kv_memory_share <= 1.0:
             raise ConfigError(f"kv_memory_share: {self.kv_memory_share!r} is not valid; use more than 0, at most 1")
         if self.drafter == "small-lm" and self.draft_model is None:
             raise ConfigError("draft_model: missing; drafter 'small-lm' needs the model to draft with")

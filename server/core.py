@@ -94,8 +94,8 @@ class RowPlan:
     """One sequence's share of a step: tokens `start .. start + num_tokens` of it pass through the target.
 
     In a verify step `num_tokens` is 1 (the last committed token) and up to `max_drafts` draft tokens follow
-    it. In a prefill step `samples` says whether this chunk ends the prompt and so emits a token. `start` is what the host
-    knows: while an earlier step is under way, a verify row really starts up to that step's emitted tokens later.
+    it. In a prefill step `samples` says whether this chunk ends the prompt and so emits a token. `start` is what the
+    host knows: while an earlier step is under way, a verify row really starts up to that step's emitted tokens later.
     """
 
     slot: int

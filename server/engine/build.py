@@ -6,56 +6,71 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from draft_models.ngram import NgramDrafter
-from draft_models.protocol import Drafter
-from draft_models.small_lm import SmallLMDrafter
-from draft_models.suffix import SuffixDrafter
 from server.config import ConfigError, EngineConfig
 from server.engine.core import EngineCore
 from server.engine.costs import load_or_measure
+from server.engine.drafters import draft_kv_layers, load_draft_network, make_device_drafter, make_drafter
+from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
 from server.engine.memory import plan_memory
 from server.engine.messages import EngineInfo
 from server.engine.runner import Runner, RunnerShape
 from server.engine.speculation import Speculation
 from server.models.base import TargetModel
-from server.models.loader import load_model, pick_device, pick_dtype
+from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve
 
+if TYPE_CHECKING:
+    from draft_models.eagle3_network import Eagle3Network
+
 Say = Callable[[str], None]
+Find = Callable[[str], ModelSource]
 
 CPU_BATCHED_TOKENS = 256
 GPU_BATCHED_TOKENS = 2048
 """Default budget of a prefill step: on two CPU cores 256 tokens of a 135M model stall decoding for a third of a
 second."""
+CPU_NUM_SEQS, GPU_NUM_SEQS = 16, 64
+CPU_KV_SHARE, GPU_KV_SHARE = 0.25, 0.85
 WAITING_KV_CACHES = 8
 """Default bound of the prompts that wait, in full KV caches."""
 
 
-def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo]:
-    """Loads everything. Raises ConfigError, ModelSourceError, UnsupportedModelError or WeightsError with the reason."""
+def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tuple[EngineCore, EngineInfo]:
+    """Loads everything. `find` turns a model's name into its source; a benchmark's knows models without files.
+
+    Raises ConfigError, ModelSourceError, UnsupportedModelError or WeightsError with the reason.
+    """
     started = time.perf_counter()
     torch.set_grad_enabled(False)
     torch.set_num_threads(config.num_threads or _num_cores())
     device = pick_device(config.device)
-    source = resolve(config.model)
+    config = with_defaults(config, device)
+    source = find(config.model)
     say(f"loading {source.name} on {device}")
     max_len = _max_model_len(config, source)
-    model = load_model(
-        source.directory, source.config, device, pick_dtype(config.dtype, device), max_len + config.max_draft_tokens + 2
-    )
-    draft_model = _load_draft_model(config, model, max_len, say)
-    memory = plan_memory(config, model, draft_model)
+    dtype = pick_dtype(config.dtype, device)
+    max_positions = max_len + 2 * (config.max_draft_tokens + 1) + 2  # a row that has ended may run one step more
+    model = load_source(source, device, dtype, max_positions)
+    draft_network = load_draft_network(config, model, source.kind, max_positions, say, find)
+    memory = plan_memory(config, model, draft_kv_layers(draft_network))
     shape = RunnerShape(
-        config.max_num_seqs, max_len, config.max_draft_tokens, config.block_size, memory.num_blocks, config.verification
+        config.max_num_seqs or 1,
+        max_len,
+        config.max_draft_tokens,
+        config.block_size,
+        memory.num_blocks,
+        config.verification,
     )
-    drafter = make_drafter(config, shape, draft_model)
-    runner = Runner(model, drafter, shape)
+    runner = _runner(config, model, draft_network, shape, say)
+    drafter = runner.drafter
     budget = config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
-    limits = Limits(config.max_num_seqs, budget, max_len, config.block_size, memory.num_blocks, config.prefix_cache)
+    limits = Limits(shape.max_num_seqs, budget, max_len, config.block_size, memory.num_blocks, config.prefix_cache)
     if limits.kv_tokens < max_len:
         say(
             f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: "
@@ -82,16 +97,50 @@ def build_engine(config: EngineConfig, say: Say) -> tuple[EngineCore, EngineInfo
         vocab_size=model.vocab_size,
         kv_cache_tokens=limits.kv_tokens,
         kv_cache_bytes=memory.num_blocks * memory.bytes_per_block,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=shape.max_num_seqs,
         max_num_batched_tokens=budget,
         drafter=config.drafter if drafter is not None else "none",
         max_draft_tokens=config.max_draft_tokens if drafter is not None else 0,
         verification=config.verification,
-        linear_path=model.linear_path,
+        linear_path=model.linear_path if isinstance(runner, Runner) else runner.linear_path,
         num_threads=torch.get_num_threads(),
         load_s=time.perf_counter() - started,
+        num_graphs=0 if isinstance(runner, Runner) else runner.graphs.stats.num_graphs,
+        graph_bytes=0 if isinstance(runner, Runner) else runner.graphs.stats.memory_bytes,
+        deterministic=config.deterministic,
     )
     return core, info
+
+
+def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """The settings whose default depends on the device, settled. Raises ConfigError for a GPU's settings on a CPU."""
+    on_gpu = device.type == "cuda"
+    for name, neutral in (("deterministic", False), ("kv_cache_dtype", "auto")):
+        if not on_gpu and getattr(config, name) != neutral:
+            raise ConfigError(f"{name}: {getattr(config, name)!r} is a setting for GPUs; this engine runs on {device}")
+    return replace(
+        config,
+        max_num_seqs=config.max_num_seqs or (GPU_NUM_SEQS if on_gpu else CPU_NUM_SEQS),
+        kv_memory_share=config.kv_memory_share or (GPU_KV_SHARE if on_gpu else CPU_KV_SHARE),
+    )
+
+
+def _runner(
+    config: EngineConfig,
+    model: TargetModel,
+    draft_network: TargetModel | Eagle3Network | None,
+    shape: RunnerShape,
+    say: Say,
+) -> Runner | GpuRunner:
+    if model.device.type != "cuda":
+        return Runner(model, make_drafter(config, shape, draft_network), shape)  # type: ignore[arg-type]
+    from server.kernels.tuning import use_cache
+
+    use_cache()  # before the first kernel is compiled
+    from server.engine.gpu.build import build_gpu_runner  # needs Triton
+
+    drafter = make_device_drafter(config, shape, model, draft_network, say)
+    return build_gpu_runner(config, model, drafter, shape, say)
 
 
 def _num_cores() -> int:
@@ -113,36 +162,3 @@ def _eos(source: ModelSource) -> tuple[int, ...]:
     found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
     found = source.config.get("eos_token_id") if found is None else found
     return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
-
-
-def _load_draft_model(config: EngineConfig, target: TargetModel, max_len: int, say: Say) -> TargetModel | None:
-    if config.drafter != "small-lm" or config.draft_model is None:
-        return None
-    source = resolve(config.draft_model)
-    say(f"loading the draft model {source.name}")
-    draft = load_model(
-        source.directory, source.config, target.device, target.dtype, max_len + config.max_draft_tokens + 2
-    )
-    if draft.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"draft_model: {source.name} has a vocabulary of {draft.vocab_size} tokens, the target "
-            f"{target.vocab_size}; a small-LM drafter must share the target's vocabulary"
-        )
-    if draft.max_position_embeddings < max_len:
-        raise ConfigError(
-            f"draft_model: {source.name} has a context of {draft.max_position_embeddings}, less than {max_len}; "
-            "lower max_model_len"
-        )
-    return draft
-
-
-def make_drafter(config: EngineConfig, shape: RunnerShape, draft_model: TargetModel | None) -> Drafter | None:
-    """The drafter that the settings name; None for `none` or no draft tokens."""
-    if config.drafter == "none" or config.max_draft_tokens == 0:
-        return None
-    if config.drafter == "ngram":
-        return NgramDrafter()
-    if config.drafter == "suffix":
-        return SuffixDrafter(recent_outputs=config.recent_outputs)
-    assert draft_model is not None
-    return SmallLMDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)

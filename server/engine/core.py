@@ -44,7 +44,7 @@ class EngineCore:
     ) -> None:
         self.runner = runner
         self._eos = frozenset(t for t in eos_token_ids if 0 <= t < runner.model.vocab_size)
-        self.scheduler = Scheduler(limits, self._eos)
+        self.scheduler = Scheduler(limits, self._eos, drafts=speculation.max_draft_tokens > 0)
         self.speculation = speculation
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
@@ -250,6 +250,7 @@ class EngineCore:
             num_emitted=self._num_emitted,
             num_preemptions=s.counters.num_preemptions,
             num_draft_steps=self.speculation.num_draft_steps,
+            num_graph_misses=self.runner.num_graph_misses,
             drafted_per_position=list(self.speculation.drafted_per_position),
             accepted_per_position=list(self.speculation.accepted_per_position),
             speculation_paused=self.speculation.paused,

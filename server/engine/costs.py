@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from server.config import cache_dir
+from server.engine.gpu.runner import GpuRunner
 from server.engine.runner import Runner
 from server.models.base import TargetModel
 from server.models.paging import Span, padded_batch, ragged_batch
@@ -20,21 +21,28 @@ from server.spec.cost_table import CostGrid, CostTable, cache_key, machine_ident
 BUDGET_S = 4.0
 
 
-def load_or_measure(runner: Runner, source: ModelSource, say: Callable[[str], None]) -> CostTable:
-    """The cached table of this machine and model, or a new one."""
-    grid = _grid(runner)
+def load_or_measure(runner: Runner | GpuRunner, source: ModelSource, say: Callable[[str], None]) -> CostTable:
+    """The cached table of this machine and model, or a new one.
+
+    A GPU's steps are timed whole, drafting included; on the CPU drafting is a cost of its own.
+    """
+    grid = _gpu_grid(runner) if isinstance(runner, GpuRunner) else _grid(runner)
     machine = {**machine_identity(), "device": str(runner.device), "threads": str(torch.get_num_threads())}
     drafter = runner.drafter.name if runner.drafter is not None else "none"
     draft_model = getattr(runner.drafter, "model", None)
     if draft_model is not None:  # another draft model has other costs
         drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
-    artifact = f"{source.directory}|{runner.model.dtype}|{runner.model.linear_path}|{torch.__version__}|{drafter}"
+    path = runner.model.linear_path if isinstance(runner, Runner) else f"gpu|{runner.deterministic}"
+    artifact = f"{source.directory}|{runner.model.dtype}|{path}|{torch.__version__}|{drafter}"
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
     cached = _read(file)
     if cached is not None:
         return cached
     say("measuring what drafting and verifying cost here (once)")
-    table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
+    if isinstance(runner, GpuRunner):
+        table = measure(grid, runner.time_step, None, BUDGET_S, repeats=1)
+    else:
+        table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
     _clear(runner)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
@@ -59,6 +67,13 @@ def _grid(runner: Runner) -> CostGrid:
     # One context on the CPU: attention is a small and equal part of plain and of speculative steps there.
     contexts = sorted({max(1, min(n, longest)) for n in ((256,) if runner.ragged else (128, 1024))})
     return CostGrid(tuple(rows), tuple(drafts), tuple(contexts))
+
+
+def _gpu_grid(runner: GpuRunner) -> CostGrid:
+    shape = runner.shape
+    longest = min(shape.max_model_len, (shape.num_blocks - 1) * shape.block_size) - 4 * (1 + shape.max_draft_tokens)
+    contexts = sorted({max(1, min(n, longest)) for n in (128, 1024, 8192)})
+    return CostGrid(runner.tiers, runner.k_tiers, tuple(contexts))
 
 
 def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:
@@ -106,7 +121,7 @@ def _timed(runner: Runner, model: TargetModel, pools: list[torch.Tensor], rows: 
     return (time.perf_counter() - started) * 1e3
 
 
-def _clear(runner: Runner) -> None:
+def _clear(runner: Runner | GpuRunner) -> None:
     """Leaves the null block as it was. The others need no cleaning: a place is written before anything may look at
     it."""
     for pool in runner.pools:

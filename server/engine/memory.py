@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from server.config import ConfigError, EngineConfig
-from server.models.base import TargetModel
+from server.models.base import KVLayer, TargetModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +20,24 @@ class Memory:
     bytes_per_block: int
 
 
-def plan_memory(config: EngineConfig, model: TargetModel, draft_model: TargetModel | None) -> Memory:
-    """How many blocks fit the stated share of what is free now, weights being loaded. One block is the null block."""
-    layers = [*model.kv_layers, *(draft_model.kv_layers if draft_model is not None else [])]
+def plan_memory(config: EngineConfig, model: TargetModel, draft_layers: list[KVLayer]) -> Memory:
+    """How many blocks fit the stated share of what is free now, weights being loaded. One block is the null block.
+
+    `config` has its defaults settled; `draft_layers` are the drafter's, in the network's own dtype.
+    """
     item = torch.empty(0, dtype=model.dtype).element_size()
-    per_block = sum(2 * kv.num_kv_heads * kv.head_dim for kv in layers) * item * config.block_size
+    target_item = 1 if config.kv_cache_dtype == "fp8" else item
+    per_token = sum(2 * kv.num_kv_heads * kv.head_dim for kv in model.kv_layers) * target_item
+    per_token += sum(2 * kv.num_kv_heads * kv.head_dim for kv in draft_layers) * item
+    per_block = per_token * config.block_size
     if config.kv_cache_tokens is not None:
         return Memory(1 + -(-config.kv_cache_tokens // config.block_size), per_block)
     free = free_memory(model.device)
     # More than every sequence at full context can never be used.
-    useful = config.max_num_seqs * -(-(config.max_model_len or model.max_position_embeddings) // config.block_size)
-    num_blocks = min(int(free * config.kv_memory_share) // per_block, useful)
+    useful = (config.max_num_seqs or 1) * -(
+        -(config.max_model_len or model.max_position_embeddings) // config.block_size
+    )
+    num_blocks = min(int(free * (config.kv_memory_share or 1.0)) // per_block, useful)
     if num_blocks < 1:
         raise ConfigError(
             f"kv_memory_share: {config.kv_memory_share} of {free >> 20} MiB free holds not one block of "

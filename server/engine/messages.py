@@ -9,7 +9,10 @@ from server.core import StepOutput
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine says of itself once it is ready. `linear_path` names how linear layers compute."""
+    """What the engine says of itself once it is ready. `linear_path` names how linear layers compute.
+
+    `num_graphs` CUDA graphs of `graph_bytes` were captured (0 on a CPU).
+    """
 
     model: str
     architecture: str
@@ -28,6 +31,9 @@ class EngineInfo:
     linear_path: str
     num_threads: int
     load_s: float
+    num_graphs: int = 0
+    graph_bytes: int = 0
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class EngineStats:
     num_emitted: int = 0
     num_preemptions: int = 0
     num_draft_steps: int = 0
+    num_graph_misses: int = 0
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     speculation_paused: bool = False

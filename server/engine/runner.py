@@ -60,6 +60,10 @@ class StepRunner(Protocol):
     def drafter(self) -> Drafter | None:
         """Who drafts, if anybody does."""
 
+    @property
+    def num_graph_misses(self) -> int:
+        """Halves of steps that ran eagerly for want of a captured graph."""
+
     def admit(self, seq: Sequence) -> None:
         """`seq` took a slot."""
 
@@ -77,6 +81,7 @@ class Runner:
     """Owns the device state of one engine. Not thread-safe; called by the engine loop only."""
 
     overlaps = False
+    num_graph_misses = 0
 
     def __init__(self, model: TargetModel, drafter: Drafter | None, shape: RunnerShape) -> None:
         self.model, self.drafter, self.shape = model, drafter, shape

@@ -37,13 +37,13 @@ DraftTokens = Callable[[int, int], int]
 
 
 class Scheduler:
-    """Owns every sequence from submission to its end: it waits, runs, or is held back.
+    """Owns every sequence from submission to its end: it waits, runs, or is held back. `drafts`: somebody drafts.
 
     `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their place;
     of a slot, whether its sequence had come to its natural end.
     """
 
-    def __init__(self, limits: Limits, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(self, limits: Limits, eos_token_ids: Iterable[int] = (), drafts: bool = True) -> None:
         self.limits = limits
         self.cache = PrefixCache(limits.block_size, limits.prefix_cache)
         self.pool = BlockPool(limits.num_blocks, on_evict=self.cache.forget)
@@ -56,6 +56,7 @@ class Scheduler:
         self.released: dict[int, bool] = {}
         self.counters = Counters()
         self._eos = frozenset(eos_token_ids)
+        self._drafts = drafts
         self._last_phase = Phase.VERIFY
         self._last_drafts = 1  # 0: drafting is paused, and prompts are not run through the drafter either
 
@@ -202,7 +203,7 @@ class Scheduler:
     def _plan_verify(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
         sequences: list[Sequence] = []
         for seq in list(self.running):
-            while self._goes_on(seq) and not self._try_reserve(seq, seq.most_tokens):
+            while (goes_on := self._goes_on(seq)) and not self._try_reserve(seq, seq.most_tokens):
                 if self._take_back_draft_blocks():
                     continue
                 if any(s.in_flight for s in self.running):
@@ -210,23 +211,23 @@ class Scheduler:
                 self.preempt(
                     self.running[-1]
                 )  # the youngest; never one before `seq` in this order; at worst `seq` itself
-            if self._goes_on(seq):
+            if goes_on:
                 sequences.append(seq)
         if not sequences:
             return None
-        eligible = sum(self._draft_limit(seq, 1) > 0 for seq in sequences)
-        num_draft_tokens = self._last_drafts = draft_tokens(len(sequences), eligible)
+        eligible = sum(self._draft_limit(seq, 1) > 0 for seq in sequences) if self._drafts else 0
+        k = self._last_drafts = draft_tokens(len(sequences), eligible)
         rows = [
-            RowPlan(seq.slot, seq.num_tokens - 1, 1, True, self._reserve_drafts(seq, num_draft_tokens))
+            RowPlan(seq.slot, len(seq.token_ids) - 1, 1, True, self._reserve_drafts(seq, k) if k else 0)
             for seq in sequences
         ]
-        return StepPlan(Phase.VERIFY, rows, num_draft_tokens), sequences
+        return StepPlan(Phase.VERIFY, rows, k), sequences
 
     def _goes_on(self, seq: Sequence) -> bool:
         """Whether a verify step has a row for it: it decodes, and the step under way can not be its last for
         certain.
         """
-        return seq.running and seq.decoding and seq.num_left > seq.due
+        return seq.slot >= 0 and seq.decoding and seq.num_left > seq.due
 
     def _reserve_drafts(self, seq: Sequence, k: int) -> int:
         """Blocks for as many drafts as there is room for, once every row has room for its own token."""
@@ -268,6 +269,8 @@ class Scheduler:
             seq.add_block(self.pool.allocate(seq.blocks[-1] if seq.blocks else None))
 
     def _try_reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        if len(seq.blocks) * self.limits.block_size >= num_tokens:
+            return True
         if self._blocks_for(num_tokens) - len(seq.blocks) > self.pool.num_free:
             return False
         self._reserve(seq, num_tokens)

@@ -72,7 +72,7 @@ class Sequence:
     @property
     def num_left(self) -> int:
         """Tokens it may still emit."""
-        return self.request.max_tokens - self.num_emitted
+        return self.request.max_tokens + len(self.request.prompt_ids) - len(self.token_ids)
 
     @property
     def running(self) -> bool:

@@ -20,6 +20,11 @@ ANY = "any"
 """Acceptance class of a uniform choice: whatever the drafter proposes."""
 
 
+def draft_tiers(max_draft_tokens: int) -> tuple[int, ...]:
+    """The numbers of drafts that a step may have where all its rows have the same; 0 is one more."""
+    return (*(k for k in (1, 2, 3, 5, 7, 10, 15) if k < max_draft_tokens), max_draft_tokens)
+
+
 class Speculation:
     """Draft-length control of one engine. Without a cost table every step drafts `max_draft_tokens`.
 
@@ -32,7 +37,7 @@ class Speculation:
         self.max_draft_tokens = max_draft_tokens
         self.trims = trims
         self.acceptance = AcceptanceTracker()
-        self.tiers = (*(k for k in (1, 2, 3, 5, 7, 10, 15) if k < max_draft_tokens), max_draft_tokens)
+        self.tiers = draft_tiers(max_draft_tokens)
         self.num_draft_steps = 0
         self.drafted_per_position = [0] * max_draft_tokens
         self.accepted_per_position = [0] * max_draft_tokens

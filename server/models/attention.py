@@ -4,8 +4,8 @@ One pool tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], keys
 values in the second, so that one copy writes both. Block 0 is nobody's: padding tokens write there.
 
 Two implementations of the same function: `ragged` (CPU) runs each row over exactly its own tokens and uses a view where
-the row's blocks lie side by side; `padded` (any device, nothing syncs) gathers every row to the longest. Later a
-kernel takes the place of `padded` on GPUs.
+the row's blocks lie side by side; `padded` (any device, nothing syncs) gathers every row to the longest. On a GPU
+kernels take their place (`server.kernels.attention`).
 
 On a CPU in float32 `ragged` gives a token the same bits however many tokens its row computes at once, so that
 decoding, verifying and prefilling in any chunks agree. Three things make it so (found by measuring MKL;
@@ -18,6 +18,7 @@ allocate it zeroed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,22 @@ from torch import Tensor
 
 FOLD_LIMIT = 16
 """Up to this many query tokens a row, grouped heads are folded into the query axis: one key head, one matmul."""
+
+
+class PagedAttention(Protocol):
+    """Attention of q [N, heads, D] over a pool, for the rows of one step -> [N, heads * D]."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        pool: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `paged_attention`."""
 
 
 @dataclass(slots=True)
@@ -47,8 +64,8 @@ class AttentionBatch:
     """How the tokens of one step see the KV pool.
 
     `slot_mapping` [N]: place in the pool that each token's key and value are written to. Exactly one of `rows`
-    (ragged) and `gather` (padded) is used. Padded: every row has `width` query tokens, `gather` [R, L] are places
-    in the pool; what a token sees follows from `positions` [N].
+    (ragged), `gather` (padded) and `paged` (a GPU's kernels) is used. Padded: every row has `width` query tokens,
+    `gather` [R, L] are places in the pool; what a token sees follows from `positions` [N].
     """
 
     slot_mapping: Tensor
@@ -56,6 +73,7 @@ class AttentionBatch:
     rows: list[Row] | None = None
     gather: Tensor | None = None
     width: int = 0
+    paged: PagedAttention | None = None
     _masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
     _indices: dict[int, Tensor] = field(default_factory=dict)
     _queries: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -183,6 +201,8 @@ def paged_attention(
 
     The step's own keys and values must have been written already.
     """
+    if batch.paged is not None:
+        return batch.paged(q, pool, scale=scale, window=window, softcap=softcap, sinks=sinks)
     scoring = Scoring(scale, window, softcap, sinks)
     if batch.rows is not None:
         return _ragged(q, pool, batch, scoring)

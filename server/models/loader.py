@@ -14,6 +14,8 @@ from server.config import ConfigError
 from server.models.base import TargetModel
 from server.models.config import LLAMA_FAMILY, UnsupportedModelError, architecture_of, parse_config
 from server.models.llama import LlamaModel
+from server.models.random_weights import llama_weights
+from server.models.source import ModelSource
 
 
 class WeightsError(ValueError):
@@ -78,6 +80,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def load_source(source: ModelSource, device: torch.device, dtype: torch.dtype, max_positions: int) -> TargetModel:
+    """The network of a model's files, or with weights drawn at random where it has none; see `load_model`."""
+    if source.kind != "random":
+        return load_model(source.directory, source.config, device, dtype, max_positions)
+    config = parse_config(source.config)
+    weights = llama_weights(config, dtype, device)
+    return LlamaModel(config, weights.get, weights.has, max_positions)
 
 
 def load_model(

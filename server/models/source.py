@@ -16,7 +16,7 @@ from server.models.safetensors_index import TensorEntry, load_index
 
 __all__ = ["ModelSource", "ModelSourceError", "SourceKind", "TensorEntry", "load_index", "resolve"]
 
-SourceKind = Literal["embedded", "directory", "gguf", "hub"]
+SourceKind = Literal["embedded", "directory", "gguf", "hub", "random"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -27,7 +27,8 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack")
 class ModelSource:
     """A model that is ready to be loaded: a directory with `config.json`, safetensors and tokenizer files.
 
-    `name` is the short name to serve it under, `config` the content of `config.json`.
+    `name` is the short name to serve it under, `config` the content of `config.json`. Of kind `random` it has no files:
+    its weights are drawn (`server.models.shapes`, benchmarks only).
     """
 
     directory: Path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.core import FinishReason
-from tests.engine.tiny import engine, prompts, request, run
+from tests.engine.tiny import engine, prompts, request, run, runner_of
 
 POISON = 7
 
@@ -39,7 +39,7 @@ def test_not_a_number_ends_its_own_request_and_reaches_no_other(poisoned: Any, r
     assert "not finite" in (last["bad"].error or "")
     assert [t for o in outputs if o.request_id == "beside" for t in o.token_ids] == expected
     assert run(core, [request("after", good)])["after"] == expected
-    assert all(pool.isfinite().all() for pool in core.runner.pools)
+    assert all(pool.isfinite().all() for pool in runner_of(core).pools)
     core.check_integrity()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from server.core import FinishReason, SamplingParams, SpeculationParams
 from server.spec.cost_table import CostGrid, CostTable
-from tests.engine.tiny import VOCAB_SIZE, Answers, Scripted, engine, prompts, request, run
+from tests.engine.tiny import VOCAB_SIZE, Answers, Scripted, engine, prompts, request, run, runner_of
 
 
 def oracle(prompt: list[int], answer: list[int]) -> Scripted:
@@ -246,7 +246,7 @@ def test_a_slot_remembers_nothing_of_its_last_owner(model: Any, greedy: Any, rag
     bias = dict.fromkeys(range(30), 5.0)
     loud = SamplingParams(temperature=1.5, seed=1, logit_bias=bias, frequency_penalty=1.0, top_k=3, logprobs=4)
     run(core, [request("loud", prompts(1, low=40, high=41)[0], 60, sampling=loud)])
-    assert not core.runner.block_tables.any()
+    assert not runner_of(core).block_tables.any()
     prompt = prompts(1, seed=4)[0]
     answers = run(core, [request("quiet", prompt)])
     assert answers["quiet"] == greedy(prompt, 24)
@@ -261,7 +261,7 @@ def test_host_and_device_agree_after_every_step(model: Any) -> None:
         core.submit(request(f"r{i}", prompt))
     while core.has_work:
         core.step()
-        state, tables = core.runner.state, core.runner.block_tables
+        state, tables = runner_of(core).state, runner_of(core).block_tables
         for seq in core.scheduler.running:
             assert state.num_tokens[seq.slot] == seq.num_tokens
             assert state.prompt_len[seq.slot] == seq.prompt_len
@@ -277,7 +277,7 @@ def test_host_and_device_agree_after_every_step(model: Any) -> None:
 def test_rubbish_in_the_pool_never_shows(model: Any, other_model: Any, greedy: Any) -> None:
     """Places that were never written, or by somebody else, count for nothing; masked ones are read, so it is finite."""
     core = engine(model, "small-lm", 3, draft_model=other_model, num_blocks=40)
-    for pool in [*core.runner.pools, *core.runner.drafter.pools]:  # type: ignore[union-attr]
+    for pool in [*runner_of(core).pools, *runner_of(core).drafter.pools]:  # type: ignore[union-attr]
         pool.normal_(std=30.0, generator=torch.Generator().manual_seed(1))
     batch = prompts(4)
     answers = run(core, [request(f"r{i}", p) for i, p in enumerate(batch)])

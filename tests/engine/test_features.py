@@ -11,7 +11,7 @@ from torch import Tensor
 from server.models.paging import Span, ragged_batch
 from server.sampling.state import SamplingBatch
 from server.spec.types import Carry, Drafts, Verdict
-from tests.engine.tiny import Scripted, engine, prompts, request, run
+from tests.engine.tiny import Scripted, engine, prompts, request, run, runner_of
 
 LAYERS = (0, 1)
 
@@ -47,7 +47,7 @@ def test_features_are_those_of_the_last_computed_token(model: Any, greedy: Any, 
     drafter = Watching(whole)
     core = engine(model, drafter, 3, ragged=ragged, budget=budget, prefix_cache=False)
     assert run(core, [request("r", prompt, 24)])["r"] == whole[len(prompt) :]
-    pools = [torch.zeros_like(pool) for pool in core.runner.pools]
+    pools = [torch.zeros_like(pool) for pool in runner_of(core).pools]
     batch = ragged_batch([Span(0, len(whole), list(range(1, 20)), True)], core.runner.shape.block_size)
     _, expected = model.forward(torch.tensor(whole), pools, batch, torch.arange(1), LAYERS)
     assert len(drafter.seen) > 5

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.core import FinishReason, Request, SamplingParams
-from tests.engine.tiny import VOCAB_SIZE, Scripted, engine, prompts, request, run
+from tests.engine.tiny import VOCAB_SIZE, Scripted, engine, prompts, request, run, runner_of
 
 LENGTH = 24
 EOS = [2, 5, 9, 20, 33, 47]
@@ -72,7 +72,7 @@ def test_any_drafter_gives_the_same(
     assert dict(answers) == alone
     if drafter == "same-lm":
         assert answers.num_accepted > 0
-    assert not core.runner.sampling.early_slots
+    assert not runner_of(core).sampling.early_slots
 
 
 @pytest.mark.parametrize("ragged", [True, False])
@@ -113,7 +113,7 @@ def test_steps_look_after_ends_only_as_long_as_they_must(model: Any) -> None:
         early = seq.num_emitted < 9
         core.step()
         if core.has_work:
-            assert bool(core.runner.sampling.early_slots) == early
+            assert bool(runner_of(core).sampling.early_slots) == early
 
 
 def test_it_may_end_right_behind(model: Any, greedy: Any) -> None:

@@ -124,6 +124,12 @@ def engine(
     return EngineCore(runner, limits, speculation, eos, max_waiting, max_waiting_tokens)
 
 
+def runner_of(core: EngineCore) -> Runner:
+    """The runner that keeps up with its steps, with all its state."""
+    assert isinstance(core.runner, Runner)
+    return core.runner
+
+
 class Answers(dict[str, list[int]]):
     """Tokens by request id, and the outputs that brought them."""
 

@@ -7,6 +7,9 @@ graph B (k = 0). Runs on a CPU too, without graphs, which is how its logic is te
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,6 +50,8 @@ class GpuParts:
     ops: StepOps
     drafter: DeviceDrafter | None
     graphs: bool = True
+    deterministic: bool = False
+    kv_dtype: torch.dtype | None = None
 
 
 class GpuRunner:
@@ -54,12 +59,14 @@ class GpuRunner:
 
     overlaps = True
     ragged = False
+    linear_path = "triton+cublas"
 
     def __init__(self, model: TargetModel, parts: GpuParts, shape: RunnerShape, k_tiers: tuple[int, ...]) -> None:
         self.model, self.drafter, self.shape = model, parts.drafter, shape
         self.device = model.device
         self.tiers, self.k_tiers = batch_tiers(shape.max_num_seqs), (0, *k_tiers)
-        self.pools = make_pools(model, shape)
+        self.deterministic = parts.deterministic
+        self.pools = make_pools(model, shape, parts.kv_dtype)
         self._forward = parts.forward
         self.state = make_state(self.pools, shape, model.vocab_size, self.device)
         self.sampling = self.state.sampling
@@ -74,6 +81,9 @@ class GpuRunner:
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
         self._drafting = False
+        bind = getattr(parts.drafter, "bind", None)
+        if bind is not None:
+            bind(self.state.block_tables)
 
     # -- host events ---------------------------------------------------------------------------------------
 
@@ -105,6 +115,11 @@ class GpuRunner:
         if self.drafter is not None:
             self.drafter.release(slot, complete)
 
+    @property
+    def num_graph_misses(self) -> int:
+        """See StepRunner."""
+        return self.graphs.stats.num_misses
+
     # -- start-up ------------------------------------------------------------------------------------------
 
     @property
@@ -126,6 +141,28 @@ class GpuRunner:
             for k in reversed(self.k_tiers):
                 self._capture_pair(num_rows, k, kinds)
 
+    def warm_up_jobs(self) -> list[Callable[[], object]]:
+        """Launches of every kernel of a step but the drafter's own, on nothing: to be compiled side by side."""
+        return [partial(self._warm_up, num_rows, k) for num_rows in self.tiers for k in self.k_tiers]
+
+    def _warm_up(self, num_rows: int, k: int) -> None:
+        self._idle_inputs(num_rows, k)
+        zeros = torch.zeros(num_rows * (1 + k), dtype=torch.int64, device=self.device)
+        slots = torch.full((num_rows,), self.shape.max_num_seqs, dtype=torch.int64, device=self.device)
+        rows = PagedRows(
+            slots=slots,
+            starts=torch.zeros_like(slots),
+            block_tables=self.state.block_tables,
+            block_size=self.shape.block_size,
+            max_context=self.state.max_context,
+            width=1 + k,
+        )
+        logits, _ = self._forward(zeros, self.pools, rows, zeros, zeros, None, self.program.feature_layers)
+        drafts = Drafts(torch.zeros(num_rows, k, dtype=torch.int64, device=self.device), torch.zeros_like(slots))
+        staged = Staged(drafts, logits, None)
+        for kind in (SamplingClass.GREEDY, SamplingClass.SAMPLED, SamplingClass.FILTERED):
+            self.program.verify(num_rows, k, kind, staged)
+
     def _capture_pair(self, num_rows: int, k: int, kinds: tuple[SamplingClass, ...]) -> None:
         self._idle_inputs(num_rows, k)
         self.graphs.capture(("forward", num_rows, k), partial(self._run_forward, num_rows, k))
@@ -144,6 +181,35 @@ class GpuRunner:
         buffer[fields.slots] = self.shape.max_num_seqs
         buffer[fields.updates][::3] = self.shape.max_num_seqs
         self.program.inputs.send(fields.size)
+
+    def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3) -> float:
+        """Milliseconds of a greedy step of `num_rows` rows with `k` drafts that see `context` tokens, drafting
+        included.
+
+        For start-up, before any request: it uses the first slots and whatever blocks, and leaves the slots unused.
+        """
+        slots, tables, size = self.state.slots, self.state.block_tables, self.shape.block_size
+        per_row = -(-(context + (repeats + 1) * (1 + k)) // size)
+        blocks = torch.arange(num_rows * per_row, device=self.device) % (self.shape.num_blocks - 1) + 1
+        width = min(per_row, tables.shape[1])
+        tables[:num_rows, :width] = blocks.view(num_rows, per_row)[:, :width].to(tables.dtype)
+        slots.num_tokens[:num_rows] = context
+        rows, timer = tier_of(self.tiers, num_rows), StepTimer(self.device)
+        taken = []
+        for attempt in range(1 + repeats):
+            self._send(rows, k, list(range(num_rows)), [k] * num_rows, [])
+            timer.start()
+            started = time.perf_counter()
+            self.graphs.run(("forward", rows, k), partial(self._run_forward, rows, k))
+            greedy = SamplingClass.GREEDY
+            self.graphs.run(("verify", rows, k, greedy.name), partial(self._run_verify, rows, k, greedy))
+            timer.end()
+            elapsed = timer.wait() or (time.perf_counter() - started) * 1e3
+            if attempt:
+                taken.append(elapsed)
+        slots.num_tokens[:num_rows] = 1
+        tables[:num_rows] = 0
+        return statistics.median(taken)
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -319,13 +385,20 @@ class GpuRunner:
         )
 
 
-def make_pools(model: TargetModel, shape: RunnerShape) -> list[Tensor]:
-    """The KV pool, a tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], zeroed."""
+def make_pools(model: TargetModel, shape: RunnerShape, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The KV pool, a tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], zeroed.
+
+    Layers of one shape are views of one tensor, one layer after another. `dtype` None means the network's.
+    """
     places = shape.num_blocks * shape.block_size
-    return [
-        torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=model.dtype, device=model.device)
-        for kv in model.kv_layers
-    ]
+    kind, device = dtype or model.dtype, model.device
+    first = model.kv_layers[0]
+    if all(kv == first for kv in model.kv_layers):
+        whole = torch.zeros(
+            len(model.kv_layers), places, 2 * first.num_kv_heads, first.head_dim, dtype=kind, device=device
+        )
+        return list(whole.unbind(0))
+    return [torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=kind, device=device) for kv in model.kv_layers]
 
 
 def make_state(pools: list[Tensor], shape: RunnerShape, vocab_size: int, device: torch.device) -> DeviceState:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draft_models.protocol import DeviceDrafter
 from server.engine.gpu.kinds import SamplingClass
-from server.engine.gpu.ops import StepOps
+from server.engine.gpu.ops import Decision, StepOps
 from server.engine.gpu.staging import Download, Upload
 from server.kernels.paged import PagedRows
 from server.models.paged_forward import PagedForward
@@ -163,11 +163,16 @@ class StepProgram:
         )
         return Staged(drafts, logits, features)
 
-    def decide(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> None:
-        """Half B."""
+    def verify(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> tuple[DeviceStep, Decision]:
+        """Half B up to the decision: nothing outlives it."""
         batch = self._batch(num_rows, k, kind)
         step = self._device_step(num_rows, k, batch)
-        decision = self.ops.decide(step, staged.logits, staged.drafts, batch, kind, self.forced if k else None)
+        forced = self.forced if k else None
+        return step, self.ops.decide(step, staged.logits, staged.drafts, batch, kind, forced)
+
+    def decide(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> None:
+        """Half B."""
+        step, decision = self.verify(num_rows, k, kind, staged)
         verdict = decision.verdict
         self.ops.commit(step, verdict)
         if self.drafter is not None:

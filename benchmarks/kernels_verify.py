@@ -1,0 +1,158 @@
+"""Verification kernels on a GPU: against their references at real sizes, then microseconds in a CUDA graph.
+
+    python benchmarks/kernels_verify.py
+
+Logits are bfloat16. `text` has a few likely tokens, as a model has; `flat` is what random weights give, where a nucleus
+holds most of the vocabulary and its threshold can not be read off the largest logits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Row, median_row, write_result
+from server.kernels.align import align_drafts
+from server.kernels.ngram import ngram_draft
+from server.kernels.ratio import ratio_verify
+from server.kernels.sample import draft_sample
+from server.kernels.threshold import filter_threshold, filter_threshold_reference
+from server.kernels.verify import greedy_verify, greedy_verify_reference, sampled_verify
+from server.sampling.rng import TARGET, gumbel, noise_keys
+
+DEVICE = torch.device("cuda")
+SHAPES = [(rows, width, vocab) for vocab in (49_152, 128_256) for rows in (1, 8, 64) for width in (1, 5)]
+ITERATIONS = 20
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def microseconds(run: Callable[[], object]) -> list[float]:
+    """Five timings of one call inside a graph of many."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(ITERATIONS):
+            run()
+    graph.replay()
+    times = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / ITERATIONS)
+    return times
+
+
+def make_logits(num_positions: int, vocab_size: int, flat: bool) -> Tensor:
+    logits = torch.randn(num_positions, vocab_size, device=DEVICE)
+    if not flat:
+        likely = torch.randint(vocab_size, (num_positions, 40), device=DEVICE)
+        logits = logits.mul_(2.0).scatter_(1, likely, 8.0 + 4.0 * torch.rand(num_positions, 40, device=DEVICE))
+    return logits.to(torch.bfloat16)
+
+
+def make_rows(num_rows: int, vocab_size: int, top_p: float, top_k: int) -> Rows:
+    """temperature, greedy, top_k, top_p, min_p, seeds, choices, num_tokens."""
+    ids = torch.arange(num_rows, device=DEVICE)
+    ones = torch.ones(num_rows, device=DEVICE)
+    return (
+        ones * 0.8, ids < 0, ids * 0 + (top_k or vocab_size), ones * top_p, ones * 0.0, ids + 11, ids * 0, ids + 500
+    )  # fmt: skip
+
+
+def check(num_rows: int, width: int, vocab_size: int, flat: bool) -> dict[str, float]:
+    """Shares of positions that agree with the torch references."""
+    logits = make_logits(num_rows * width, vocab_size, flat)
+    drafts = torch.randint(vocab_size, (num_rows, width - 1), device=DEVICE)
+    valid = torch.full((num_rows,), width - 1, device=DEVICE)
+    found = greedy_verify(logits, drafts, valid)
+    expected = greedy_verify_reference(logits, drafts, valid)
+    shares = {"greedy": float(all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)))}
+    for name, top_p, top_k in (("plain", 1.0, 0), ("top_p", 0.9, 0), ("top_k", 1.0, 50), ("both", 0.8, 3000)):
+        rows = make_rows(num_rows, vocab_size, top_p, top_k)
+        heat = rows[0].repeat_interleave(width)
+        scaled = logits.float() / heat[:, None]
+        if name != "plain":
+            threshold = filter_threshold(logits, width, *rows[:5])
+            wanted = filter_threshold_reference(logits, width, *rows[:5])
+            shares[f"threshold {name}"] = float((threshold == wanted).float().mean())
+            scaled = scaled.masked_fill(scaled < wanted[:, None], -torch.inf)
+        places = (rows[7][:, None] + torch.arange(width, device=DEVICE)).flatten()
+        keys = noise_keys(rows[5].repeat_interleave(width), rows[6].repeat_interleave(width), places, TARGET)
+        best = (scaled + gumbel(keys, vocab_size)).argmax(1).view(num_rows, width)
+        tokens = sampled_verify(logits, drafts, valid, *rows, name != "plain")[0]
+        shares[f"token {name}"] = float((tokens == best).float().mean())
+    return shares
+
+
+def time_shape(num_rows: int, width: int, vocab_size: int) -> list[Row]:
+    rows: list[Row] = []
+    drafts = torch.randint(vocab_size, (num_rows, width - 1), device=DEVICE)
+    valid = torch.full((num_rows,), width - 1, device=DEVICE)
+    case = f"h100/verify_us/v{vocab_size}/r{num_rows}w{width}"
+    for flat in (False, True):
+        logits = make_logits(num_rows * width, vocab_size, flat)
+        kind = "flat" if flat else "text"
+        plain = make_rows(num_rows, vocab_size, 1.0, 0)
+        top_p, both = make_rows(num_rows, vocab_size, 0.95, 0), make_rows(num_rows, vocab_size, 0.95, 50)
+        probs = torch.full((num_rows, width - 1, vocab_size), 1.0 / vocab_size, device=DEVICE) if width > 1 else None
+        runs: dict[str, Callable[[], object]] = {
+            "sampled": lambda x=logits, how=plain: sampled_verify(x, drafts, valid, *how, False),  # type: ignore[misc]
+            "top_p": lambda x=logits, how=top_p: sampled_verify(x, drafts, valid, *how, True),  # type: ignore[misc]
+            "top_k_top_p": lambda x=logits, how=both: sampled_verify(x, drafts, valid, *how, True),  # type: ignore[misc]
+            "ratio": lambda x=logits, how=plain, q=probs: ratio_verify(x, drafts, valid, q, *how, False),  # type: ignore[misc]
+        }
+        if not flat:
+            runs["greedy"] = lambda x=logits: greedy_verify(x, drafts, valid)  # type: ignore[misc]
+            first = logits[::width].contiguous()
+            runs["draft"] = lambda x=first, how=plain: draft_sample(  # type: ignore[misc]
+                x, how[0], how[1], how[5], how[6], how[7], None, "coupled"
+            )
+        rows += [median_row(f"{case}/{kind}/{name}", microseconds(run), "us") for name, run in runs.items()]
+    return rows
+
+
+def time_lookup() -> list[Row]:
+    rows = []
+    for num_rows in (1, 8, 64):
+        for known in (500, 8192):
+            history = torch.randint(1000, (num_rows + 1, 8320), device=DEVICE)
+            slots = torch.arange(num_rows, device=DEVICE)
+            num_tokens = torch.full((num_rows + 1,), known, device=DEVICE)
+            uploads = torch.cat([slots[:, None] * 0 + known - 2, slots[:, None] * 0 + 4, history[:num_rows, :10]], 1)
+            case = f"h100/draft_us/r{num_rows}n{known}"
+            found = microseconds(lambda h=history, s=slots, n=num_tokens: ngram_draft(h, s, n, 4, 1, 4))  # type: ignore[misc]
+            rows.append(median_row(f"{case}/ngram", found, "us"))
+            found = microseconds(lambda h=history, s=slots, n=num_tokens, u=uploads: align_drafts(u, h, s, n, 4))  # type: ignore[misc]
+            rows.append(median_row(f"{case}/align", found, "us"))
+    return rows
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    shares = {
+        f"r{r}w{w}v{v} {'flat' if flat else 'text'}": check(r, w, v, flat)
+        for r, w, v in ((1, 1, 128_256), (7, 5, 49_152), (64, 5, 128_256))
+        for flat in (False, True)
+    }
+    for name, found in shares.items():
+        print(name, found, flush=True)
+    rows = time_lookup()
+    for shape in SHAPES:
+        rows += time_shape(*shape)
+    write_result("kernels_verify", rows, {"agreement": shares, "gpu": torch.cuda.get_device_name()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Weights of an EAGLE-3 head under the names of published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft_models.eagle3_config import Eagle3Config
+from server.models.config import UnsupportedModelError
+
+TENSOR_NAMES = {
+    "fc": "fc.weight",
+    "hidden_norm": "midlayer.hidden_norm.weight",
+    "input_layernorm": "midlayer.input_layernorm.weight",
+    "q_proj": "midlayer.self_attn.q_proj.weight",
+    "k_proj": "midlayer.self_attn.k_proj.weight",
+    "v_proj": "midlayer.self_attn.v_proj.weight",
+    "o_proj": "midlayer.self_attn.o_proj.weight",
+    "post_attention_layernorm": "midlayer.post_attention_layernorm.weight",
+    "gate_proj": "midlayer.mlp.gate_proj.weight",
+    "up_proj": "midlayer.mlp.up_proj.weight",
+    "down_proj": "midlayer.mlp.down_proj.weight",
+    "norm": "norm.weight",
+    "lm_head": "lm_head.weight",
+}
+"""Field of Eagle3Weights -> name in the checkpoint. Beside these it holds `d2t` and `t2d`."""
+
+
+@dataclass(slots=True)
+class Eagle3Weights:
+    """One head, as published: heads' rotary pairs in halves, projections apart.
+
+    H hidden, F = 3 H fused features, C draft vocabulary, V target vocabulary. `fc` [H, F]; norms [H]; `q_proj`
+    [heads * D, 2 H], `k_proj` and `v_proj` [kv_heads * D, 2 H], `o_proj` [H, heads * D]; `gate_proj` and `up_proj`
+    [I, H], `down_proj` [H, I]; `lm_head` [C, H]. `d2t` [C] int64 is an *offset*: draft id c is target id c + d2t[c].
+    `t2d` [V] bool says which target tokens can be drafted.
+    """
+
+    fc: Tensor
+    hidden_norm: Tensor
+    input_layernorm: Tensor
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    post_attention_layernorm: Tensor
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    norm: Tensor
+    lm_head: Tensor
+    d2t: Tensor
+    t2d: Tensor
+
+    @property
+    def target_ids(self) -> Tensor:
+        """The target's id of each draft token, [C] int64."""
+        return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> tensor of a published checkpoint."""
+        tensors = {name: getattr(self, field) for field, name in TENSOR_NAMES.items()}
+        return {**tensors, "d2t": self.d2t, "t2d": self.t2d}
+
+
+def weight_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
+    """Shape of every field that TENSOR_NAMES names."""
+    h, i = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "fc": (h, len(config.feature_layers) * h),
+        "hidden_norm": (h,),
+        "input_layernorm": (h,),
+        "q_proj": (q, 2 * h),
+        "k_proj": (kv, 2 * h),
+        "v_proj": (kv, 2 * h),
+        "o_proj": (h, q),
+        "post_attention_layernorm": (h,),
+        "gate_proj": (i, h),
+        "up_proj": (i, h),
+        "down_proj": (h, i),
+        "norm": (h,),
+        "lm_head": (config.draft_vocab_size, h),
+    }
+
+
+def load_weights(get: Callable[[str], Tensor], has: Callable[[str], bool], config: Eagle3Config) -> Eagle3Weights:
+    """Reads a published checkpoint through `get(name)`; UnsupportedModelError if a shape is not the config's."""
+    tensors: dict[str, Tensor] = {}
+    for field, shape in weight_shapes(config).items():
+        tensors[field] = get(TENSOR_NAMES[field])
+        if tuple(tensors[field].shape) != shape:
+            found = tuple(tensors[field].shape)
+            raise UnsupportedModelError(f"EAGLE-3 head: {TENSOR_NAMES[field]} is {found}, config.json says {shape}")
+    device = tensors["fc"].device
+    if has("d2t"):
+        d2t = get("d2t").to(device, torch.int64)
+    elif config.draft_vocab_size == config.vocab_size:
+        d2t = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)
+    else:
+        raise UnsupportedModelError("EAGLE-3 head with a reduced vocabulary but without the map 'd2t'")
+    return Eagle3Weights(**tensors, d2t=d2t, t2d=_drawable(d2t, config.vocab_size))
+
+
+def random_weights(
+    config: Eagle3Config, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Eagle3Weights:
+    """Weights of the stated shape that keep activations near unit size; draft ids spread over the target's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for field, shape in weight_shapes(config).items():
+        if len(shape) == 1:
+            tensors[field] = torch.ones(shape, dtype=dtype, device=device)
+        else:
+            drawn = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+            tensors[field] = drawn.mul_(shape[1] ** -0.5)
+    c = torch.arange(config.draft_vocab_size, device=device)
+    d2t = c * config.vocab_size // config.draft_vocab_size - c
+    return Eagle3Weights(**tensors, d2t=d2t, t2d=_drawable(d2t, config.vocab_size))
+
+
+def _drawable(d2t: Tensor, vocab_size: int) -> Tensor:
+    ids = d2t + torch.arange(d2t.shape[0], device=d2t.device)
+    return torch.zeros(vocab_size, dtype=torch.bool, device=d2t.device).index_fill_(0, ids, True)

@@ -1,0 +1,149 @@
+"""A small language model as drafter, all of it in the step's graphs (Leviathan et al. 2023; Chen et al. 2023).
+
+A chain's first pass runs the last two known tokens of every row, since the last draft of a fully accepted chain was
+never fed. Keys and values of other accepted drafts are right already; those of rejected ones are overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from draft_models.eagle3_chain import (
+    ChainShape,
+    DeviceOnly,
+    Sampler,
+    as_drafts,
+    chain_ends,
+    chunk_positions,
+    places,
+    rows_from,
+)
+from server.kernels.paged import PagedRows
+from server.models.base import KVLayer
+from server.models.paged_forward import PagedForward
+from server.spec.device import DeviceStep
+from server.spec.types import Drafts, Verdict
+
+WINDOW = 2
+CATCH_UP_CHUNK = 2048
+"""Tokens a pass when a long gap has to be computed, so that its activations stay small."""
+
+
+class SmallLMDeviceDrafter(DeviceOnly):
+    """Implements draft_models.protocol.DeviceDrafter.
+
+    `valid` [S]: keys and values of a slot's first `valid` tokens are right, unless a prefix hit brought blocks that
+    were filled while drafting was paused.
+    """
+
+    name = "small-lm"
+    feature_layers: tuple[int, ...] = ()
+    has_distribution = True
+
+    def __init__(
+        self,
+        forward: PagedForward,
+        kv_layers: Sequence[KVLayer],
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: ChainShape,
+        sampler: Sampler,
+    ) -> None:
+        self.forward, self.shape, self.sampler, self.device = forward, shape, sampler, device
+        num_places = shape.num_blocks * shape.block_size
+        self.pools = [
+            torch.zeros(num_places, 2 * kv.num_kv_heads, kv.head_dim, dtype=dtype, device=device) for kv in kv_layers
+        ]
+        self.valid = torch.zeros(shape.num_slots, dtype=torch.int64, device=device)
+        self._block_tables: Tensor | None = None
+
+    def bind(self, block_tables: Tensor) -> None:
+        """The runner's `block_tables` [S, NB], which `resume` needs before the first step has shown them."""
+        self._block_tables = block_tables
+
+    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
+        """Nothing of the slot is computed yet, but what a prefix hit brings."""
+        self.valid[slot] = 0
+
+    # -- in the step ---------------------------------------------------------------------------------------
+
+    def draft(self, step: DeviceStep, k: int) -> Drafts:
+        """See DeviceDrafter. ValueError: k is not 1 to the shape's `max_draft_tokens`."""
+        if not 1 <= k <= self.shape.max_draft_tokens:
+            raise ValueError(f"k: {k!r} is not valid; use 1 to {self.shape.max_draft_tokens}")
+        self.bind(step.block_tables)
+        known = step.state.num_tokens[step.slots]
+        ends, end_places = chain_ends(step, known, k)
+        self.valid[step.slots] = known
+        tokens: list[Tensor] = []
+        probs: list[Tensor] = []
+        logits = self._first(step, known, k)
+        each = torch.arange(step.num_rows, device=known.device)
+        for j in range(k):
+            if j > 0:  # draft j lies at the position before the one that is drafted now
+                rows = rows_from(step, ends[j], 1, k - 1)
+                logits, _ = self.forward(tokens[-1], self.pools, rows, ends[j], end_places[j], each, ())
+            token, q = self.sampler(logits, step, ends[j + 1], None)
+            tokens.append(token)
+            if q is not None:
+                probs.append(q)
+        return as_drafts(tokens, probs, step)
+
+    def _first(self, step: DeviceStep, known: Tensor, k: int) -> Tensor:
+        """Logits [R, V] behind each row's last known token. A row of one token runs a second, which it ignores."""
+        starts = (known - WINDOW).clamp(min=0)
+        positions = starts[:, None] + torch.arange(WINDOW, device=known.device)
+        tokens = step.state.history[step.slots[:, None], positions]
+        at = places(step.block_tables, step.slots, positions, step.block_size, positions < known[:, None])
+        last = torch.arange(WINDOW - 1, WINDOW * step.num_rows, WINDOW, device=known.device) - (WINDOW - known).clamp(
+            min=0
+        )
+        rows = rows_from(step, starts, WINDOW, k - 1)
+        logits, _ = self.forward(tokens.view(-1), self.pools, rows, positions.view(-1), at.view(-1), last, ())
+        return logits
+
+    def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
+        """Nothing to do: keys and values of accepted drafts are those of the tokens they are."""
+
+    def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
+        """Runs the same chunk."""
+        self.bind(rows.block_tables)
+        self._run(token_ids, rows)
+
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+        """Computes what each slot lacks, slot by slot. RuntimeError: the block tables were never seen (see `bind`)."""
+        if self._block_tables is None:
+            raise RuntimeError("resume came before any step: bind the block tables first")
+        valid = self.valid.tolist()
+        for slot, tokens in zip(slots, known, strict=True):
+            for start in range(min(valid[slot], len(tokens)), len(tokens), CATCH_UP_CHUNK):
+                self._catch_up(slot, start, tokens[start : start + CATCH_UP_CHUNK])
+
+    # -- prompt chunks -------------------------------------------------------------------------------------
+
+    def _catch_up(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        assert self._block_tables is not None
+
+        def to_device(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        rows = PagedRows(
+            slots=to_device([slot]),
+            starts=to_device([start]),
+            block_tables=self._block_tables,
+            block_size=self.shape.block_size,
+            max_context=start + len(tokens),
+            offsets=to_device([0, len(tokens)], torch.int32),
+            max_width=len(tokens),
+            fresh=start == 0,
+        )
+        self._run(to_device(tokens), rows)
+
+    def _run(self, token_ids: Tensor, rows: PagedRows) -> None:
+        positions, at, last = chunk_positions(rows, token_ids.shape[0])
+        # One row of logits that nobody reads: kernels want at least one.
+        self.forward(token_ids, self.pools, rows, positions, at, last[:1], ())
+        self.valid[rows.slots] = positions[last] + 1

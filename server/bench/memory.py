@@ -1,0 +1,95 @@
+"""What the engine's memory goes to. On a GPU the allocator is asked, on the CPU the system."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.bench.engine import Bench
+from server.bench.report import Row, Table, number
+
+_MIB = 2**20
+_DEFAULT_POOL = (0, 0)
+
+
+def memory(bench: Bench) -> tuple[Table, list[Row]]:
+    """Weights, KV pools and CUDA graphs in MiB, and the peak of the whole run so far."""
+    models = [bench.core.runner.model, getattr(bench.core.runner.drafter, "model", None)]
+    parts: list[tuple[str, float, str]] = [
+        ("weights", tensor_bytes(models), "target and draft model"),
+        ("kv", bench.info.kv_cache_bytes, f"{bench.info.kv_cache_tokens} tokens"),
+        *(_gpu_parts(bench) if bench.device.type == "cuda" else _cpu_parts()),
+    ]
+    table = Table("memory", ["", "MiB", "of"], [], num_names=1)
+    rows = []
+    for name, size, note in parts:
+        table.lines.append([name, number(round(size / _MIB, 1)), note])
+        rows.append(Row(bench.names.case("memory_mib", name), round(size / _MIB, 1), "MiB", None, note))
+    return table, rows
+
+
+def _gpu_parts(bench: Bench) -> list[tuple[str, float, str]]:
+    """Private pools are those of captured graphs. The rest that torch did not reserve is CUDA's own."""
+    device, num_misses = bench.device, bench.core.stats().num_graph_misses
+    private = [s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != _DEFAULT_POOL]
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return [
+        ("graphs", sum(private), f"pools of {bench.info.num_graphs} CUDA graphs; {num_misses} steps had none"),
+        ("peak", torch.cuda.max_memory_allocated(device), "most ever allocated"),
+        ("reserved", torch.cuda.max_memory_reserved(device), "most ever reserved by torch"),
+        ("cuda", outside, "outside torch: context, kernels, instantiated graphs, other processes"),
+    ]
+
+
+def _cpu_parts() -> list[tuple[str, float, str]]:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return [
+        ("graphs", 0, "none on a CPU"),
+        ("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set of the whole process"),
+    ]
+
+
+def tensor_bytes(root: object) -> int:
+    """Bytes of all tensors that an object holds, directly or through others of ours; shared memory counts once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    todo: list[Any] = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            key, size = _storage(item)
+            sizes[key] = max(size, sizes.get(key, 0))
+        else:
+            todo += _children(item)
+    return sum(sizes.values())
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """(identity, bytes) of a tensor's memory. Prepacked weights of oneDNN have no storage that could be asked."""
+    if tensor.is_mkldnn:
+        return id(tensor), tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or id(tensor), storage.nbytes()
+
+
+def _children(item: Any) -> list[Any]:
+    """What an object of ours, a module or a container holds; other objects are not looked into."""
+    if isinstance(item, Mapping):
+        return list(item.values())
+    if isinstance(item, (list, tuple)):
+        return list(item)
+    if isinstance(item, torch.nn.Module):
+        return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
+    if not type(item).__module__.startswith(("server.", "draft_models.")):
+        return []
+    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]

@@ -1,0 +1,51 @@
+"""From a network on a GPU to its runner: kernels, drafter, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from draft_models.protocol import DeviceDrafter
+from server.config import ConfigError, EngineConfig
+from server.engine.gpu.kernel_forward import make_forward, num_threads
+from server.engine.gpu.kernel_ops import KernelOps
+from server.engine.gpu.runner import GpuParts, GpuRunner
+from server.engine.runner import RunnerShape
+from server.engine.speculation import draft_tiers
+from server.kernels.compile import compile_all
+from server.models.base import TargetModel
+from server.models.llama import LlamaModel
+
+Say = Callable[[str], None]
+
+
+def build_gpu_runner(
+    config: EngineConfig, model: TargetModel, drafter: DeviceDrafter | None, shape: RunnerShape, say: Say
+) -> GpuRunner:
+    """A runner whose graphs are captured. Raises ConfigError for what this network's path can not do."""
+    own = isinstance(model, LlamaModel)
+    if not own and (config.deterministic or config.kv_cache_dtype != "auto"):
+        wanted = "deterministic" if config.deterministic else "kv_cache_dtype"
+        raise ConfigError(f"{wanted}: {model.architecture} runs through transformers, which has no such path")
+    forward = make_forward(model, config.deterministic, say)
+    most = shape.max_draft_tokens if drafter is not None else 0
+    tiers = draft_tiers(most) if config.adaptive else (most,)
+    parts = GpuParts(
+        forward=forward,
+        ops=KernelOps(shape.rule),
+        drafter=drafter,
+        graphs=config.cuda_graphs and own,
+        deterministic=config.deterministic,
+        kv_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else None,
+    )
+    runner = GpuRunner(model, parts, shape, tuple(k for k in tiers if k > 0))
+    if not parts.graphs:
+        say("steps run eagerly: " + ("CUDA graphs are off" if own else f"{model.architecture} is not captured"))
+        return runner
+    compile_all(runner.warm_up_jobs(), num_threads(), say)
+    say(f"capturing CUDA graphs for {len(runner.tiers)} batch sizes and k of {runner.k_tiers}")
+    runner.capture()
+    stats = runner.graphs.stats
+    say(f"captured {stats.num_graphs} CUDA graphs, {stats.memory_bytes >> 20} MiB")
+    return runner

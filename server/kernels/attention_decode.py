@@ -1,0 +1,130 @@
+"""The kernels behind `decode_attention`: one program a (row, key head, query tile, split), and a second kernel that
+adds partial results up where the first does not do it itself."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from server.kernels.attention_tiles import attend, cut, merge, read_queries, reduce_runs, write, zero_tail
+
+
+@triton.jit
+def _store_run(part, maxima, sums, run, m, z, acc, i, d, D: tl.constexpr, ROWS: tl.constexpr):
+    """One run's (m, z, acc) to the workspace: rows of `ROWS` packed queries, run by run."""
+    at = run.to(tl.int64) * ROWS + i
+    tl.store(maxima + at, m, mask=i < ROWS)
+    tl.store(sums + at, z, mask=i < ROWS)
+    tl.store(part + at[:, None] * D + d[None, :], acc, mask=(i < ROWS)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["table_stride", "partials", "min_tiles", "num_tokens"])
+def decode_kernel(  # noqa: C901, PLR0915  Triton inlines what it calls: taking it apart would only pass 40 arguments on
+    q, pool, slots, starts, offsets, tables, sinks, out, part, maxima, sums, counters,
+    scale, softcap, v_scale, q_stride, table_stride, partials, min_tiles, num_tokens,
+    W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, FIXED: tl.constexpr,
+    SPLIT: tl.constexpr, FUSED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, SETTLED: tl.constexpr,
+):  # fmt: skip
+    """Grid (key heads x query tiles, splits, rows). W 0: ragged rows, whose first tokens `offsets` names."""
+    if PDL and not SETTLED:
+        tl.extra.cuda.gdc_wait()
+    ROWS: tl.constexpr = QT * G
+    row = tl.program_id(2)
+    start = tl.load(starts + row).to(tl.int32)
+    table = tables + tl.load(slots + row) * table_stride
+    if W > 0:
+        token = row * W
+        width = W
+    else:
+        token = tl.load(offsets + row)
+        width = tl.load(offsets + row + 1) - token
+    query_tiles = tl.num_programs(0) // KVH
+    kv_head = tl.program_id(0) // query_tiles
+    query = tl.program_id(0) % query_tiles * QT
+    split = tl.program_id(1)
+    if W == 0:  # noqa: SIM102  the outer condition is decided when compiling
+        if row == tl.num_programs(2) - 1:
+            share = tl.program_id(0) % query_tiles * tl.num_programs(1) + split
+            shares = query_tiles * tl.num_programs(1)
+            zero_tail(out, token + width, num_tokens, share, shares, kv_head, G, KVH, D, BLOCK_D, 16)
+    if query >= width:
+        return
+    length, low, high, size, first, last, per, active = cut(
+        start, query, width, tl.num_programs(1), min_tiles, QT, BLOCK_N, WINDOW, FIXED
+    )
+    if split >= active:
+        return
+    if PDL:
+        if SETTLED:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    j = query + i // G
+    head = kv_head * G + i % G
+    valid = (i < ROWS) & (j < width)
+    queries = read_queries(q, token + j, head, valid, q_stride, D, BLOCK_D)
+    keys = pool + kv_head * D
+    group = row * tl.num_programs(0) + tl.program_id(0)
+    empty = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m, z, acc = empty, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if FIXED == 0:
+        begin = low + split * size
+        m, z, acc = attend(
+            queries, start + j, m, z, acc, table, keys, begin, tl.minimum(begin + size, high), length, scale, softcap,
+            2 * KVH * D, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION,
+        )  # fmt: skip
+        if SPLIT and active > 1:
+            _store_run(part, maxima, sums, group * partials + split, m, z, acc, i, d, D, ROWS)
+    else:
+        for run in range(first + split * per, tl.minimum(first + split * per + per, last)):
+            m2, z2, acc2 = attend(
+                queries, start + j, empty, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+                table, keys, tl.maximum(run * size, low), tl.minimum(run * size + size, high), length, scale, softcap,
+                2 * KVH * D, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION,
+            )  # fmt: skip
+            if SPLIT and active > 1:
+                _store_run(part, maxima, sums, group * partials + run - first, m2, z2, acc2, i, d, D, ROWS)
+            else:
+                m, z, acc = merge(m, z, acc, m2, z2, acc2)
+    if not SPLIT or active == 1:
+        write(m, z, acc, out, sinks, token + j, head, valid, v_scale, KVH * G, D, BLOCK_D, SINKS)
+    elif FUSED:
+        # All threads' partial results are stored before one thread counts the program in; the count releases them, and
+        # acquires the others' for the last program.
+        tl.debug_barrier()
+        if tl.atomic_add(counters + group, 1, sem="acq_rel", scope="gpu") == active - 1:
+            tl.store(counters + group, 0)
+            reduce_runs(
+                part, maxima, sums, group * partials, last - first, 0, out, sinks, token, kv_head, query, width,
+                v_scale, G, KVH, D, BLOCK_D, ROWS, BLOCK_R, BLOCK_S, SINKS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["partials", "splits", "min_tiles"])
+def reduce_kernel(
+    starts, sinks, out, part, maxima, sums, v_scale, partials, splits, min_tiles,
+    W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (key heads x query tiles, parts of BLOCK_R packed queries, rows): adds up what `decode_kernel` left."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(2)
+    start = tl.load(starts + row).to(tl.int32)
+    query_tiles = tl.num_programs(0) // KVH
+    kv_head = tl.program_id(0) // query_tiles
+    query = tl.program_id(0) % query_tiles * QT
+    _, _, _, _, first, last, _, active = cut(start, query, W, splits, min_tiles, QT, BLOCK_N, WINDOW, FIXED)
+    if active == 1:
+        return
+    base = (row * tl.num_programs(0) + tl.program_id(0)) * partials
+    reduce_runs(
+        part, maxima, sums, base, last - first, tl.program_id(1) * BLOCK_R, out, sinks, row * W, kv_head, query, W,
+        v_scale, G, KVH, D, BLOCK_D, QT * G, BLOCK_R, BLOCK_S, SINKS,
+    )  # fmt: skip

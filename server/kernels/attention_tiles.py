@@ -1,0 +1,205 @@
+"""The Triton side of paged attention: the tile loop, split-KV and its reduction.
+
+A tile is BLOCK_N tokens of the row, cut from position 0. A program takes up to BLOCK_M packed query rows (packed row i
+is query i // G of head i % G of one key head's group) and a run of tiles, and keeps (m, z, acc): the largest score, the
+sum of weights relative to it, and the weighted values, all in base 2 (FlashAttention, arXiv 2205.14135; split over keys
+as in Flash-Decoding). Runs are put together in order by `merge`.
+
+Bits: where a multiplication feeds an addition, `tl.fma` says so, and the compiler has nothing left to choose. A tile
+that a query cannot see leaves its (m, z, acc) exactly as they are: m stays, the sums are multiplied by 1, zeros added.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def scores_of(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores [M, N] in base 2. CAPPED: softcap * tanh(x), with 2 log2(e) / softcap folded into `scale`."""
+    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+    if CAPPED:
+        s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
+    return s
+
+
+@triton.jit
+def softmax_step(s, v, m, z, acc, PRECISION: tl.constexpr):
+    """One tile of online softmax; rows that have seen nothing yet keep m = -inf, z = 0, acc = 0."""
+    top = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    keep = tl.exp2(m - safe)
+    p = tl.exp2(s - safe[:, None])
+    z = tl.fma(z, keep, tl.sum(p, 1))
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return top, z, acc
+
+
+@triton.jit
+def entries(table, position, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block table entries of BLOCK_N tokens from `position` on."""
+    n = position + tl.arange(0, BLOCK_N)
+    return tl.load(table + n // BLOCK_SIZE, mask=n < length, other=0)
+
+
+@triton.jit
+def attend(
+    q, at, m, z, acc, table, keys, begin, end, length, scale, softcap,
+    TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles begin … end - 1 of one row and key head; MASKED False: every query sees every token of them.
+
+    Places behind `length` are never read: they may hold anything, NaN too.
+    """
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    # Table entries are read one tile ahead into registers, so that the loads of keys and values, which the compiler
+    # pipelines, wait for no other load.
+    entry = entries(table, begin * BLOCK_N, length, BLOCK_N, BLOCK_SIZE)
+    for tile in tl.range(begin, end):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = entry.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+        pointers = keys + place[:, None] * TOKEN + d[None, :]
+        if MASKED:
+            present = (n < length)[:, None] & inside[None, :]
+            k = tl.load(pointers, mask=present, other=0.0)
+            v = tl.load(pointers + TOKEN // 2, mask=present, other=0.0)
+        elif D != BLOCK_D:
+            k = tl.load(pointers, mask=inside[None, :], other=0.0)
+            v = tl.load(pointers + TOKEN // 2, mask=inside[None, :], other=0.0)
+        else:
+            k = tl.load(pointers)
+            v = tl.load(pointers + TOKEN // 2)
+        entry = entries(table, (tile + 1) * BLOCK_N, length, BLOCK_N, BLOCK_SIZE)
+        s = scores_of(q, k, scale, softcap, CAPPED, PRECISION)
+        if MASKED:
+            seen = n[None, :] <= at[:, None]
+            if WINDOW > 0:
+                seen = seen & (n[None, :] > at[:, None] - WINDOW)
+            s = tl.where(seen, s, float("-inf"))
+        m, z, acc = softmax_step(s, v.to(q.dtype), m, z, acc, PRECISION)
+    return m, z, acc
+
+
+@triton.jit
+def merge(m, z, acc, m2, z2, acc2):
+    """(m, z, acc) of two runs of tiles put together, the earlier first."""
+    top = tl.maximum(m, m2)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    keep, add = tl.exp2(m - safe), tl.exp2(m2 - safe)
+    return top, tl.fma(z, keep, z2 * add), tl.fma(acc, keep[:, None], acc2 * add[:, None])
+
+
+@triton.jit
+def write(
+    m, z, acc, out, sinks, token, head, valid, v_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Weighted values to `out`: packed row i is head[i] of token[i]. A sink is one more score, without a value."""
+    if SINKS:
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+        top = tl.maximum(m, sink)
+        keep = tl.exp2(m - top)
+        z = tl.fma(z, keep, tl.exp2(sink - top))
+        acc = acc * keep[:, None]
+    res = acc * (v_scale / tl.where(valid, z, 1.0))[:, None]
+    d = tl.arange(0, BLOCK_D)
+    where = out + token[:, None].to(tl.int64) * (H * D) + head[:, None] * D + d[None, :]
+    tl.store(where, res.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def read_queries(q, token, head, valid, q_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Packed queries [M, BLOCK_D]: head[i] of token[i]; zeros where not `valid`."""
+    d = tl.arange(0, BLOCK_D)
+    where = q + token[:, None].to(tl.int64) * q_stride + head[:, None] * D + d[None, :]
+    return tl.load(where, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def reduce_runs(
+    part, maxima, sums, base, count, first, out, sinks, token, kv_head, query, width, v_scale,
+    G: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Packed rows first … first + BLOCK_R - 1 of a query tile: `count` runs from `base` on, in order, BLOCK_S at once.
+
+    BLOCK_S 1 is `merge`, operation by operation.
+    """
+    i = first + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    j = query + i // G
+    valid = (i < ROWS) & (j < width)
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in tl.range(0, count, BLOCK_S):
+        run = start + tl.arange(0, BLOCK_S)
+        there = (run < count)[:, None] & valid[None, :]
+        at = (base + run)[:, None].to(tl.int64) * ROWS + i[None, :]
+        # .cg: another multiprocessor has just written them, and the first-level cache is not coherent.
+        m2 = tl.load(maxima + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        z2 = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
+        whole = there[:, :, None] & (d < D)[None, None, :]
+        acc2 = tl.load(part + at[:, :, None] * D + d[None, None, :], mask=whole, other=0.0, cache_modifier=".cg")
+        top = tl.maximum(m, tl.max(m2, 0))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        keep, add = tl.exp2(m - safe), tl.exp2(m2 - safe[None, :])
+        z = tl.fma(z, keep, tl.sum(z2 * add, 0))
+        acc = tl.fma(acc, keep[:, None], tl.sum(acc2 * add[:, :, None], 0))
+        m = top
+    head = kv_head * G + i % G
+    write(m, z, acc, out, sinks, token + j, head, valid, v_scale, KVH * G, D, BLOCK_D, SINKS)
+
+
+@triton.jit
+def zero_tail(
+    out, token, behind, share, shares, kv_head,
+    G: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Zeros for one key head's group of the padding tokens token … behind - 1; this program takes one of `shares`.
+
+    Padding must stay finite: its keys and values of the next layer are written to block 0.
+    """
+    d = tl.arange(0, BLOCK_D)
+    for at in tl.range(token + share * BLOCK_M, behind, shares * BLOCK_M):
+        n = at + tl.arange(0, BLOCK_M)
+        for g in tl.static_range(G):
+            where = out + n[:, None].to(tl.int64) * (KVH * G * D) + (kv_head * G + g) * D + d[None, :]
+            zeros = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
+            tl.store(where, zeros, mask=(n < behind)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def cut(
+    start, query, width, splits, min_tiles,
+    QT: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """How the queries query … query + QT - 1 of a row are served: (length, low, high, size, first, last, per, active).
+
+    They see tokens before `length`, in tiles low … high - 1. Those are cut into runs first … last - 1 of `size` tiles,
+    `per` to a program, for `active` programs. FIXED tiles make a run, counted from position 0; with FIXED 0 there are
+    as many equal runs as programs (fewer, where that would leave less than `min_tiles` to each), counted from `low`.
+    """
+    length = start + tl.minimum(width, query + QT)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(start + query - WINDOW + 1, 0) // BLOCK_N
+    high = tl.cdiv(length, BLOCK_N)
+    if FIXED > 0:
+        size = FIXED
+        first = low // FIXED
+        last = tl.cdiv(high, FIXED)
+        per = tl.cdiv(last - first, splits)
+        active = tl.cdiv(last - first, per)
+    else:
+        size = tl.maximum(tl.cdiv(high - low, splits), min_tiles)
+        first = 0
+        last = tl.cdiv(high - low, size)
+        per = 1
+        active = last
+    return length, low, high, size, first, last, per, active

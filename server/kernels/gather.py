@@ -1,0 +1,258 @@
+"""The edges of a step on the device: what every row feeds the network, and what it committed.
+
+Padding rows name the last slot, which is nobody's: it holds one token, and its block table is all 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.kernels.runtime import next_power_of_2, pdl_options
+
+
+@triton.jit
+def _gather_inputs_kernel(
+    slots_ptr: tl.tensor,
+    drafts_ptr: tl.tensor,
+    limits_ptr: tl.tensor,
+    history_ptr: tl.tensor,
+    num_tokens_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    token_ids_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    slot_mapping_ptr: tl.tensor,
+    drafts_stride: tl.tensor,
+    history_stride: tl.tensor,
+    tables_stride: tl.tensor,
+    num_blocks: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LIMITED: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    start = tl.load(num_tokens_ptr + slot).to(tl.int64) - 1
+    committed = tl.load(history_ptr + slot * history_stride + start).to(tl.int64)
+    tokens = tl.zeros((BLOCK,), tl.int64) + committed
+    if WIDTH > 1:
+        is_draft = inside & (column > 0)
+        drafted = tl.load(drafts_ptr + row * drafts_stride + column - 1, mask=is_draft, other=0)
+        tokens = tl.where(is_draft, drafted.to(tl.int64), tokens)
+    positions = start + column
+    block = positions // BLOCK_SIZE
+    # Drafts may reach past the longest sequence a slot can hold: those go to block 0, which is nobody's.
+    known = inside & (block < num_blocks)
+    if LIMITED:  # nor has the row blocks for more drafts than it may get: its table may name another's there
+        known = known & (column <= tl.load(limits_ptr + row))
+    table = tl.load(tables_ptr + slot * tables_stride + block, mask=known, other=0).to(tl.int64)
+    place = table * BLOCK_SIZE + positions % BLOCK_SIZE
+    tl.store(starts_ptr + row, start)
+    out = row * WIDTH + column
+    tl.store(token_ids_ptr + out, tokens, mask=inside)
+    tl.store(positions_ptr + out, positions, mask=inside)
+    tl.store(slot_mapping_ptr + out, place, mask=inside)
+
+
+def gather_inputs(
+    slots: Tensor,
+    drafts: Tensor | None,
+    history: Tensor,
+    num_tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+    limits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of a step of R rows with k drafts each: the first kernel of a step.
+
+    `slots` [R] int64, `drafts` [R, k] int64 (None: k = 0), `history` [S, L] int64, `num_tokens` [S] int64 (at least 1),
+    `block_tables` [S, NB] int32. Returns `token_ids` [R (1 + k)] (each row's last known token, then its drafts),
+    `starts` [R] (the position of that token), `positions` and `slot_mapping` [R (1 + k)] (place in the pool), all
+    int64. Tokens past the end of the block table go to block 0, as do drafts beyond their row's `limits` [R] int64.
+    """
+    num_rows = slots.shape[0]
+    width = 1 if drafts is None else 1 + drafts.shape[1]
+    starts = torch.empty(num_rows, dtype=torch.int64, device=slots.device)
+    token_ids, positions, slot_mapping = (
+        torch.empty(num_rows * width, dtype=torch.int64, device=slots.device) for _ in range(3)
+    )
+    if num_rows:
+        _gather_inputs_kernel[(num_rows,)](
+            slots,
+            slots if drafts is None else drafts,
+            slots if limits is None else limits,
+            history,
+            num_tokens,
+            block_tables,
+            token_ids,
+            starts,
+            positions,
+            slot_mapping,
+            0 if drafts is None else drafts.stride(0),
+            history.stride(0),
+            block_tables.stride(0),
+            block_tables.shape[1],
+            WIDTH=width,
+            BLOCK=next_power_of_2(width),
+            BLOCK_SIZE=block_size,
+            LIMITED=limits is not None,
+            num_warps=1,
+            **pdl_options(slots.device),
+        )
+    return token_ids, starts, positions, slot_mapping
+
+
+def gather_inputs_reference(
+    slots: Tensor,
+    drafts: Tensor | None,
+    history: Tensor,
+    num_tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+    limits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gather_inputs` in torch operations."""
+    starts = num_tokens[slots] - 1
+    tokens = history[slots, starts].unsqueeze(1)
+    if drafts is not None:
+        tokens = torch.cat([tokens, drafts], dim=1)
+    positions = starts.unsqueeze(1) + torch.arange(tokens.shape[1], device=slots.device)
+    block = positions // block_size
+    known = block < block_tables.shape[1]
+    if limits is not None:
+        known &= torch.arange(tokens.shape[1], device=slots.device) <= limits.unsqueeze(1)
+    table = block_tables[slots.unsqueeze(1), block.clamp(max=block_tables.shape[1] - 1)].long() * known
+    places = table * block_size + positions % block_size
+    return tokens.reshape(-1), starts, positions.reshape(-1), places.reshape(-1)
+
+
+@triton.jit
+def _scatter_commit_kernel(
+    tokens_ptr: tl.tensor,
+    num_emitted_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    history_ptr: tl.tensor,
+    num_tokens_ptr: tl.tensor,
+    tokens_stride: tl.tensor,
+    history_stride: tl.tensor,
+    history_len: tl.tensor,
+    last_slot: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    real = slot < last_slot
+    known = tl.load(num_tokens_ptr + slot).to(tl.int64)
+    emitted = tl.load(num_emitted_ptr + row).to(tl.int64)
+    tokens = tl.load(tokens_ptr + row * tokens_stride + column, mask=column < WIDTH, other=0).to(tl.int64)
+    at = known + column
+    tl.store(
+        history_ptr + slot * history_stride + at,
+        tokens,
+        mask=(column < WIDTH) & (column < emitted) & (at < history_len) & real,
+    )
+    tl.store(num_tokens_ptr + slot, tl.minimum(known + emitted, history_len), mask=real)
+
+
+def scatter_commit(
+    tokens: Tensor, num_emitted: Tensor, slots: Tensor, history: Tensor, num_tokens: Tensor, num_slots: int
+) -> None:
+    """Writes row r's emitted tokens `tokens[r, : num_emitted[r]]` behind its slot's known ones and counts them.
+
+    `tokens` [R, W] int64, `num_emitted` [R], `slots` [R] int64, `history` [S, L] and `num_tokens` [S] int64 in place.
+    Slot `num_slots` - 1 is nobody's and stays as it is. Tokens past L are dropped (a row that ended runs one more
+    step), and `num_tokens` stops at L.
+    """
+    num_rows, width = tokens.shape
+    if num_rows == 0:
+        return
+    _scatter_commit_kernel[(num_rows,)](
+        tokens,
+        num_emitted,
+        slots,
+        history,
+        num_tokens,
+        tokens.stride(0),
+        history.stride(0),
+        history.shape[1],
+        num_slots - 1,
+        WIDTH=width,
+        BLOCK=next_power_of_2(width),
+        num_warps=1,  # one warp reads num_tokens before any of its threads writes it
+        **pdl_options(tokens.device),
+    )
+
+
+def scatter_commit_reference(
+    tokens: Tensor, num_emitted: Tensor, slots: Tensor, history: Tensor, num_tokens: Tensor, num_slots: int
+) -> None:
+    """`scatter_commit` row by row, on the host."""
+    for r, slot in enumerate(slots.tolist()):
+        if slot == num_slots - 1:
+            continue
+        start = int(num_tokens[slot])
+        end = min(start + int(num_emitted[r]), history.shape[1])
+        history[slot, start:end] = tokens[r, : end - start]
+        num_tokens[slot] = end
+
+
+@triton.jit
+def _apply_block_updates_kernel(
+    updates_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    tables_stride: tl.tensor,
+    num_updates: tl.tensor,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    update = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = update < num_updates
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(updates_ptr + 3 * update, mask=inside, other=0).to(tl.int64)
+    index = tl.load(updates_ptr + 3 * update + 1, mask=inside, other=0)
+    block = tl.load(updates_ptr + 3 * update + 2, mask=inside, other=0)
+    tl.store(tables_ptr + slot * tables_stride + index, block, mask=inside)
+
+
+def apply_block_updates(updates: Tensor, block_tables: Tensor) -> None:
+    """`block_tables[slot, index] = block` for every (slot, index, block) of updates [U, 3] int32 (contiguous).
+
+    An entry is named at most once, but for padding: (last slot, 0, 0), any number of times.
+    """
+    num_updates = updates.shape[0]
+    if num_updates == 0:
+        return
+    block = min(next_power_of_2(num_updates), 256)
+    _apply_block_updates_kernel[(-(-num_updates // block),)](
+        updates,
+        block_tables,
+        block_tables.stride(0),
+        num_updates,
+        BLOCK=block,
+        num_warps=min(max(block // 32, 1), 4),
+        **pdl_options(updates.device),
+    )
+
+
+def apply_block_updates_reference(updates: Tensor, block_tables: Tensor) -> None:
+    """`apply_block_updates` in torch operations."""
+    slot, index, block = updates.long().unbind(1)
+    block_tables[slot, index] = block.to(block_tables.dtype)

@@ -1,0 +1,201 @@
+"""Verification by matching: the target's token at every position of a step, and how many drafts agree with it.
+
+The kernel of `server.spec.verify` for greedy rows and for the rule `coupled`: one launch that reads nothing but logits
+and makes no probability. The programs of a row share out its positions and vocabulary; the last to arrive puts the
+pieces together and compares them with the drafts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.kernels import runtime
+from server.kernels.argmax import BLOCK, WARPS, argmax_reference, chunks, counters, is_last, token_of
+from server.kernels.noise import TARGET, noise_key
+from server.kernels.sample import race
+from server.kernels.threshold import filter_threshold
+
+NOT_FORCED, FORCED_BY_ROW, FORCED_EVERYWHERE = range(3)
+_TARGET = tl.constexpr(TARGET)
+_BY_ROW = tl.constexpr(FORCED_BY_ROW)
+_EVERYWHERE = tl.constexpr(FORCED_EVERYWHERE)
+
+
+@triton.jit
+def num_matching(matches, valid, forced, forced_stride, forced_value, row, j, FORCED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Length of the leading run of `matches` [WP] within `valid`, or the forced number."""
+    count = tl.min(tl.where(matches & (j < valid), 0x7FFFFFFF, j), 0).to(tl.int64)
+    if FORCED == _BY_ROW:
+        count = tl.minimum(tl.load(forced + row * forced_stride).to(tl.int64), valid)
+    if FORCED == _EVERYWHERE:
+        count = tl.minimum(valid, forced_value)
+    return count
+
+
+@triton.jit
+def _finish_row(
+    row, W, num_chunks, drafts, drafts_stride, num_valid, tokens, num_accepted, broken, forced, forced_stride,
+    forced_value, pieces, tops, FORCED: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    j = tl.arange(0, WP)
+    c = tl.arange(0, CP)
+    at = (row * W + j)[:, None] * CP + c[None, :]
+    there = (j < W)[:, None] & (c < num_chunks)[None, :]
+    token = token_of(tl.max(tl.load(pieces + at, mask=there, other=-(2**63), cache_modifier=".cg"), 1))
+    top = tl.max(tl.load(tops + at, mask=there, other=-float("inf"), cache_modifier=".cg"), 1)
+    draft = tl.load(drafts + row * drafts_stride + j, mask=j < W - 1, other=-1)
+    valid = tl.minimum(tl.load(num_valid + row), W - 1)
+    count = num_matching(token == draft, valid, forced, forced_stride, forced_value, row, j, FORCED)
+    tl.store(tokens + row * W + j, token, mask=j < W)
+    tl.store(num_accepted + row, count)
+    unusable = (tl.abs(top) == float("inf")) & (j <= count) & (j < W)
+    tl.store(broken + row, tl.max(unusable.to(tl.int32), 0) != 0)
+
+
+@triton.jit
+def _verify_kernel(
+    logits, stride, V, drafts, drafts_stride, num_valid, tokens, num_accepted, broken, forced, forced_stride,
+    forced_value, temperature, greedy, seeds, choices, num_tokens, thresholds, pieces, tops, counters, W, num_blocks,
+    num_chunks,
+    SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FORCED: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    position = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    row = position // W
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    heat, noisy, key, threshold = 1.0, False, tl.full((), 0, tl.uint64), 0.0
+    if SAMPLED:
+        heat, noisy = tl.load(temperature + row), tl.load(greedy + row) == 0
+        place = tl.load(num_tokens + row) + position % W
+        key = noise_key(tl.load(seeds + row), tl.load(choices + row), place, _TARGET)
+    if FILTERED:
+        threshold = tl.load(thresholds + position)
+    piece, top = race(
+        logits + position * stride, logits, V, chunk * num_blocks, num_blocks, heat, noisy, key, threshold,
+        SAMPLED, FILTERED, False, BLOCK,
+    )  # fmt: skip
+    tl.store(pieces + position * CP + chunk, piece)
+    tl.store(tops + position * CP + chunk, top)
+    if is_last(counters + row, W * num_chunks):
+        _finish_row(
+            row, W, num_chunks, drafts, drafts_stride, num_valid, tokens, num_accepted, broken, forced, forced_stride,
+            forced_value, pieces, tops, FORCED, WP, CP,
+        )  # fmt: skip
+
+
+def forced_arguments(forced: Tensor | int | None, fallback: Tensor) -> tuple[Tensor, int, int, int]:
+    """Pointer, stride, value and kind of a benchmark's synthetic acceptance."""
+    if forced is None:
+        return fallback, 0, 0, NOT_FORCED
+    if isinstance(forced, int):
+        return fallback, 0, forced, FORCED_EVERYWHERE
+    return forced, forced.stride(0) if forced.numel() > 1 else 0, 0, FORCED_BY_ROW
+
+
+def outputs(num_rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a verdict: tokens [R, W] int64, accepted [R] int64, broken [R] bool."""
+    tokens = torch.empty(num_rows, width, dtype=torch.int64, device=device)
+    num_accepted = torch.empty(num_rows, dtype=torch.int64, device=device)
+    return tokens, num_accepted, torch.empty(num_rows, dtype=torch.bool, device=device)
+
+
+def check_shapes(logits: Tensor, drafts: Tensor) -> tuple[int, int]:
+    """Rows and width (1 + drafts) of a step. ValueError: the two tensors do not belong together."""
+    num_rows, width = drafts.shape[0], drafts.shape[1] + 1
+    if logits.shape[0] != num_rows * width or logits.stride(1) != 1:
+        raise ValueError(f"logits: {tuple(logits.shape)} is not valid; use [{num_rows * width}, V], contiguous rows")
+    return num_rows, width
+
+
+def _launch(
+    logits: Tensor,
+    drafts: Tensor,
+    num_valid: Tensor,
+    rows: tuple[Tensor, ...],
+    thresholds: Tensor | None,
+    forced_accepted: Tensor | int | None,
+    pdl: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, width = check_shapes(logits, drafts)
+    num_positions, vocab_size = logits.shape
+    device = logits.device
+    num_chunks, num_blocks, bound = chunks(num_positions, vocab_size, device)
+    tokens, num_accepted, broken = outputs(num_rows, width, device)
+    pieces = torch.empty(num_positions * bound, dtype=torch.int64, device=device)
+    tops = torch.empty(num_positions * bound, dtype=torch.float32, device=device)
+    forced, forced_stride, forced_value, kind = forced_arguments(forced_accepted, num_valid)
+    temperature, greedy, seeds, choices, num_tokens = rows or (num_valid,) * 5
+    _verify_kernel[(num_positions, num_chunks)](
+        logits, logits.stride(0), vocab_size, drafts, drafts.stride(0), num_valid, tokens, num_accepted, broken,
+        forced, forced_stride, forced_value, temperature, greedy, seeds, choices, num_tokens,
+        num_valid if thresholds is None else thresholds, pieces, tops, counters(num_rows, device), width, num_blocks,
+        num_chunks, SAMPLED=bool(rows), FILTERED=thresholds is not None, FORCED=kind,
+        WP=runtime.next_power_of_2(width), CP=bound, BLOCK=BLOCK, PDL=pdl, num_warps=WARPS,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return tokens, num_accepted, broken
+
+
+def greedy_verify(
+    logits: Tensor,
+    drafts: Tensor,
+    num_valid: Tensor,
+    forced_accepted: Tensor | int | None = None,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every position's most probable token and how many drafts agree: tokens [R, W], accepted [R], broken [R].
+
+    `logits` [R * W, V], float32 or 16 bits, rows contiguous; `drafts` [R, W - 1] int64, `num_valid` [R] int64. Tokens
+    and counts are int64; the lowest id wins among equals. `broken` (bool) says that an emitted position has no finite
+    largest logit: a NaN or inf in it, or nothing above -inf. `forced_accepted` ([R], one element, or an int) is a
+    benchmark's synthetic acceptance: that many drafts, at most `num_valid`, count as accepted whatever matched.
+    """
+    return _launch(logits, drafts, num_valid, (), None, forced_accepted, pdl)
+
+
+def sampled_verify(
+    logits: Tensor,
+    drafts: Tensor,
+    num_valid: Tensor,
+    temperature: Tensor,
+    greedy: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    choices: Tensor,
+    num_tokens: Tensor,
+    any_filter: bool,
+    forced_accepted: Tensor | int | None = None,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `greedy_verify`, where every row samples by its parameters, each [R]: the rule `coupled`.
+
+    `temperature`, `top_p`, `min_p` float32 (temperature is above 0, also of greedy rows), `greedy` bool, `top_k`,
+    `seeds`, `choices`, `num_tokens` int64: `num_tokens + j` is the position of offset j. Rows with `greedy` get neither
+    noise nor filter. `any_filter` (host) says whether any row has one; without, nothing is searched.
+    """
+    thresholds = None
+    if any_filter:
+        thresholds = filter_threshold(logits, drafts.shape[1] + 1, temperature, greedy, top_k, top_p, min_p)
+    rows = (temperature, greedy, seeds, choices, num_tokens)
+    return _launch(logits, drafts, num_valid, rows, thresholds, forced_accepted, pdl)
+
+
+def greedy_verify_reference(logits: Tensor, drafts: Tensor, num_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `greedy_verify` computes, with torch; logits without a NaN give the same tokens."""
+    num_rows, width = check_shapes(logits, drafts)
+    tokens = argmax_reference(logits.float()).view(num_rows, width).clamp(max=logits.shape[1] - 1)
+    steps = torch.arange(width, device=logits.device)
+    matches = (tokens[:, :-1] == drafts) & (steps[:-1] < num_valid[:, None])
+    num_accepted = matches.to(torch.int64).cumprod(1).sum(1)
+    unusable = ~logits.float().amax(1).isfinite().view(num_rows, width)
+    return tokens, num_accepted, (unusable & (steps <= num_accepted[:, None])).any(1)

@@ -1,0 +1,170 @@
+"""The EAGLE-3 drafter on Triton kernels against itself in torch operations; on the GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported: Triton decides when it decorates
+
+pytest.importorskip("triton")
+
+from draft_models.eagle3 import Eagle3Drafter
+from draft_models.eagle3_chain import ChainShape, TorchSampler
+from draft_models.eagle3_config import Eagle3Config
+from draft_models.eagle3_kernels import KernelOps
+from draft_models.eagle3_network import Eagle3Network
+from draft_models.eagle3_ops import Eagle3Ops, TorchOps
+from draft_models.eagle3_weights import random_weights
+from server.kernels.paged import PagedRows
+from server.models.config import RopeConfig
+from server.spec.device import DeviceStep
+from server.spec.types import SlotState, Verdict
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK_SIZE = 4
+NUM_SLOTS = 4
+PADDING = NUM_SLOTS - 1
+CONFIG = Eagle3Config(
+    hidden_size=48,  # no power of two
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    intermediate_size=40,
+    vocab_size=50,
+    draft_vocab_size=20,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(10000.0, {}),
+    feature_layers=(0, 1, 2),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def make(ops: Eagle3Ops, seed: int = 0) -> Eagle3Drafter:
+    weights = random_weights(CONFIG, seed)
+    embedding = random(CONFIG.vocab_size, CONFIG.hidden_size, seed=seed)
+    shape = ChainShape(NUM_SLOTS, 20, BLOCK_SIZE, 4)
+    network = Eagle3Network(CONFIG, weights, embedding, 64, ops)
+    drafter = Eagle3Drafter(network, shape, TorchSampler(CONFIG.vocab_size, "coupled"))
+    drafter.pools[0].copy_(random(*drafter.pools[0].shape, seed=99))
+    drafter.ring.ring.copy_(random(*drafter.ring.ring.shape, seed=98))
+    drafter.ring.by_block.copy_(random(*drafter.ring.by_block.shape, seed=97))
+    return drafter
+
+
+def make_step(known: dict[int, int], limits: list[int]) -> DeviceStep:
+    """Rows of the slots in `known` (slot -> tokens), then one of padding."""
+    rows = len(known) + 1
+    generator = torch.Generator().manual_seed(5)
+    tables = torch.zeros(NUM_SLOTS, 6, dtype=torch.int32)
+    tables[:PADDING] = (torch.randperm(19, generator=generator)[:18] + 1).view(PADDING, 6).to(torch.int32)
+    num_tokens = torch.ones(NUM_SLOTS, dtype=torch.int64)
+    for slot, count in known.items():
+        num_tokens[slot] = count
+    history = torch.randint(0, CONFIG.vocab_size, (NUM_SLOTS, 30), generator=generator)
+    return DeviceStep(
+        slots=torch.tensor([*known, PADDING], device=DEVICE),
+        limits=torch.tensor([*limits, 0], device=DEVICE),
+        state=SlotState(history.to(DEVICE), num_tokens.to(DEVICE), num_tokens.to(DEVICE)),
+        block_tables=tables.to(DEVICE),
+        temperature=torch.ones(rows, device=DEVICE),
+        greedy=torch.ones(rows, dtype=torch.bool, device=DEVICE),
+        seeds=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        choices=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        uploads=None,
+        max_context=24,
+        block_size=BLOCK_SIZE,
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("known", [{0: 9, 2: 17}, {1: 2, 0: 5, 2: 24}, {2: 30}])
+def test_window(k: int, known: dict[int, int]) -> None:
+    step = make_step(known, [k, 0, 1][: len(known)])
+    found, expected = (make(ops) for ops in (KernelOps(), TorchOps()))
+    for drafter in (found, expected):
+        for slot, count in known.items():
+            drafter.ring.admit(slot, max(1, count - 3 - slot))
+        drafter.ring.valid_from[0] = 3
+    a = found.network.ops.window(found.ring, step, k)
+    b = expected.network.ops.window(expected.ring, step, k)
+    for name in ("token_ids", "positions", "places", "features", "last", "ends", "end_places", "first"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(found.ring.written, expected.ring.written)
+
+
+@pytest.mark.parametrize("k", [0, 2, 4])
+def test_store(k: int) -> None:
+    step = make_step({0: 9, 2: 17, 1: 6}, [k, 0, min(k, 1)])
+    emitted = torch.tensor([min(k, 2) + 1, 1, 1, 1 + k], device=DEVICE)
+    fused = random(4, 1 + k, CONFIG.hidden_size, seed=3)
+    found, expected = (make(ops) for ops in (KernelOps(), TorchOps()))
+    for drafter in (found, expected):
+        drafter.network.ops.store(drafter.ring, step, emitted, fused)
+    assert torch.equal(found.ring.ring[:PADDING], expected.ring.ring[:PADDING])
+    assert torch.equal(found.ring.by_block[1:], expected.ring.by_block[1:]), "all but the null block"
+    assert not torch.equal(found.ring.ring, make(TorchOps()).ring.ring)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_embed_norm(dtype: torch.dtype) -> None:
+    ids = torch.tensor([4, 0, 49], device=DEVICE)
+    table, x = (random(n, 48, seed=n).to(dtype) for n in (50, 3))
+    weights = [random(48, seed=n).to(dtype) for n in (1, 2)]
+    args = (ids, table, weights[0], x, weights[1], 1e-5)
+    found, expected = KernelOps().embed_norm(*args), TorchOps().embed_norm(*args)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_select() -> None:
+    qkv, x = random(7, 2 * 64 + 128, seed=1), random(7, 96, seed=2)[:, 48:]
+    queries, at = qkv[:, :128].unflatten(1, (2, 64)), torch.tensor([6, 0, 3], device=DEVICE)
+    for found, expected in zip(KernelOps().select(queries, x, at), (queries[at], x[at]), strict=True):
+        assert torch.equal(found, expected) and found.is_contiguous()
+
+
+def test_a_chain() -> None:
+    """Prompt, chain, verdict, chain: the same drafts, and all but the same keys and values."""
+    step = make_step({0: 9, 2: 14}, [4, 2])
+    found, expected = (make(ops) for ops in (KernelOps(), TorchOps()))
+    rows = PagedRows(
+        slots=torch.tensor([0, 2], device=DEVICE),
+        starts=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        block_tables=step.block_tables,
+        block_size=BLOCK_SIZE,
+        max_context=13,
+        offsets=torch.tensor([0, 8, 21], dtype=torch.int32, device=DEVICE),
+        max_width=13,
+    )
+    ids = torch.cat([step.state.history[0, :8], step.state.history[2, :13]])
+    accepted = torch.tensor([3, 1, 2], device=DEVICE)
+    drafts = []
+    for drafter in (found, expected):
+        drafter.admit(0, [0] * 8, 8)
+        drafter.admit(2, [0] * 13, 13)
+        drafter.prefill_chunk(step, ids, rows, random(21, 3 * CONFIG.hidden_size, seed=1))
+        first = drafter.draft(step, 4)
+        state = SlotState(step.state.history.clone(), step.state.num_tokens.clone(), step.state.prompt_len)
+        state.num_tokens[step.slots] += accepted + 1
+        after = replace(step, state=state)
+        verdict = Verdict(first.tokens, accepted, accepted + 1)
+        drafter.after_verify(after, first, verdict, random(3, 5, 3 * CONFIG.hidden_size, seed=2))
+        second = drafter.draft(after, 2)
+        drafts.append(torch.cat([first.tokens[0], first.tokens[1, :3], second.tokens[:2].view(-1)]).tolist())
+    assert drafts[0] == drafts[1]
+    torch.testing.assert_close(found.pools[0][BLOCK_SIZE:], expected.pools[0][BLOCK_SIZE:], rtol=1e-4, atol=1e-4)

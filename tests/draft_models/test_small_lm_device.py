@@ -1,0 +1,309 @@
+"""The small-LM drafter inside device steps: it drafts what its model would say, whatever was accepted before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from draft_models import small_lm_device
+from draft_models.eagle3_chain import ChainShape, TorchSampler
+from draft_models.small_lm_device import SmallLMDeviceDrafter
+from server.core import SamplingParams
+from server.kernels.paged import PagedRows
+from server.models.loader import load_model
+from server.models.paged_forward import TorchForward
+from server.sampling.distribution import Processed
+from server.sampling.state import SamplingBatch
+from server.spec.device import DeviceStep
+from server.spec.types import Drafts, Layout, SlotState, Verdict
+from server.spec.verify import verify
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 61
+NUM_SLOTS = 4
+PADDING = NUM_SLOTS - 1
+MAX_DRAFTS = 5
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir: Path) -> Any:
+    raw = json.loads((tiny_llama_dir / "config.json").read_text())
+    return load_model(tiny_llama_dir, raw, torch.device("cpu"), torch.float32, 160)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama_dir: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
+
+
+class World:
+    """Sequences in slots, with shuffled blocks."""
+
+    def __init__(self, model: Any, rule: str = "coupled", seed: int = 0) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        shape = ChainShape(NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_DRAFTS)
+        self.model = model
+        self.drafter = SmallLMDeviceDrafter(
+            TorchForward(model), model.kv_layers, model.dtype, model.device, shape, TorchSampler(model.vocab_size, rule)
+        )
+        for pool in self.drafter.pools:
+            pool.normal_(generator=self.random)  # what earlier owners left
+        self.state = SlotState(
+            history=torch.randint(0, 288, (NUM_SLOTS, 90), generator=self.random),
+            num_tokens=torch.ones(NUM_SLOTS, dtype=torch.int64),
+            prompt_len=torch.ones(NUM_SLOTS, dtype=torch.int64),
+        )
+        self.tables = torch.zeros(NUM_SLOTS, 24, dtype=torch.int32)
+        order = torch.randperm(NUM_BLOCKS - 1, generator=self.random).to(torch.int32) + 1
+        self.tables[:PADDING, :20] = order.view(PADDING, 20)
+        self.tokens: dict[int, list[int]] = {}
+        self.run: dict[int, int] = {}
+
+    def admit(self, slot: int, length: int) -> None:
+        self.tokens[slot] = torch.randint(3, 288, (length,), generator=self.random).tolist()
+        self.run[slot] = 0
+        self.drafter.admit(slot, self.tokens[slot], length)
+
+    def step(self, slots: list[int], limits: list[int] | None = None, temperature: float = 0.0) -> DeviceStep:
+        rows = len(slots)
+        return DeviceStep(
+            slots=torch.tensor(slots),
+            limits=torch.tensor(limits or [MAX_DRAFTS] * rows),
+            state=self.state,
+            block_tables=self.tables,
+            temperature=torch.full((rows,), temperature or 1.0),
+            greedy=torch.full((rows,), temperature == 0.0),
+            seeds=torch.tensor(slots) + 7,
+            choices=torch.zeros(rows, dtype=torch.int64),
+            uploads=None,
+            max_context=max([len(self.tokens[s]) for s in slots if s != PADDING] + [1]),
+            block_size=BLOCK_SIZE,
+        )
+
+    def prefill(self, chunks: dict[int, int]) -> None:
+        ids = [t for s, n in chunks.items() for t in self.tokens[s][self.run[s] : self.run[s] + n]]
+        rows = PagedRows(
+            slots=torch.tensor(list(chunks)),
+            starts=torch.tensor([self.run[s] for s in chunks]),
+            block_tables=self.tables,
+            block_size=BLOCK_SIZE,
+            max_context=80,
+            offsets=F.pad(torch.tensor(list(chunks.values())).cumsum(0), (1, 0)).to(torch.int32),
+            max_width=max(chunks.values()),
+        )
+        self.drafter.prefill_chunk(self.step(list(chunks)), torch.tensor(ids), rows, None)
+        for slot, length in chunks.items():
+            self.run[slot] += length
+            if self.run[slot] == len(self.tokens[slot]):
+                self.emit(slot, [slot + 3])
+
+    def emit(self, slot: int, tokens: list[int]) -> None:
+        self.tokens[slot] = self.tokens[slot] + tokens
+        known = self.tokens[slot]
+        self.state.history[slot, : len(known)] = torch.tensor(known)
+        self.state.num_tokens[slot] = len(known)
+
+
+def ready(model: Any, lengths: dict[int, int], rule: str = "coupled") -> World:
+    world = World(model, rule)
+    for slot, length in lengths.items():
+        world.admit(slot, length)
+    world.prefill(lengths)
+    return world
+
+
+def greedy(reference: Any, tokens: list[int], k: int) -> list[int]:
+    ids = torch.tensor([tokens])
+    out = reference.generate(ids, max_new_tokens=k, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found: list[int] = out[0, len(tokens) :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_it_drafts_what_its_model_would_say(model: Any, reference: Any, k: int) -> None:
+    world = ready(model, {0: 9, 2: 18, 1: 1})
+    drafts = world.drafter.draft(world.step([0, 2, 1]), k)
+    assert drafts.tokens.tolist() == [greedy(reference, world.tokens[s], k) for s in (0, 2, 1)]
+    assert drafts.probs is None
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3, 5])
+def test_it_goes_on_from_whatever_was_committed(model: Any, reference: Any, accepted: int) -> None:
+    """Of a chain that was accepted as a whole, the last draft was never fed."""
+    world = ready(model, {0: 9, 2: 6})
+    for k in (5, 1, 3):
+        drafts = world.drafter.draft(world.step([2, 0]), k)
+        assert drafts.tokens.tolist() == [greedy(reference, world.tokens[s], k) for s in (2, 0)]
+        for row, slot in enumerate((2, 0)):
+            world.emit(slot, [*drafts.tokens[row, : min(k, accepted)].tolist(), 77])
+
+
+def test_prompt_chunks(model: Any, reference: Any) -> None:
+    world = World(model)
+    world.admit(1, 13)
+    for size in (3, 5, 4, 1):
+        world.prefill({1: size})
+    assert world.drafter.draft(world.step([1]), 3).tokens.tolist() == [greedy(reference, world.tokens[1], 3)]
+
+
+def test_limits_and_padding_rows(model: Any, reference: Any) -> None:
+    world = ready(model, {0: 9, 1: 5})
+    drafts = world.drafter.draft(world.step([1, 0, PADDING], [0, 2, 0]), 3)
+    assert drafts.num_valid.tolist() == [0, 2, 0]
+    assert drafts.tokens[0, :1].tolist() == greedy(reference, world.tokens[1], 1)
+    assert drafts.tokens[1, :2].tolist() == greedy(reference, world.tokens[0], 2)
+    assert all(bool(pool.isfinite().all()) for pool in world.drafter.pools)
+
+
+def test_drafts_past_a_rows_limit_write_nothing(model: Any) -> None:
+    """Behind a row's last block its table is stale: it names blocks that are others' by now."""
+    world = ready(model, {0: 7, 1: 9})
+    world.tables[0, 2:4] = world.tables[1, :2]  # 8 tokens are known, 8 places are slot 0's own
+    world.tables[2, 0] = world.tables[1, 2]
+    world.admit(2, 0)
+    world.emit(2, [9])  # one token, so the window has nothing to run for its second
+    before = [pool.clone() for pool in world.drafter.pools]
+    world.drafter.draft(world.step([0, 2], [0, 0]), 5)
+    spare = int(world.tables[1, 2]) * BLOCK_SIZE
+    assert all(torch.equal(a[spare + 1], b[spare + 1]) for a, b in zip(world.drafter.pools, before, strict=True))
+    for block in world.tables[1, :2].tolist():
+        part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+        assert all(torch.equal(a[part], b[part]) for a, b in zip(world.drafter.pools, before, strict=True))
+
+
+def test_a_pause_leaves_a_gap_that_resume_closes(model: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_lm_device, "CATCH_UP_CHUNK", 5)
+    world = ready(model, {0: 9, 1: 7})
+    world.drafter.draft(world.step([0, 1]), 2)
+    world.drafter.pause()
+    for slot in (0, 1):
+        world.emit(slot, [9, 8, 7, 6, 5, 4, 3, 99 + slot])
+    world.admit(2, 14)  # its prompt was never shown to the drafter
+    world.emit(2, [11])
+    world.drafter.resume([0, 1, 2], [world.tokens[s] for s in (0, 1, 2)])
+    drafts = world.drafter.draft(world.step([0, 1, 2]), 3)
+    assert drafts.tokens.tolist() == [greedy(reference, world.tokens[s], 3) for s in (0, 1, 2)]
+
+
+def test_only_what_is_missing_is_computed_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = ready(model, {0: 9})
+    world.drafter.draft(world.step([0]), 2)
+    world.emit(0, [5, 6])
+    sizes: list[int] = []
+    run = world.drafter.forward
+
+    def counted(token_ids: Any, *rest: Any) -> Any:
+        sizes.append(token_ids.shape[0])
+        return run(token_ids, *rest)
+
+    monkeypatch.setattr(world.drafter, "forward", counted)
+    world.drafter.resume([0], [world.tokens[0]])
+    assert sizes == [2]
+
+
+def test_resume_before_any_step_needs_the_tables(model: Any, reference: Any) -> None:
+    world = World(model)
+    world.admit(0, 8)
+    with pytest.raises(RuntimeError, match="bind the block tables first"):
+        world.drafter.resume([0], [world.tokens[0]])
+    world.drafter.bind(world.tables)
+    world.emit(0, [12])
+    world.drafter.resume([0], [world.tokens[0]])
+    assert world.drafter.draft(world.step([0]), 2).tokens.tolist() == [greedy(reference, world.tokens[0], 2)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_target_that_is_its_own_drafter_accepts_everything(model: Any, temperature: float) -> None:
+    """Greedy, and sampled with the same noise."""
+    world = ready(model, {0: 9})
+    step = world.step([0], temperature=temperature)
+    drafts = world.drafter.draft(step, 5)
+    verdict = judge(model, world, drafts, temperature)
+    assert verdict.num_accepted.tolist() == [5]
+    world.drafter.after_verify(step, drafts, verdict, None)
+    tokens = drafts.tokens.clone()
+    tokens[0, 2] = (tokens[0, 2] + 1) % 288
+    spoiled = judge(model, world, Drafts(tokens, drafts.num_valid), temperature)
+    assert spoiled.num_accepted.tolist() == [2]
+
+
+def judge(model: Any, world: World, drafts: Drafts, temperature: float) -> Verdict:
+    """Verifies row 0 (slot 0) with the target's own forward pass over the whole sequence."""
+    from server.models.paging import Span, ragged_batch
+
+    known = world.tokens[0]
+    ids = torch.tensor(known + drafts.tokens[0].tolist())
+    k = drafts.tokens.shape[1]
+    pools = [torch.zeros_like(pool) for pool in world.drafter.pools]
+    batch = ragged_batch([Span(0, len(ids), list(range(1, 16)), True)], BLOCK_SIZE)
+    logits, _ = model.forward(ids, pools, batch, torch.arange(len(known) - 1, len(ids)))
+    params = SamplingParams(temperature=temperature, seed=7)
+    layout = Layout(torch.zeros(k + 1, dtype=torch.int64), torch.arange(k + 1), 1, k + 1)
+    processed = Processed.dense(logits / (temperature or 1.0))
+    return verify(
+        processed, layout, drafts, SamplingBatch.of([params], 288), torch.tensor([len(known)]), rule="coupled"
+    )
+
+
+def test_rule_ratio_hands_over_the_distribution(model: Any) -> None:
+    world = ready(model, {0: 9, 1: 4}, rule="ratio")
+    drafts = world.drafter.draft(world.step([0, 1], temperature=0.8), 3)
+    assert drafts.probs is not None and drafts.probs.shape == (2, 3, 288)
+    torch.testing.assert_close(drafts.probs.sum(-1), torch.ones(2, 3))
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on operators that make the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.lstrip("_")
+        assert not name.startswith(("item", "local_scalar_dense", "nonzero", "is_nonzero", "masked_select")), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean index synchronises"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_synchronises(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = ready(model, {0: 9, 1: 4}, rule="ratio")
+    step = world.step([0, 1, PADDING], temperature=0.8)
+    one = torch.ones(3, dtype=torch.int64)
+    rows = PagedRows(
+        slots=torch.tensor([2]),
+        starts=torch.tensor([0]),
+        block_tables=world.tables,
+        block_size=BLOCK_SIZE,
+        max_context=6,
+        offsets=torch.tensor([0, 6], dtype=torch.int32),
+        max_width=6,
+    )
+
+    def forward(*args: Any) -> Any:
+        return torch.zeros(args[5].shape[0], 288), None
+
+    monkeypatch.setattr(world.drafter, "forward", forward)
+    ids = torch.arange(6)
+    with NoSync():  # type: ignore[no-untyped-call]
+        drafts = world.drafter.draft(step, 3)
+        world.drafter.after_verify(step, drafts, Verdict(drafts.tokens, one, one), None)
+        world.drafter.prefill_chunk(step, ids, rows, None)
+
+
+def test_chains_have_a_bound(model: Any) -> None:
+    world = ready(model, {0: 9})
+    with pytest.raises(ValueError, match="k: 0 is not valid; use 1 to 5"):
+        world.drafter.draft(world.step([0]), 0)

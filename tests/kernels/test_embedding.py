@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.kernels.embedding import embed, embed_reference
+from tests.kernels.conftest import ON_GPU
+
+SHAPES = [(1, 10, 576), (7, 3, 1500), (0, 4, 8)] + (
+    [(64, 128256, 4096), (5, 128256, 2048), (1111, 49152, 576)] if ON_GPU else []
+)
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), SHAPES)
+def test_equals_reference(tokens: int, vocabulary: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    table = torch.randn(vocabulary, width, device=device, dtype=dtype)
+    ids = torch.randint(vocabulary, (tokens,), device=device)
+    if tokens > 1:
+        ids[0], ids[1] = 0, vocabulary - 1
+    assert torch.equal(embed(ids, table), embed_reference(ids, table))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a table past 2^31 elements")
+def test_rows_past_two_to_the_31_elements(device: torch.device) -> None:
+    table = torch.zeros(600_000, 4096, device=device, dtype=torch.bfloat16)
+    table[599_999] = 7
+    assert bool((embed(torch.tensor([599_999], device=device), table) == 7).all())
