@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from benchmarks.persistent.kernel import ALL, BARRIERS
+from benchmarks.persistent.model import Knobs, PersistentLlama
 from server.kernels.paged import PagedRows
-from server.kernels.persistent import Knobs, PersistentLlama
-from server.kernels.persistent_kernel import ALL, BARRIERS
 from server.models.attention import AttentionBatch
 from server.models.config import parse_config
 from server.models.llama import LlamaModel

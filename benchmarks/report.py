@@ -2,7 +2,8 @@
 
     python benchmarks/report.py
 
-Targets are in targets.toml; a pattern with `*` holds for cases that no earlier line names.
+Targets are in targets.toml; a pattern with `*` holds for cases that no earlier line names. `peer`, where it is given,
+is another engine's figure on the same kind of machine; behind it stands ours as a share of it.
 """
 
 from __future__ import annotations
@@ -24,40 +25,55 @@ def target_of(case: str, targets: dict[str, dict[str, Any]]) -> dict[str, Any] |
 
 
 def met(value: float, target: dict[str, Any]) -> bool:
-    """Whether the value reaches its target."""
+    """Whether the value reaches its target; without one, nothing is missed."""
+    if "target" not in target:
+        return True
     wanted = float(target["target"])
     return value >= wanted if target["better"] == "higher" else value <= wanted
 
 
-SHOWN = ("torch", "transformers", "aiohttp", "uvloop")
+SHOWN = ("torch", "triton", "transformers", "aiohttp", "uvloop")
 
 
 def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[list[str], int]:
     """Markdown lines of one result file, and how many of its cases miss."""
-    lines: list[str] = []
-    misses: list[str] = []
-    for row in result["rows"]:
-        target = target_of(row["case"], targets)
-        missed = target is not None and not met(row["value"], target)
-        sign = "" if target is None else f"{'≥' if target['better'] == 'higher' else '≤'} {target['target']:g}"
-        spread = f"{row['spread'][0]:g} … {row['spread'][1]:g}" if row["spread"] else ""
-        shown = f"**{row['value']:g} (missed)**" if missed else f"{row['value']:g}"
-        note = row["note"].split(";", 1)[-1].strip() if row["note"].startswith("target") else row["note"]
-        line = f"| `{row['case']}` | {shown} {row['unit']} | {sign} | {spread} | {note} |"
-        (misses if missed else lines).append(line)
-    machine, versions = result["machine"], result["versions"]
-    shown_versions = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
+    found = [(row, target_of(row["case"], targets) or {}) for row in result["rows"]]
+    has_peer = any("peer" in target for _, target in found)
+    missed = [not met(row["value"], target) for row, target in found]
+    lines = [_line(row, target, miss, has_peer) for (row, target), miss in zip(found, missed, strict=True)]
+    ordered = [line for line, miss in zip(lines, missed, strict=True) if miss]
+    ordered += [line for line, miss in zip(lines, missed, strict=True) if not miss]
+    columns = ["case", "value", "target", *(["peer, ours / peer"] if has_peer else []), "spread", "note"]
     head = [
         f"### {result['name']}",
         "",
-        f"`{result['command']}`, commit `{result['commit']}`, {result['date'][:10]}; {machine['cpu']} "
-        f"({machine['isa']}), {machine['cores']} cores, {machine['memory_mib']} MiB; {shown_versions}. "
-        f"Raw: [results/{result['file']}](results/{result['file']})",
+        f"{_provenance(result)} Raw: [results/{result['file']}](results/{result['file']})",
         "",
-        "| case | value | target | spread | note |",
-        "| --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' for _ in columns)} |",
     ]
-    return [*head, *misses, *lines, ""], len(misses)
+    return [*head, *ordered, ""], sum(missed)
+
+
+def _line(row: dict[str, Any], target: dict[str, Any], missed: bool, has_peer: bool) -> str:
+    sign = f"{'≥' if target['better'] == 'higher' else '≤'} {target['target']:g}" if "target" in target else ""
+    peer = f"{target['peer']:g}, {row['value'] / target['peer']:.2f}" if "peer" in target else ""
+    spread = f"{row['spread'][0]:g} … {row['spread'][1]:g}" if row["spread"] else ""
+    shown = f"**{row['value']:g} (missed)**" if missed else f"{row['value']:g}"
+    note = row["note"].split(";", 1)[-1].strip() if row["note"].startswith("target") else row["note"]
+    cells = [f"`{row['case']}`", f"{shown} {row['unit']}", sign, *([peer] if has_peer else []), spread, note]
+    return f"| {' | '.join(cells)} |"
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    isa = f" ({machine['isa']})" if "isa" in machine else ""
+    gpu = f", one {machine['gpu']}, driver {machine.get('driver', '?')}" if "gpu" in machine else ""
+    shown_versions = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
+    return (
+        f"`{result['command']}`, commit `{result['commit']}`, {result['date'][:10]}; {machine['cpu']}{isa}, "
+        f"{machine['cores']} cores, {machine['memory_mib']} MiB{gpu}; {shown_versions}."
+    )
 
 
 def main() -> None:

@@ -14,7 +14,13 @@ import torch
 from server.config import ConfigError, EngineConfig
 from server.engine.core import EngineCore
 from server.engine.costs import load_or_measure
-from server.engine.drafters import draft_kv_layers, load_draft_network, make_device_drafter, make_drafter
+from server.engine.drafters import (
+    draft_kv_layers,
+    draft_values_per_block,
+    load_draft_network,
+    make_device_drafter,
+    make_drafter,
+)
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
 from server.engine.memory import plan_memory
@@ -58,7 +64,7 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     max_positions = max_len + 2 * (config.max_draft_tokens + 1) + 2  # a row that has ended may run one step more
     model = load_source(source, device, dtype, max_positions)
     draft_network = load_draft_network(config, model, source.kind, max_positions, say, find)
-    memory = plan_memory(config, model, draft_kv_layers(draft_network))
+    memory = plan_memory(config, model, draft_kv_layers(draft_network), draft_values_per_block(draft_network))
     shape = RunnerShape(
         config.max_num_seqs or 1,
         max_len,

@@ -101,6 +101,13 @@ def draft_kv_layers(network: TargetModel | Eagle3Network | None) -> list[KVLayer
     return [KVLayer(head.num_kv_heads, head.head_dim)]
 
 
+def draft_values_per_block(network: TargetModel | Eagle3Network | None) -> int:
+    """Values that the drafter keeps with every block besides: an EAGLE-3 head's features behind the block."""
+    if network is None or hasattr(network, "kv_layers"):
+        return 0
+    return int(network.config.hidden_size)
+
+
 def make_drafter(config: EngineConfig, shape: RunnerShape, network: TargetModel | None) -> Drafter | None:
     """A drafter of the CPU's runner; None for `none` or no draft tokens."""
     if config.drafter == "none" or config.max_draft_tokens == 0:

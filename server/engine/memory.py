@@ -20,16 +20,19 @@ class Memory:
     bytes_per_block: int
 
 
-def plan_memory(config: EngineConfig, model: TargetModel, draft_layers: list[KVLayer]) -> Memory:
+def plan_memory(
+    config: EngineConfig, model: TargetModel, draft_layers: list[KVLayer], draft_values_per_block: int = 0
+) -> Memory:
     """How many blocks fit the stated share of what is free now, weights being loaded. One block is the null block.
 
-    `config` has its defaults settled; `draft_layers` are the drafter's, in the network's own dtype.
+    `config` has its defaults settled; `draft_layers` are the drafter's, in the network's own dtype, as are
+    `draft_values_per_block`, what else it keeps with a block.
     """
     item = torch.empty(0, dtype=model.dtype).element_size()
     target_item = 1 if config.kv_cache_dtype == "fp8" else item
     per_token = sum(2 * kv.num_kv_heads * kv.head_dim for kv in model.kv_layers) * target_item
     per_token += sum(2 * kv.num_kv_heads * kv.head_dim for kv in draft_layers) * item
-    per_block = per_token * config.block_size
+    per_block = per_token * config.block_size + draft_values_per_block * item
     if config.kv_cache_tokens is not None:
         return Memory(1 + -(-config.kv_cache_tokens // config.block_size), per_block)
     free = free_memory(model.device)

@@ -101,7 +101,7 @@ class Runner:
         )
         table_len = -(-length // shape.block_size) + 1
         self.block_tables = torch.zeros(slots, table_len, dtype=torch.int64, device=self.device)
-        self._synced = [0] * slots
+        self._num_listed = [0] * slots
         self.sampling = SamplingState(slots, model.vocab_size, self.device)
         self._drafting = False
         self._features: Tensor | None = None
@@ -115,7 +115,7 @@ class Runner:
         self.state.history[slot, : seq.num_tokens] = tokens.to(self.device, non_blocking=True)
         self.state.num_tokens[slot] = seq.num_tokens
         self.state.prompt_len[slot] = seq.prompt_len
-        self._synced[slot] = 0
+        self._num_listed[slot] = 0
         request = seq.request
         early = seq.num_emitted < request.min_tokens
         self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
@@ -314,11 +314,10 @@ class Runner:
 
     def _sync_tables(self, sequences: list[Sequence]) -> None:
         for seq in sequences:
-            have = self._synced[seq.slot]
-            if len(seq.blocks) < have:  # blocks for rejected drafts were taken back: they may be another's by now
-                self.block_tables[seq.slot, len(seq.blocks) : have] = 0
-                have = self._synced[seq.slot] = len(seq.blocks)
-            if len(seq.blocks) > have:
-                new = torch.tensor(seq.blocks[have:], dtype=torch.int64)
-                self.block_tables[seq.slot, have : len(seq.blocks)] = new.to(self.device, non_blocking=True)
-                self._synced[seq.slot] = len(seq.blocks)
+            row, have, num_blocks = self.block_tables[seq.slot], self._num_listed[seq.slot], len(seq.blocks)
+            if num_blocks < have:  # blocks for rejected drafts were taken back: they may be another's by now
+                row[num_blocks:have] = 0
+            if seq.num_synced < num_blocks:
+                new = torch.tensor(seq.blocks[seq.num_synced :], dtype=torch.int64)
+                row[seq.num_synced : num_blocks] = new.to(self.device, non_blocking=True)
+            seq.num_synced = self._num_listed[seq.slot] = num_blocks

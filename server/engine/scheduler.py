@@ -281,7 +281,7 @@ class Scheduler:
         found = False
         for seq in self.running:
             while len(seq.blocks) > self._blocks_for(seq.most_tokens):
-                self.pool.release(seq.blocks.pop())
+                self.pool.release(seq.take_back_block())
                 found = True
         return found
 

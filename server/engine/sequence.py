@@ -49,6 +49,7 @@ class Sequence:
     due: int = 0
     ahead: int = 0
     tenure: int = 0
+    num_synced: int = 0
 
     @staticmethod
     def of(request: Request, eos_token_ids: frozenset[int] = frozenset()) -> Sequence:
@@ -129,8 +130,14 @@ class Sequence:
 
     def forget_launched(self) -> None:
         """It lost its slot: whatever step still runs, its result is void."""
-        self.num_launched = self.due = self.ahead = 0
+        self.num_launched = self.due = self.ahead = self.num_synced = 0
         self.tenure += 1
+
+    def take_back_block(self) -> int:
+        """Its last block, which it does not own any more; the next in its place may be another."""
+        block = self.blocks.pop()
+        self.num_synced = min(self.num_synced, len(self.blocks))
+        return block
 
     def add_block(self, block: int) -> None:
         if self.blocks and block != self.blocks[-1] + 1:

@@ -145,8 +145,8 @@ class SamplingState:
         `full`: penalties, biases and ends that are not allowed yet; neutral where a row has none. Any slot will do,
         also one that was never set.
         """
-        floats = self._floats.index_select(0, slot_ids).t()
-        ints = self._ints.index_select(0, slot_ids).t()
+        floats = self._floats.index_select(0, slot_ids).t().contiguous()
+        ints = self._ints.index_select(0, slot_ids).t().contiguous()
         temperature, top_p, min_p, repetition, presence, frequency = floats.unbind(0)
         return SamplingBatch(
             temperature=temperature,

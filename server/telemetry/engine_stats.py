@@ -17,6 +17,7 @@ _COUNTERS = (
     ("prefill_tokens", "num_prefill_tokens", "Prompt tokens computed by the target, recomputation included."),
     ("prefix_cached_tokens", "num_cached_tokens", "Prompt tokens served by the prefix cache instead of computed."),
     ("emitted_tokens", "num_emitted", "Tokens the engine emitted: accepted drafts and bonus tokens."),
+    ("engine_graph_misses", "num_graph_misses", "Halves of GPU steps that ran eagerly for want of a CUDA graph."),
     ("preemptions", "num_preemptions", "Sequences preempted to free KV blocks, to be recomputed later."),
 )
 _POSITIONS = (

@@ -170,3 +170,12 @@ def test_one_step_is_always_under_way(model: Any) -> None:
     assert [o.finish_reason for o in last] == [FinishReason.LENGTH]
     assert not core.has_work
     assert core.stats().num_steps == 3
+
+
+def test_a_block_that_changes_hands_within_one_plan(model: Any) -> None:
+    """Draft blocks are taken back and given out again while a plan is made: as many blocks as before, but others."""
+    core = late(model, "suffix", k=5, num_blocks=80, max_num_seqs=16)
+    batch = prompts(30, seed=9)
+    expected = run(engine(model), [request(f"r{i}", prompt, 40) for i, prompt in enumerate(batch)])
+    assert dict(run(core, [request(f"r{i}", prompt, 40) for i, prompt in enumerate(batch)])) == dict(expected)
+    assert core.stats().num_preemptions > 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.persistent.model import Knobs, PersistentLlama, unsupported
 from server.kernels.paged import PagedRows
-from server.kernels.persistent import Knobs, PersistentLlama, unsupported
 from server.kernels.runtime import INTERPRETED
 from server.models.attention import AttentionBatch
 from server.models.config import parse_config
@@ -17,6 +17,7 @@ from server.models.llama import LlamaModel
 from server.quant import dense
 from tests.kernels.close import assert_close
 
+pytestmark = pytest.mark.slow
 BLOCK = 4
 SLOTS = 20
 TABLE = 24
@@ -177,8 +178,8 @@ def test_other_shapes(changes: dict[str, object], device: torch.device, dtype: t
 
 def test_long_reductions(device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """K in several blocks, as in models whose rows do not fit into registers."""
-    monkeypatch.setattr("server.kernels.persistent.MAX_BLOCK", 64)
-    monkeypatch.setattr("server.kernels.persistent.LONG_BLOCK", 64)
+    monkeypatch.setattr("benchmarks.persistent.model.MAX_BLOCK", 64)
+    monkeypatch.setattr("benchmarks.persistent.model.LONG_BLOCK", 64)
     model = model_of(TINY | {"num_hidden_layers": 1}, dtype, device)
     Case(model, [9, 40], 2).check(model, PersistentLlama(model, knobs=KNOBS))
 

@@ -10,7 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from server.config import ConfigError
 from server.kernels.compile import compile_all
+from server.kernels.invariant import tiles_agree
 from server.kernels.paged import PagedRows
 from server.kernels.tuning import Tuner, cache_root
 from server.models.attention import AttentionBatch
@@ -27,10 +29,15 @@ Say = Callable[[str], None]
 
 
 def make_forward(model: TargetModel, deterministic: bool, say: Say) -> PagedForward:
-    """Where there is a choice of kernels it is measured, on this machine, once."""
+    """Where there is a choice of kernels it is measured, on this machine, once.
+
+    Raises ConfigError where the device can not promise what `deterministic` asks for.
+    """
     if not isinstance(model, LlamaModel):
         return AttentionKernels(model)
     forward = LlamaKernels(model, deterministic=deterministic)
+    if deterministic and not tiles_agree(model.device, model.dtype):
+        raise ConfigError("deterministic: this GPU rounds matrix products of different tile sizes differently")
     if not deterministic:
         tuner = Tuner(cache_root() / "choices.json", model.device, log.info)
         unknown: list[Callable[[], object]] = []

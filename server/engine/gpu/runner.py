@@ -76,7 +76,6 @@ class GpuRunner:
         self.graphs = Graphs(self.device, parts.graphs)
         self._tables = self.sampling.tables()
         self._staged: dict[tuple[int, int], Staged] = {}
-        self._synced = [0] * shape.max_num_seqs
         self._kinds = [SamplingClass.GREEDY] * shape.max_num_seqs
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
@@ -94,7 +93,6 @@ class GpuRunner:
         slots.history[slot, : seq.num_tokens].copy_(to_device(seq.token_ids, self.device))
         slots.num_tokens[slot].fill_(seq.num_tokens)
         slots.prompt_len[slot].fill_(seq.prompt_len)
-        self._synced[slot] = 0
         early = seq.num_emitted < request.min_tokens and bool(seq.ends)
         self._kinds[slot] = class_of(request.sampling, early)
         self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
@@ -103,10 +101,13 @@ class GpuRunner:
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
 
     def scrub(self, blocks: list[int]) -> None:
-        """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN."""
+        """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN.
+
+        Block 0 too: tokens that nobody keeps are written there.
+        """
         size = self.shape.block_size
         for pool in [*self.pools, *getattr(self.drafter, "pools", [])]:
-            for block in blocks:
+            for block in (0, *blocks):
                 pool[block * size : (block + 1) * size].zero_()
 
     def release(self, slot: int, complete: bool = False) -> None:
@@ -272,12 +273,10 @@ class GpuRunner:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
         updates: list[int] = []
         for seq in sequences:
-            have, blocks = self._synced[seq.slot], seq.blocks
-            if len(blocks) == have:
-                continue
-            for index in range(have, len(blocks)):  # entries behind the last block are stale: no place is made of them
+            blocks = seq.blocks
+            for index in range(seq.num_synced, len(blocks)):  # entries behind the last are stale: nobody reads them
                 updates += (seq.slot, index, blocks[index])
-            self._synced[seq.slot] = len(blocks)
+            seq.num_synced = len(blocks)
         room = 3 * UPDATES_PER_ROW * num_rows
         if len(updates) > room:
             self.program.ops.update_tables(to_device(updates, self.device).view(-1, 3), self.state.block_tables)

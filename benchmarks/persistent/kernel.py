@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.kernels.persistent_attention import attend, open_item, prefetch_keys, used_splits
-from server.kernels.persistent_ops import arrive, leave, rows_of, wait
-from server.kernels.persistent_phases import (
+from benchmarks.persistent.attention import attend, open_item, prefetch_keys, used_splits
+from benchmarks.persistent.ops import arrive, leave, rows_of, wait
+from benchmarks.persistent.phases import (
     load_weights,
     prefetch_tile,
     project,
@@ -38,7 +38,7 @@ BARRIERS = 6
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "width", "num_splits", "layer_from", "layer_to", "patience"])
-def llama_kernel(  # noqa: C901, PLR0915  a kernel is one function
+def llama_kernel(
     token_ids,
     positions,
     slot_mapping,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.kernels.persistent_ops import as_operand, blocks_of, load_operand, prefetch_rows, rows_of, warps_of
+from benchmarks.persistent.ops import as_operand, blocks_of, load_operand, prefetch_rows, rows_of, warps_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(-1e30)
@@ -67,7 +67,7 @@ def open_item(
 
 
 @triton.jit
-def attend(  # noqa: PLR0915  one loop, and its state is in registers
+def attend(
     item: tl.tensor,
     start: tl.tensor,
     table: tl.tensor,

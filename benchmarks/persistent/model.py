@@ -34,9 +34,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.persistent.kernel import ALL, llama_kernel
+from benchmarks.persistent.ops import ERROR_AT
 from server.kernels.paged import PagedRows
-from server.kernels.persistent_kernel import ALL, llama_kernel
-from server.kernels.persistent_ops import ERROR_AT
 from server.kernels.runtime import INTERPRETED, ceil_div, dot_precision, next_power_of_2, num_sms
 
 MAX_TOKENS = 16

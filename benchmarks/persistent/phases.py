@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.kernels.persistent_attention import LOG2E, merge_splits
-from server.kernels.persistent_ops import as_operand, load_operand, prefetch_rows, rows_of
+from benchmarks.persistent.attention import LOG2E, merge_splits
+from benchmarks.persistent.ops import as_operand, load_operand, prefetch_rows, rows_of
 
 
 @triton.jit
