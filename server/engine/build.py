@@ -111,8 +111,8 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
         linear_path=model.linear_path if isinstance(runner, Runner) else runner.linear_path,
         num_threads=torch.get_num_threads(),
         load_s=time.perf_counter() - started,
-        num_graphs=0 if isinstance(runner, Runner) else runner.graphs.stats.num_graphs,
-        graph_bytes=0 if isinstance(runner, Runner) else runner.graphs.stats.memory_bytes,
+        num_graphs=0 if isinstance(runner, Runner) else runner.executor.graphs.stats.num_graphs,
+        graph_bytes=0 if isinstance(runner, Runner) else runner.executor.graphs.stats.memory_bytes,
         deterministic=config.deterministic,
     )
     return core, info

@@ -40,7 +40,7 @@ def load_or_measure(runner: Runner | GpuRunner, source: ModelSource, say: Callab
         return cached
     say("measuring what drafting and verifying cost here (once)")
     if isinstance(runner, GpuRunner):
-        table = measure(grid, runner.time_step, None, BUDGET_S, repeats=1)
+        table = measure(grid, runner.executor.time_step, None, BUDGET_S, repeats=1)
     else:
         table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
     _clear(runner)
@@ -73,7 +73,7 @@ def _gpu_grid(runner: GpuRunner) -> CostGrid:
     shape = runner.shape
     longest = min(shape.max_model_len, (shape.num_blocks - 1) * shape.block_size) - 4 * (1 + shape.max_draft_tokens)
     contexts = sorted({max(1, min(n, longest)) for n in (128, 1024, 8192)})
-    return CostGrid(runner.tiers, runner.k_tiers, tuple(contexts))
+    return CostGrid(runner.executor.tiers, runner.executor.k_tiers, tuple(contexts))
 
 
 def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:

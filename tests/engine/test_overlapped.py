@@ -179,3 +179,15 @@ def test_a_block_that_changes_hands_within_one_plan(model: Any) -> None:
     expected = run(engine(model), [request(f"r{i}", prompt, 40) for i, prompt in enumerate(batch)])
     assert dict(run(core, [request(f"r{i}", prompt, 40) for i, prompt in enumerate(batch)])) == dict(expected)
     assert core.stats().num_preemptions > 0
+
+
+def test_more_biases_than_there_was_room_for(model: Any) -> None:
+    bias = {t: -0.01 * t for t in range(3, 60)}
+
+    def requests() -> list[Any]:
+        sampling = [SamplingParams(temperature=0.0, logit_bias=bias), SamplingParams(temperature=0.0)]
+        return [request(f"r{i}", p, 12, sampling=sampling[i % 2]) for i, p in enumerate(prompts(6, seed=8))]
+
+    core = late(model)
+    core.runner.sampling.reserve(4, 2)  # less than they need
+    assert dict(run(core, requests())) == dict(run(engine(model), requests()))

@@ -107,8 +107,8 @@ def every_class() -> list[Request]:
 @pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3"])
 def test_graphs_and_eager_steps_agree(engines: Engines, drafter: str) -> None:
     captured, eager = engines.get(drafter), engines.get(drafter, cuda_graphs=False)
-    assert gpu(captured).graphs.stats.num_graphs > 0
-    assert gpu(eager).graphs.stats.num_graphs == 0
+    assert gpu(captured).executor.graphs.stats.num_graphs > 0
+    assert gpu(eager).executor.graphs.stats.num_graphs == 0
     assert dict(run(captured, every_class())) == dict(run(eager, every_class()))
     assert captured.stats().num_graph_misses == eager.stats().num_graph_misses == 0
 
@@ -117,10 +117,10 @@ def test_every_step_has_its_graph(engines: Engines, monkeypatch: pytest.MonkeyPa
     """Every batch size, every number of drafts and every sampling class."""
     monkeypatch.setattr("server.engine.build.load_or_measure", lambda *_: None)
     core = engines.build("suffix", 5, adaptive=True, max_num_seqs=9)
-    stats = gpu(core).graphs.stats
-    assert gpu(core).k_tiers == (0, 1, 2, 3, 5)
+    stats = gpu(core).executor.graphs.stats
+    assert gpu(core).executor.k_tiers == (0, 1, 2, 3, 5)
     prompt = prompts(1)[0]
-    for k in gpu(core).k_tiers:
+    for k in gpu(core).executor.k_tiers:
         monkeypatch.setattr(core.speculation, "num_draft_tokens", lambda rows, eligible, k=k: k)
         for count in range(1, 10):
             for kind, sampling in enumerate(MIXED):
@@ -133,8 +133,8 @@ def test_every_step_has_its_graph(engines: Engines, monkeypatch: pytest.MonkeyPa
 def test_a_missing_graph_is_counted(engines: Engines) -> None:
     core = engines.build("none", max_num_seqs=2)
     runner = gpu(core)
-    runner.graphs.clear()
-    runner.capture((SamplingClass.GREEDY,))
+    runner.executor.graphs.clear()
+    runner.executor.capture((SamplingClass.GREEDY,))
     run(core, [request("greedy", prompts(1)[0], 4)])
     assert core.stats().num_graph_misses == 0
     run(core, [request("sampled", prompts(1)[0], 4, sampling=MIXED[1])])

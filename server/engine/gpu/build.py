@@ -43,9 +43,10 @@ def build_gpu_runner(
     if not parts.graphs:
         say("steps run eagerly: " + ("CUDA graphs are off" if own else f"{model.architecture} is not captured"))
         return runner
-    compile_all(runner.warm_up_jobs(), num_threads(), say)
-    say(f"capturing CUDA graphs for {len(runner.tiers)} batch sizes and k of {runner.k_tiers}")
-    runner.capture()
-    stats = runner.graphs.stats
+    compile_all(runner.executor.warm_up_jobs(), num_threads(), say)
+    executor = runner.executor
+    say(f"capturing CUDA graphs for {len(executor.tiers)} batch sizes and k of {executor.k_tiers}")
+    executor.capture()
+    stats = executor.graphs.stats
     say(f"captured {stats.num_graphs} CUDA graphs, {stats.memory_bytes >> 20} MiB")
     return runner

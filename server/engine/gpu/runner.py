@@ -7,11 +7,8 @@ graph B (k = 0). Runs on a CPU too, without graphs, which is how its logic is te
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,26 +16,25 @@ from torch import Tensor
 
 from draft_models.protocol import DeviceDrafter
 from server.core import Phase, StepPlan
-from server.engine.gpu.graphs import Graphs
+from server.engine.gpu.executor import Executor
 from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScores, StepTimer
 from server.engine.gpu.ops import StepOps
 from server.engine.gpu.prefill import Chunks, pack
 from server.engine.gpu.staging import to_device
-from server.engine.gpu.step import NUM_RESULTS, TOP_LOGPROBS, UPDATES_PER_ROW, DeviceState, Staged, StepProgram
-from server.engine.gpu.tiers import batch_tiers, tier_of
+from server.engine.gpu.state import make_pools, make_state
+from server.engine.gpu.step import NUM_RESULTS, TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
+from server.engine.gpu.tiers import tier_of
 from server.engine.prompt_logprobs import positions, to_score
 from server.engine.runner import RunnerShape
 from server.engine.sequence import Sequence
 from server.kernels.paged import PagedRows
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
-from server.sampling.state import SamplingState
 from server.spec.device import DeviceStep
-from server.spec.types import Drafts, SlotState
 
-MAX_BIASES = 304
-MAX_ENDS = 16
+log = logging.getLogger("outpace.engine")
+
 _TIMERS = 4
 
 
@@ -63,19 +59,15 @@ class GpuRunner:
 
     def __init__(self, model: TargetModel, parts: GpuParts, shape: RunnerShape, k_tiers: tuple[int, ...]) -> None:
         self.model, self.drafter, self.shape = model, parts.drafter, shape
-        self.device = model.device
-        self.tiers, self.k_tiers = batch_tiers(shape.max_num_seqs), (0, *k_tiers)
-        self.deterministic = parts.deterministic
+        self.device, self.deterministic = model.device, parts.deterministic
         self.pools = make_pools(model, shape, parts.kv_dtype)
-        self._forward = parts.forward
         self.state = make_state(self.pools, shape, model.vocab_size, self.device)
         self.sampling = self.state.sampling
         self.program = StepProgram(
-            parts.forward, parts.drafter, parts.ops, self.state, self.tiers[-1], shape.max_draft_tokens
+            parts.forward, parts.drafter, parts.ops, self.state, shape.max_num_seqs, shape.max_draft_tokens
         )
-        self.graphs = Graphs(self.device, parts.graphs)
+        self.executor = Executor(self.program, shape.max_num_seqs, k_tiers, parts.graphs)
         self._tables = self.sampling.tables()
-        self._staged: dict[tuple[int, int], Staged] = {}
         self._kinds = [SamplingClass.GREEDY] * shape.max_num_seqs
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
@@ -96,6 +88,7 @@ class GpuRunner:
         early = seq.num_emitted < request.min_tokens and bool(seq.ends)
         self._kinds[slot] = class_of(request.sampling, early)
         self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
+        self._check_tables()
         if self.drafter is not None:
             prediction = request.prediction_ids[: self.shape.max_model_len]
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
@@ -119,9 +112,7 @@ class GpuRunner:
     @property
     def num_graph_misses(self) -> int:
         """See StepRunner."""
-        return self.graphs.stats.num_misses
-
-    # -- start-up ------------------------------------------------------------------------------------------
+        return self.executor.graphs.stats.num_misses
 
     @property
     def forced_accepted(self) -> int | None:
@@ -131,86 +122,8 @@ class GpuRunner:
     @forced_accepted.setter
     def forced_accepted(self, value: int | None) -> None:
         self.program.forced = value
-        if self.graphs.stats.num_graphs:
-            self.capture()
-
-    def capture(self, kinds: tuple[SamplingClass, ...] = tuple(SamplingClass)) -> None:
-        """Captures every graph that a step can need, largest first; nothing runs on a real slot."""
-        self.graphs.clear()
-        self._staged.clear()
-        for num_rows in reversed(self.tiers):
-            for k in reversed(self.k_tiers):
-                self._capture_pair(num_rows, k, kinds)
-
-    def warm_up_jobs(self) -> list[Callable[[], object]]:
-        """Launches of every kernel of a step but the drafter's own, on nothing: to be compiled side by side."""
-        return [partial(self._warm_up, num_rows, k) for num_rows in self.tiers for k in self.k_tiers]
-
-    def _warm_up(self, num_rows: int, k: int) -> None:
-        self._idle_inputs(num_rows, k)
-        zeros = torch.zeros(num_rows * (1 + k), dtype=torch.int64, device=self.device)
-        slots = torch.full((num_rows,), self.shape.max_num_seqs, dtype=torch.int64, device=self.device)
-        rows = PagedRows(
-            slots=slots,
-            starts=torch.zeros_like(slots),
-            block_tables=self.state.block_tables,
-            block_size=self.shape.block_size,
-            max_context=self.state.max_context,
-            width=1 + k,
-        )
-        logits, _ = self._forward(zeros, self.pools, rows, zeros, zeros, None, self.program.feature_layers)
-        drafts = Drafts(torch.zeros(num_rows, k, dtype=torch.int64, device=self.device), torch.zeros_like(slots))
-        staged = Staged(drafts, logits, None)
-        for kind in (SamplingClass.GREEDY, SamplingClass.SAMPLED, SamplingClass.FILTERED):
-            self.program.verify(num_rows, k, kind, staged)
-
-    def _capture_pair(self, num_rows: int, k: int, kinds: tuple[SamplingClass, ...]) -> None:
-        self._idle_inputs(num_rows, k)
-        self.graphs.capture(("forward", num_rows, k), partial(self._run_forward, num_rows, k))
-        if (num_rows, k) not in self._staged:
-            self._run_forward(num_rows, k)
-        for kind in kinds:
-            decide = partial(self._run_verify, num_rows, k, kind)
-            self.graphs.capture(("verify", num_rows, k, kind.name), decide)
-        if k > 0 and self.graphs.enabled:
-            del self._staged[num_rows, k]  # its memory serves the next pair; k = 0 also decides what prompts emit
-
-    def _idle_inputs(self, num_rows: int, k: int) -> None:
-        fields = self.program.fields(num_rows, k)
-        buffer = self.program.inputs.begin()
-        buffer[: fields.size] = 0
-        buffer[fields.slots] = self.shape.max_num_seqs
-        buffer[fields.updates][::3] = self.shape.max_num_seqs
-        self.program.inputs.send(fields.size)
-
-    def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3) -> float:
-        """Milliseconds of a greedy step of `num_rows` rows with `k` drafts that see `context` tokens, drafting
-        included.
-
-        For start-up, before any request: it uses the first slots and whatever blocks, and leaves the slots unused.
-        """
-        slots, tables, size = self.state.slots, self.state.block_tables, self.shape.block_size
-        per_row = -(-(context + (repeats + 1) * (1 + k)) // size)
-        blocks = torch.arange(num_rows * per_row, device=self.device) % (self.shape.num_blocks - 1) + 1
-        width = min(per_row, tables.shape[1])
-        tables[:num_rows, :width] = blocks.view(num_rows, per_row)[:, :width].to(tables.dtype)
-        slots.num_tokens[:num_rows] = context
-        rows, timer = tier_of(self.tiers, num_rows), StepTimer(self.device)
-        taken = []
-        for attempt in range(1 + repeats):
-            self._send(rows, k, list(range(num_rows)), [k] * num_rows, [])
-            timer.start()
-            started = time.perf_counter()
-            self.graphs.run(("forward", rows, k), partial(self._run_forward, rows, k))
-            greedy = SamplingClass.GREEDY
-            self.graphs.run(("verify", rows, k, greedy.name), partial(self._run_verify, rows, k, greedy))
-            timer.end()
-            elapsed = timer.wait() or (time.perf_counter() - started) * 1e3
-            if attempt:
-                taken.append(elapsed)
-        slots.num_tokens[:num_rows] = 1
-        tables[:num_rows] = 0
-        return statistics.median(taken)
+        if self.executor.graphs.stats.num_graphs:
+            self.executor.capture()
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -236,11 +149,11 @@ class GpuRunner:
     def _verify(self, plan: StepPlan, sequences: list[Sequence], timer: StepTimer) -> Launched:
         limits = [row.max_drafts for row in plan.rows]
         k = plan.num_draft_tokens if self.drafter is not None and any(limits) else 0
-        num_rows = tier_of(self.tiers, len(sequences))
+        num_rows = tier_of(self.executor.tiers, len(sequences))
         self._begin_drafting(k, sequences)
         slots = [seq.slot for seq in sequences]
-        self._send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
-        self.graphs.run(("forward", num_rows, k), partial(self._run_forward, num_rows, k))
+        self.executor.send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
+        self.executor.forward(num_rows, k)
         return self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
 
     def _begin_drafting(self, k: int, sequences: list[Sequence]) -> None:
@@ -251,23 +164,6 @@ class GpuRunner:
         elif k > 0 and not self._drafting:
             self.drafter.resume([seq.slot for seq in sequences], [seq.token_ids for seq in sequences])
         self._drafting = k > 0
-
-    def _send(self, num_rows: int, k: int, slots: list[int], limits: list[int], updates: list[int]) -> None:
-        fields = self.program.fields(num_rows, k)
-        buffer = self.program.inputs.begin()
-        nobody, padding = self.shape.max_num_seqs, num_rows - len(slots)
-        buffer[fields.slots] = slots + [nobody] * padding
-        buffer[fields.limits] = limits + [0] * padding
-        room = buffer[fields.updates]
-        room[: len(updates)] = updates
-        room[len(updates) :] = 0
-        room[len(updates) :: 3] = nobody
-        if fields.upload_width:
-            assert self.drafter is not None
-            sent = buffer[fields.uploads].reshape(num_rows, fields.upload_width)
-            sent[: len(slots)] = self.drafter.upload(slots, limits, k)
-            sent[len(slots) :] = 0
-        self.program.inputs.send(fields.size)
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
@@ -283,20 +179,13 @@ class GpuRunner:
             return []
         return updates
 
-    def _run_forward(self, num_rows: int, k: int) -> None:
-        self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)
-
-    def _run_verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
-        self.program.decide(num_rows, k, kind, self._staged[num_rows, k])
-
     def _decide(
         self, num_rows: int, k: int, sequences: list[Sequence], emitting: list[int], timer: StepTimer, num_run: int
     ) -> Launched:
         """Half B for the rows `emitting` of the step, and its results on their way."""
         program = self.program
         kind = max(self._kinds[sequences[row].slot] for row in emitting)
-        self._check_tables()
-        self.graphs.run(("verify", num_rows, k, kind.name), partial(self._run_verify, num_rows, k, kind))
+        self.executor.verify(num_rows, k, kind)
         report = program.results.fetch(num_rows * (1 + k + NUM_RESULTS))
         logprobs = None
         if any(sequences[row].request.sampling.logprobs is not None for row in emitting):
@@ -313,7 +202,9 @@ class GpuRunner:
         tables = self.sampling.tables()
         if any(a is not b for a, b in zip(tables, self._tables, strict=True)):
             self._tables = tables
-            self.capture()
+            if self.executor.graphs.stats.num_graphs:
+                log.warning("a request has more biases or stop tokens than any before: capturing CUDA graphs anew")
+                self.executor.capture()
 
     # -- prompt chunks -------------------------------------------------------------------------------------
 
@@ -326,7 +217,7 @@ class GpuRunner:
         at = chunks.ends[sampling]
         if scored:
             at = np.concatenate([at, positions(scored, plan.rows, torch.from_numpy(chunks.ends)).numpy()])
-        logits, features = self._forward(
+        logits, features = self.program.forward(
             chunks.token_ids,
             self.pools,
             chunks.rows,
@@ -355,16 +246,10 @@ class GpuRunner:
         timer: StepTimer,
     ) -> Launched:
         """The first tokens of prompts that end: half B of a step without drafts, on these logits."""
-        num_rows, count = tier_of(self.tiers, len(sampling)), len(sampling)
-        self._send(num_rows, 0, [sequences[row].slot for row in sampling], [0] * count, [])
-        staged = self._staged.get((num_rows, 0))
-        if staged is None:  # without graphs: room for what half A would have left
-            wide = None if features is None else features.new_zeros(num_rows, features.shape[1])
-            drafts = Drafts.none(num_rows, self.device)
-            staged = self._staged[num_rows, 0] = Staged(drafts, logits.new_zeros(num_rows, logits.shape[1]), wide)
-        staged.logits[:count].copy_(logits[:count])
-        if features is not None and staged.features is not None:
-            staged.features[:count].copy_(features[to_device(chunks.ends[sampling], self.device)])
+        num_rows, count = tier_of(self.executor.tiers, len(sampling)), len(sampling)
+        self.executor.send(num_rows, 0, [sequences[row].slot for row in sampling], [0] * count, [])
+        last = None if features is None else features[to_device(chunks.ends[sampling], self.device)]
+        self.executor.stage_prompts(num_rows, logits[:count], last)
         return self._decide(num_rows, 0, sequences, sampling, timer, len(chunks.token_ids))
 
     def _prefill_step(self, rows: PagedRows) -> DeviceStep:
@@ -382,37 +267,3 @@ class GpuRunner:
             max_context=self.state.max_context,
             block_size=self.state.block_size,
         )
-
-
-def make_pools(model: TargetModel, shape: RunnerShape, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The KV pool, a tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], zeroed.
-
-    Layers of one shape are views of one tensor, one layer after another. `dtype` None means the network's.
-    """
-    places = shape.num_blocks * shape.block_size
-    kind, device = dtype or model.dtype, model.device
-    first = model.kv_layers[0]
-    if all(kv == first for kv in model.kv_layers):
-        whole = torch.zeros(
-            len(model.kv_layers), places, 2 * first.num_kv_heads, first.head_dim, dtype=kind, device=device
-        )
-        return list(whole.unbind(0))
-    return [torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=kind, device=device) for kv in model.kv_layers]
-
-
-def make_state(pools: list[Tensor], shape: RunnerShape, vocab_size: int, device: torch.device) -> DeviceState:
-    """Per-slot tensors, with one slot more than there are sequences: padding rows name it.
-
-    A sequence that has ended on the host may run one step more, so there is room for two steps' tokens.
-    """
-    slots, length = shape.max_num_seqs + 1, shape.max_model_len + 2 * (shape.max_draft_tokens + 1) + 2
-    state = SlotState(
-        history=torch.zeros(slots, length, dtype=torch.int64, device=device),
-        num_tokens=torch.ones(slots, dtype=torch.int64, device=device),
-        prompt_len=torch.ones(slots, dtype=torch.int64, device=device),
-    )
-    table_len = -(-length // shape.block_size) + 1
-    tables = torch.zeros(slots, table_len, dtype=torch.int32, device=device)
-    sampling = SamplingState(slots, vocab_size, device)
-    sampling.reserve(MAX_BIASES, MAX_ENDS)
-    return DeviceState(state, tables, sampling, pools, shape.block_size, length)

@@ -18,11 +18,12 @@ from draft_models.protocol import DeviceDrafter
 from server.engine.gpu.kinds import SamplingClass
 from server.engine.gpu.ops import Decision, StepOps
 from server.engine.gpu.staging import Download, Upload
+from server.engine.gpu.state import DeviceState
 from server.kernels.paged import PagedRows
 from server.models.paged_forward import PagedForward
-from server.sampling.state import SamplingBatch, SamplingState
+from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
-from server.spec.types import Drafts, SlotState, Verdict
+from server.spec.types import Drafts, Verdict
 
 UPDATES_PER_ROW = 2
 """Blocks a row may get in a verify step before its table is sent apart."""
@@ -39,18 +40,6 @@ class Staged:
     drafts: Drafts
     logits: Tensor
     features: Tensor | None
-
-
-@dataclass(slots=True)
-class DeviceState:
-    """Everything that outlives a step; S slots, the last of which is nobody's."""
-
-    slots: SlotState
-    block_tables: Tensor
-    sampling: SamplingState
-    pools: list[Tensor]
-    block_size: int
-    max_context: int
 
 
 @dataclass(frozen=True, slots=True)

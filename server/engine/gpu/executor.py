@@ -1,0 +1,148 @@
+"""Runs the two halves of a step, from captured graphs where there are any, and makes them ready at start-up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from server.engine.gpu.graphs import Graphs
+from server.engine.gpu.kinds import SamplingClass
+from server.engine.gpu.launched import StepTimer
+from server.engine.gpu.step import Staged, StepProgram
+from server.engine.gpu.tiers import batch_tiers, tier_of
+from server.kernels.paged import PagedRows
+from server.spec.types import Drafts
+
+GREEDY = SamplingClass.GREEDY
+
+
+class Executor:
+    """One `StepProgram` for every (batch tier, k) of `tiers` and `k_tiers`."""
+
+    def __init__(self, program: StepProgram, max_num_seqs: int, k_tiers: tuple[int, ...], use_graphs: bool) -> None:
+        self.program = program
+        self.tiers, self.k_tiers = batch_tiers(max_num_seqs), (0, *k_tiers)
+        self.device = program.state.block_tables.device
+        self.graphs = Graphs(self.device, use_graphs)
+        self._nobody = max_num_seqs
+        self._staged: dict[tuple[int, int], Staged] = {}
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def send(self, num_rows: int, k: int, slots: list[int], limits: list[int], updates: list[int]) -> None:
+        """The inputs of a step of `num_rows` rows, those behind `slots` being padding."""
+        fields = self.program.fields(num_rows, k)
+        buffer = self.program.inputs.begin()
+        padding = num_rows - len(slots)
+        buffer[fields.slots] = slots + [self._nobody] * padding
+        buffer[fields.limits] = limits + [0] * padding
+        room = buffer[fields.updates]
+        room[: len(updates)] = updates
+        room[len(updates) :] = 0
+        room[len(updates) :: 3] = self._nobody
+        if fields.upload_width:
+            assert self.program.drafter is not None
+            sent = buffer[fields.uploads].reshape(num_rows, fields.upload_width)
+            if slots:
+                sent[: len(slots)] = self.program.drafter.upload(slots, limits, k)
+            sent[len(slots) :] = 0
+        self.program.inputs.send(fields.size)
+
+    def forward(self, num_rows: int, k: int) -> None:
+        """Half A, on the inputs that were sent last."""
+        self.graphs.run(("forward", num_rows, k), partial(self._forward, num_rows, k))
+
+    def verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
+        """Half B, on what half A of the same (rows, k) or `stage_prompts` has left."""
+        self.graphs.run(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
+
+    def stage_prompts(self, num_rows: int, logits: Tensor, features: Tensor | None) -> None:
+        """Puts logits [R, V] and features [R, F] of prompts' last tokens where half A without drafts leaves its own."""
+        count = logits.shape[0]
+        staged = self._staged.get((num_rows, 0))
+        if staged is None:  # without graphs there may have been no such step yet
+            wide = None if features is None else features.new_zeros(num_rows, features.shape[1])
+            room = logits.new_zeros(num_rows, logits.shape[1])
+            staged = self._staged[num_rows, 0] = Staged(Drafts.none(num_rows, self.device), room, wide)
+        staged.logits[:count].copy_(logits)
+        if features is not None and staged.features is not None:
+            staged.features[:count].copy_(features)
+
+    def _forward(self, num_rows: int, k: int) -> None:
+        self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)
+
+    def _verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
+        self.program.decide(num_rows, k, kind, self._staged[num_rows, k])
+
+    # -- start-up ------------------------------------------------------------------------------------------
+
+    def capture(self, kinds: tuple[SamplingClass, ...] = tuple(SamplingClass)) -> None:
+        """Captures every graph that a step can need, largest first; nothing runs on a real slot."""
+        self.graphs.clear()
+        self._staged.clear()
+        for num_rows in reversed(self.tiers):
+            for k in reversed(self.k_tiers):
+                self._capture_pair(num_rows, k, kinds)
+
+    def _capture_pair(self, num_rows: int, k: int, kinds: tuple[SamplingClass, ...]) -> None:
+        self.send(num_rows, k, [], [], [])
+        self.graphs.capture(("forward", num_rows, k), partial(self._forward, num_rows, k))
+        for kind in kinds:
+            self.graphs.capture(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
+        if k > 0:
+            self._staged.pop((num_rows, k), None)  # its memory serves the next pair; k = 0 also serves prompts
+
+    def warm_up_jobs(self) -> list[Callable[[], object]]:
+        """Launches of every kernel of a step but the drafter's own, on nothing: to be compiled side by side."""
+        return [partial(self._warm_up, num_rows, k) for num_rows in self.tiers for k in self.k_tiers]
+
+    def _warm_up(self, num_rows: int, k: int) -> None:
+        self.send(num_rows, k, [], [], [])
+        program, state = self.program, self.program.state
+        zeros = torch.zeros(num_rows * (1 + k), dtype=torch.int64, device=self.device)
+        slots = torch.full((num_rows,), self._nobody, dtype=torch.int64, device=self.device)
+        rows = PagedRows(
+            slots, torch.zeros_like(slots), state.block_tables, state.block_size, state.max_context, width=1 + k
+        )
+        logits, _ = program.forward(zeros, state.pools, rows, zeros, zeros, None, program.feature_layers)
+        drafts = Drafts(zeros.view(num_rows, -1)[:, :k].contiguous(), torch.zeros_like(slots))
+        for kind in (GREEDY, SamplingClass.SAMPLED, SamplingClass.FILTERED):
+            program.verify(num_rows, k, kind, Staged(drafts, logits, None))
+
+    def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3) -> float:
+        """Milliseconds of a greedy step of `num_rows` rows with `k` drafts and `context` tokens before, drafts
+        included.
+
+        For start-up, before any request: it uses the first slots and whatever blocks, and leaves the slots unused.
+        """
+        state, timer = self.program.state, StepTimer(self.device)
+        slots, tables, size = state.slots, state.block_tables, state.block_size
+        per_row = -(-(context + (repeats + 1) * (1 + k)) // size)
+        num_blocks = state.pools[0].shape[0] // size
+        blocks = torch.arange(num_rows * per_row, device=self.device) % (num_blocks - 1) + 1
+        width = min(per_row, tables.shape[1])
+        tables[:num_rows, :width] = blocks.view(num_rows, per_row)[:, :width].to(tables.dtype)
+        slots.num_tokens[:num_rows] = context
+        rows = tier_of(self.tiers, num_rows)
+        taken = []
+        for attempt in range(1 + repeats):
+            uploads = self.program.upload_width(k) > 0  # what a host-side drafter sends costs the host, not the step
+            self.send(rows, k, [] if uploads else list(range(num_rows)), [] if uploads else [k] * num_rows, [])
+            if uploads:
+                self.program.inputs.device[:num_rows] = torch.arange(num_rows, device=self.device)
+            timer.start()
+            started = time.perf_counter()
+            self.forward(rows, k)
+            self.verify(rows, k, GREEDY)
+            timer.end()
+            elapsed = timer.wait() or (time.perf_counter() - started) * 1e3
+            if attempt:
+                taken.append(elapsed)
+        slots.num_tokens[:num_rows] = 1
+        tables[:num_rows] = 0
+        return statistics.median(taken)

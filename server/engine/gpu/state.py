@@ -1,0 +1,62 @@
+"""Everything on the device that outlives a step: per-slot tensors, block tables, the KV pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.runner import RunnerShape
+from server.models.base import TargetModel
+from server.sampling.state import SamplingState
+from server.spec.types import SlotState
+
+MAX_BIASES = 304
+MAX_ENDS = 16
+
+
+@dataclass(slots=True)
+class DeviceState:
+    """S slots, the last of which is nobody's: padding rows name it. `max_context` bounds a slot's known tokens."""
+
+    slots: SlotState
+    block_tables: Tensor
+    sampling: SamplingState
+    pools: list[Tensor]
+    block_size: int
+    max_context: int
+
+
+def make_pools(model: TargetModel, shape: RunnerShape, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The KV pool, a tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], zeroed.
+
+    Layers of one shape are views of one tensor, one layer after another. `dtype` None means the network's.
+    """
+    places = shape.num_blocks * shape.block_size
+    kind, device = dtype or model.dtype, model.device
+    first = model.kv_layers[0]
+    if all(kv == first for kv in model.kv_layers):
+        whole = torch.zeros(
+            len(model.kv_layers), places, 2 * first.num_kv_heads, first.head_dim, dtype=kind, device=device
+        )
+        return list(whole.unbind(0))
+    return [torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=kind, device=device) for kv in model.kv_layers]
+
+
+def make_state(pools: list[Tensor], shape: RunnerShape, vocab_size: int, device: torch.device) -> DeviceState:
+    """Per-slot tensors, with one slot more than there are sequences: padding rows name it.
+
+    A sequence that has ended on the host may run one step more, so there is room for two steps' tokens.
+    """
+    slots, length = shape.max_num_seqs + 1, shape.max_model_len + 2 * (shape.max_draft_tokens + 1) + 2
+    state = SlotState(
+        history=torch.zeros(slots, length, dtype=torch.int64, device=device),
+        num_tokens=torch.ones(slots, dtype=torch.int64, device=device),
+        prompt_len=torch.ones(slots, dtype=torch.int64, device=device),
+    )
+    table_len = -(-length // shape.block_size) + 1
+    tables = torch.zeros(slots, table_len, dtype=torch.int32, device=device)
+    sampling = SamplingState(slots, vocab_size, device)
+    sampling.reserve(MAX_BIASES, MAX_ENDS)
+    return DeviceState(state, tables, sampling, pools, shape.block_size, length)
