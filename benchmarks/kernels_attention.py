@@ -1,11 +1,13 @@
-"""Attention kernels on one GPU: correct, how near to the bandwidth bound, and which knobs are best.
+"""Attention kernels on one GPU: correct, how near to the bandwidth bound, and whether the defaults are the best.
 
     python benchmarks/kernels_attention.py [--quick] [--threads 12] [--no-prefill]
 
 Decode and verify (W query tokens a row) at contexts of 256 to 32k, batch 1 to 64, for the heads of Llama-3.1-8B and
 SmolLM2-135M: microseconds a launch inside a CUDA graph of many launches, each with blocks of its own, so that the
 second-level cache holds what it would hold in a step: nothing. Share: least bytes / time / 3.02 TB/s. `default` is what
-`decode_tile` and `plan_splits` choose, `best` the fastest of the sweep, `exact` deterministic mode. Then prefill of
+`decode_tile` and `plan_splits` choose, `best` the fastest of a few alternatives, `exact` deterministic mode. `planned`:
+the default again, with splits planned for 131,072 tokens. Then a chain of 30 pairs as in a step: a stand-in for the qkv
+projection, which lets attention start early, and attention; its time less that of the stand-ins alone. Last, prefill of
 16 x 2048 tokens: TFLOP/s of causal attention (half the square) for the paged kernel and for `fresh_attention`.
 """
 
@@ -24,6 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from server.kernels.attention import Splits, Tile, Workspace, attention_reference, decode_attention, plan_splits
@@ -35,9 +39,11 @@ from server.kernels.runtime import num_sms
 PEAK = 3.02e12
 BLOCK = 16
 ROTATED_BYTES = 256 << 20
-MAX_LAUNCHES = 256
+MAX_LAUNCHES = 128
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
+PLANNED = 131072
+CHAIN = 30
 
 
 @dataclass(frozen=True)
@@ -56,48 +62,43 @@ SHAPES = (Heads("8b", 32, 8, 128), Heads("135m", 9, 3, 64))
 
 @dataclass(frozen=True)
 class Way:
-    """One way to launch: a tile and how the context is split."""
+    """One way to launch: a tile, how the context is split, and whether older tokens are read early."""
 
     tile: Tile
     splits: Splits
+    settled: bool = True
 
     def __str__(self) -> str:
         t, s = self.tile, self.splits
-        how = "" if s.fused else " 2nd"
+        how = ("" if s.fused else " 2nd") + ("" if self.settled else " late")
         return f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages} x{s.num_splits} min{s.min_tiles}{how}"
 
 
-def tiles(shape: Heads, width: int) -> list[Tile]:
-    """The default first."""
-    first = decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=False)
-    knobs = [(64, 4, 3), (64, 4, 4), (32, 4, 4), (128, 8, 3)]
-    return [first, *(t for t in (Tile(first.block_m, *k) for k in knobs) if t != first)]
+def default_way(shape: Heads, width: int, batch: int, context: int) -> Way:
+    tile = decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=False)
+    sms = num_sms(DEVICE)
+    return Way(tile, plan_splits(batch, width, shape.heads, shape.kv_heads, context, sms, block_n=tile.block_n))
 
 
 def ways(shape: Heads, width: int, batch: int, context: int) -> Iterator[Way]:
-    """The default, other tiles with its splits, then other splits with its tile."""
-    options = tiles(shape, width)
-    plan = plan_splits(batch, width, shape.heads, shape.kv_heads, context, num_sms(DEVICE))
-    for tile in options:
-        yield Way(tile, plan)
-    most = -(-context // 64)
-    for factor in (0.5, 2):
-        number = int(plan.num_splits * factor)
-        if 1 <= number <= most and number != plan.num_splits:
-            yield Way(options[0], replace(plan, num_splits=number, partials=number, min_tiles=1))
+    """The default, then one thing changed at a time."""
+    first = default_way(shape, width, batch, context)
+    tile, plan = first.tile, first.splits
+    yield first
+    yield replace(first, settled=False)
+    other = Tile(tile.block_m, 64, 4, 4) if tile.block_n == 128 else Tile(tile.block_m, 32, 4, 4)
+    times = tile.block_n // other.block_n
+    yield Way(other, replace(plan, min_tiles=plan.min_tiles * times, whole_tiles=plan.whole_tiles * times))
+    most = -(-context // tile.block_n)
+    for number in {max(1, plan.num_splits // 2), min(most, plan.num_splits * 2, 64)} - {plan.num_splits}:
+        yield replace(first, splits=Splits(number, None, number, 1))
     if plan.num_splits > 1:
-        yield Way(options[0], replace(plan, fused=False))
-        yield Way(options[0], Splits(1))
-    for fewest in (1, 4):
-        if plan.num_splits > 1 and most > fewest:
-            number = min(most, 2 * num_sms(DEVICE) // max(1, batch * shape.kv_heads))
-            if number > 1:
-                yield Way(options[0], Splits(number, None, number, fewest))
+        yield replace(first, splits=replace(plan, fused=not plan.fused))
 
 
 def exact_way(shape: Heads, width: int, batch: int, context: int) -> Way:
-    plan = plan_splits(batch, width, shape.heads, shape.kv_heads, context, num_sms(DEVICE), deterministic=True)
-    return Way(decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=True), plan)
+    tile = decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=True)
+    return Way(tile, plan_splits(batch, width, shape.heads, shape.kv_heads, context, num_sms(DEVICE), True))
 
 
 @dataclass
@@ -127,11 +128,12 @@ class Case:
         self.starts = torch.full((self.batch,), self.context - self.width, device=DEVICE)
         self.slots = torch.arange(self.launches * self.batch, device=DEVICE).view(self.launches, self.batch)
 
-    def launch(self, way: Way, number: int = 0) -> Tensor:
+    def launch(self, way: Way, number: int = 0, q: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """`q` and `out`: as part of a chain of overlapping kernels."""
         rows = PagedRows(self.slots[number], self.starts, self.tables, BLOCK, self.context, width=self.width)
         return decode_attention(
-            self.q, self.pool, rows, scale=self.shape.dim**-0.5, splits=way.splits, tile=way.tile,
-            workspace=self.workspace,
+            self.q if q is None else q, self.pool, rows, scale=self.shape.dim**-0.5, splits=way.splits, tile=way.tile,
+            workspace=self.workspace, settled=way.settled, pdl=q is not None, out=out,
         )  # fmt: skip
 
     def microseconds(self, way: Way) -> float:
@@ -179,6 +181,7 @@ def compile_all(cases: list[Case], threads: int) -> None:
         for way in (*options, exact_way(case.shape, case.width, case.batch, case.context)):
             split = "" if way.splits.num_splits == 1 else "split"
             key = f"{case.shape.name} {case.width} {way.tile} {split} {way.splits.fused} {way.splits.split_tokens}"
+            key += f" {way.settled}"
             jobs.setdefault(key, (case, way))
     begin = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
@@ -205,15 +208,62 @@ def sweep(case: Case) -> None:
     timed = {way: case.microseconds(way) for way in ways(case.shape, case.width, case.batch, case.context)}
     default, best = next(iter(timed)), min(timed, key=lambda w: timed[w])
     exact = case.microseconds(exact_way(case.shape, case.width, case.batch, case.context))
+    planned = case.microseconds(default_way(case.shape, case.width, case.batch, PLANNED))
 
     def share(us: float) -> str:
         return f"{us:8.2f} {100 * case.bytes / us / 1e-6 / PEAK:3.0f}%"
 
     print(
         f"{case.shape.name:4} W{case.width} {case.context:5} x{case.batch:<2} default {share(timed[default])}"
-        f" [{default}]  best {share(timed[best])} [{best}]  exact {share(exact)}",
+        f" [{default}]  best {share(timed[best])} [{best}]  exact {share(exact)}  planned {planned:8.2f}",
         flush=True,
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def producer_kernel(
+    x: tl.tensor, weights: tl.tensor, q: tl.tensor, BLOCK: tl.constexpr, LOADS: tl.constexpr, OUT: tl.constexpr
+) -> None:
+    """A projection's behaviour: its share of the weights at once, then what the kernel before left, then a few q."""
+    tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(LOADS):
+        at = (tl.program_id(0) * LOADS + i) * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(weights + at).to(tl.float32)
+    tl.extra.cuda.gdc_wait()
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    y = tl.load(x + n).to(tl.float32) + tl.sum(total, 0) * 1e-6
+    tl.store(q + n, y.to(q.dtype.element_ty))
+
+
+def chain(shape: Heads, batch: int, context: int, pool: Tensor, workspace: Workspace) -> None:
+    """Attention's time in a step: what 30 of them add to 30 projections."""
+    case = Case(shape, 1, batch, context, pool, workspace)
+    hidden = shape.heads * shape.dim
+    block, loads, share = (1024, 15, 16) if hidden < 1024 else (2048, 48, 16)
+    programs = hidden // share
+    weights = torch.randn(programs * block * loads, device=DEVICE).to(DTYPE)
+    q = torch.randn(batch, shape.heads, shape.dim, device=DEVICE).to(DTYPE)
+    out = torch.zeros(batch, hidden, device=DEVICE, dtype=DTYPE)
+
+    def produce() -> None:
+        producer_kernel[(programs,)](out, weights, q, block, loads, share, num_warps=8, launch_pdl=True)
+
+    def pair(way: Way, number: int) -> None:
+        produce()
+        case.launch(way, number % case.launches, q, out)
+
+    produce()
+    alone = graph_microseconds(lambda _: produce(), CHAIN, 10)
+    first = default_way(shape, 1, batch, context)
+    line = []
+    for name, way in (("default", first), ("late", replace(first, settled=False))):
+        for planned in (context, PLANNED):
+            used = replace(way, splits=default_way(shape, 1, batch, planned).splits)
+            pair(used, 0)
+            whole = graph_microseconds(partial(pair, used), CHAIN, 10)
+            line.append(f"{name} planned {planned} {whole - alone:6.2f}")
+    print(f"chain {shape.name:4} {context} x{batch}  {'  '.join(line)}  (stand-in {alone:.2f})", flush=True)
 
 
 def prompt_rows(batch: int, length: int) -> PagedRows:
@@ -239,7 +289,7 @@ def prefill(shape: Heads, pool: Tensor, batch: int = 16, length: int = 2048) -> 
         return prefill_attention(q, pool, rows, scale=scale, tile=tile, deterministic=deterministic)
 
     first = prefill_tile(shape.dim, DTYPE)
-    knobs = [(128, 64, 8, 2), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)]
+    knobs = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
     options = [first, *(t for t in (Tile(*k) for k in knobs) if t != first)]
     named: dict[str, Callable[[], Tensor]] = {str(t): partial(paged, t) for t in options}
     named["deterministic"] = lambda: paged(deterministic=True)
@@ -299,6 +349,8 @@ def main() -> None:
             check(case)
         for width, context, batch in every:
             sweep(Case(shape, width, batch, context, pool, workspace))
+        for batch in (1, 8):
+            chain(shape, batch, 256, pool, workspace)
         bits(shape, pool)
         if not given.no_prefill:
             prefill(shape, pool)

@@ -1,11 +1,11 @@
 """The skinny linear kernels on one GPU: right, how near to the memory's speed, and what a whole small model takes.
 
-    python benchmarks/kernels_linear.py [--models 135m,8b] [--tokens 1,5,8,16,40,64] [--no-chain]
+    python benchmarks/kernels_linear.py [--models 8b] [--tokens 1,8] [--chain 1,8,16]
 
-Shapes of SmolLM2-135M and Llama-3.1-8B, bf16, in one CUDA graph of many launches over copies of the weights (more than
-400 MB, so that the L2 cache holds what it holds in a step: nothing). Microseconds a launch and the share of the bytes
-of the weights at 3.02 TB/s: the fastest tile with programmatic dependent launch, the same without, every other tile,
-and cuBLAS's product alone, without what our kernels fuse. Before that, all of the 135M (kernels_chain.py).
+First all of SmolLM2-135M (kernels_chain.py). Then shapes of Llama-3.1-8B (or others), bf16, in one CUDA graph of many
+launches over copies of the weights (more than 400 MB, so that the L2 cache holds what it holds in a step: nothing).
+Microseconds a launch and the share of the bytes of the weights at 3.02 TB/s: the fastest tile with programmatic
+dependent launch, every other tile, and cuBLAS's product alone, without what our kernels fuse.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from torch import Tensor
 from benchmarks.common import Row, write_result
 from benchmarks.kernels_chain import DTYPE, MAX_POSITIONS, chain, graph_us
 from server.kernels.skinny import (
-    linear_residual_,
     linear_residual_reference,
+    linear_residual_scaled_,
     norm_linear,
     norm_linear_reference,
 )
 from server.kernels.skinny_mlp import norm_gate_up, norm_gate_up_reference
 from server.kernels.skinny_qkv import Heads, norm_qkv_rope, norm_qkv_rope_reference
-from server.kernels.skinny_tiles import Kind, TileConfig, configs_for
+from server.kernels.skinny_scaled import empty_scaled, scaled_reference
+from server.kernels.skinny_tiles import Kind, TileConfig, block_m, configs_for
 from server.models.config import parse_config
 from server.models.shapes import SHAPES
 
@@ -88,7 +89,10 @@ class Case:
         self.weights = [buffer[i * count : (i + 1) * count].view(shape.rows, shape.k) for i in range(copies)]
         self.x = torch.randn(num_tokens, shape.k, device=device).to(DTYPE)
         self.norm = (1 + 0.1 * torch.randn(shape.k, device=device)).to(DTYPE)
+        self.scaled = scaled_reference(self.x, self.norm)
+        self.next_norm = (1 + 0.1 * torch.randn(shape.n, device=device)).to(DTYPE)
         self.out = torch.zeros(num_tokens, shape.n, dtype=DTYPE, device=device)
+        self.next_scaled = empty_scaled(self.out)
         self.pool = torch.zeros(num_tokens, 2 * shape.heads.num_kv_heads, shape.heads.head_dim, device=device).to(DTYPE)
         self.q = torch.zeros(num_tokens, shape.heads.num_heads * shape.heads.head_dim, dtype=DTYPE, device=device)
         self.places = torch.arange(num_tokens, device=device)
@@ -97,23 +101,25 @@ class Case:
         )
         self.rotations = torch.stack((angles.cos(), angles.sin()), dim=-1)
 
-    def launch(self, weight: Tensor, config: TileConfig, pdl: bool) -> None:
+    def launch(self, weight: Tensor, config: TileConfig) -> None:
         kind, heads = self.shape.kind, self.shape.heads
         if kind is Kind.QKV:
             norm_qkv_rope(
-                self.x, self.norm, EPS, weight, None, self.pool, self.places, self.places, self.rotations, heads,
-                out=self.q, config=config, pdl=pdl, settled=pdl,
+                self.scaled, EPS, weight, None, self.pool, self.places, self.places, self.rotations, heads,
+                out=self.q, config=config, pdl=True, settled=True,
             )  # fmt: skip
         elif kind is Kind.RESIDUAL:
-            linear_residual_(self.out, self.x, weight, config=config, pdl=pdl)
+            linear_residual_scaled_(
+                self.out, self.x, weight, None, self.next_norm, self.next_scaled, config=config, pdl=True
+            )
         elif kind is Kind.GATE_UP:
-            norm_gate_up(self.x, self.norm, EPS, weight, out=self.out, config=config, pdl=pdl)
+            norm_gate_up(self.scaled, EPS, weight, out=self.out, config=config, pdl=True)
         else:
-            norm_linear(self.x, self.norm, EPS, weight, out=self.out, config=config, pdl=pdl, settled=pdl)
+            norm_linear(self.scaled, EPS, weight, out=self.out, config=config, pdl=True, settled=True)
 
-    def run(self, config: TileConfig, pdl: bool) -> None:
+    def run(self, config: TileConfig) -> None:
         for weight in self.weights:
-            self.launch(weight, config, pdl)
+            self.launch(weight, config)
 
     def cublas(self) -> None:
         for weight in self.weights:
@@ -135,24 +141,28 @@ class Case:
             expected = norm_gate_up_reference(self.x, self.norm, EPS, weight)
         else:
             expected = norm_linear_reference(self.x, self.norm, EPS, weight)
-        self.launch(weight, config, pdl=True)
+        self.launch(weight, config)
         found = torch.cat([self.q, self.pool.flatten(1)], dim=1) if kind is Kind.QKV else self.out
-        return float((found.float() - expected.float()).norm() / expected.float().norm())
+        error = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if kind is not Kind.RESIDUAL:
+            return error
+        ready = scaled_reference(self.out, self.next_norm)
+        sums = float((self.next_scaled.squares.sum(1) / ready.squares.sum(1) - 1).abs().max())
+        return max(error, sums, float((self.next_scaled.values - ready.values).float().abs().max()))
 
 
 def compile_all(cases: list[Case]) -> Iterator[str]:
     """Compiles every candidate, many at a time, and checks it; yields what is wrong."""
-    work = [(case, config, pdl) for case in cases for config in candidates(case) for pdl in (True, False)]
-    seen: dict[tuple[str, int, str, bool], tuple[Case, TileConfig, bool]] = {}
-    for case, config, pdl in work:
-        height = max(16, 1 << (case.num_tokens - 1).bit_length())
+    seen: dict[tuple[str, int, str], tuple[Case, TileConfig]] = {}
+    for case in cases:
         shape = case.shape
-        seen.setdefault((f"{shape.kind}{shape.n}x{shape.k}", height, config.name, pdl), (case, config, pdl))
+        for config in candidates(case):
+            seen.setdefault((f"{shape.kind}{shape.n}x{shape.k}", block_m(case.num_tokens), config.name), (case, config))
     with ThreadPoolExecutor(16) as pool:
-        for (case, config, pdl), failure in zip(seen.values(), pool.map(_try_launch, seen.values()), strict=True):
+        for (case, config), failure in zip(seen.values(), pool.map(_try_launch, seen.values()), strict=True):
             if failure:
                 _exclude(cases, case, config)
-                yield f"{case.shape.name} m{case.num_tokens} {config.name} pdl {pdl}: {failure}"
+                yield f"{case.shape.name} m{case.num_tokens} {config.name}: {failure}"
     for case in cases:
         for config in candidates(case):
             error = case.error(config)
@@ -166,10 +176,10 @@ def _exclude(cases: list[Case], failing: Case, config: TileConfig) -> None:
             case.failed.add(config)
 
 
-def _try_launch(work: tuple[Case, TileConfig, bool]) -> str:
-    case, config, pdl = work
+def _try_launch(work: tuple[Case, TileConfig]) -> str:
+    case, config = work
     try:
-        case.launch(case.weights[0], config, pdl)
+        case.launch(case.weights[0], config)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001  # a candidate that does not run is a result
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -184,22 +194,19 @@ def candidates(case: Case) -> list[TileConfig]:
 def measure(model: str, case: Case) -> list[Row]:
     """Prints a line and gives the rows of a case."""
     launches, least = len(case.weights), case.shape.bytes / PEAK * 1e6
-    times = {c: graph_us(partial(case.run, c, True), launches, 3) for c in candidates(case)}
+    times = {c: graph_us(partial(case.run, c), launches, 3) for c in candidates(case)}
     best = min(times, key=lambda c: statistics.median(times[c]))
-    without = graph_us(partial(case.run, best, False), launches, 3)
     case.cublas()
     cublas = graph_us(case.cublas, launches, 3)
-    found = statistics.median(times[best])
-    floor = statistics.median(cublas)
-    others = "  ".join(f"[{c.name}] {statistics.median(t):.1f}" for c, t in times.items())
+    found, floor = statistics.median(times[best]), statistics.median(cublas)
+    others = "  ".join(f"[{c.name.replace(' prefetch1024', '')}] {statistics.median(t):.1f}" for c, t in times.items())
     print(
         f"{model:5} {case.shape.name:8} {case.shape.k:6}->{case.shape.rows:6} M={case.num_tokens:3}: "
-        f"{found:7.2f} us {least / found:5.0%}  no PDL {statistics.median(without):7.2f}  "
-        f"cuBLAS {floor:7.2f} {least / floor:5.0%}   best [{best.name}] | {others}",
+        f"{found:7.2f} us {least / found:5.0%}  cuBLAS {floor:7.2f} {least / floor:5.0%} | {others}",
         flush=True,
     )
     prefix = f"h100/linear_us/{model}/{case.shape.name}/m{case.num_tokens}"
-    named = {"ours": times[best], "ours-no-pdl": without, "cublas": cublas}
+    named = {"ours": times[best], "cublas": cublas}
     return [
         Row(f"{prefix}/{name}", round(statistics.median(t), 3), "us", (round(min(t), 3), round(max(t), 3)), best.name)
         for name, t in named.items()
@@ -208,20 +215,21 @@ def measure(model: str, case: Case) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="135m,8b")
-    parser.add_argument("--tokens", default="1,5,8,16,40,64")
-    parser.add_argument("--no-chain", action="store_true")
+    parser.add_argument("--models", default="8b")
+    parser.add_argument("--tokens", default="1,8")
+    parser.add_argument("--chain", default="1,8,16", help="sizes of step of the 135M; empty: none")
     args = parser.parse_args()
-    tokens = [int(m) for m in args.tokens.split(",")]
+    tokens, steps = ([int(m) for m in listed.split(",") if m] for listed in (args.tokens, args.chain))
     begun = time.perf_counter()
     torch.manual_seed(0)
     buffer = torch.empty((1060 << 20) // DTYPE.itemsize, dtype=DTYPE, device="cuda").normal_(0.0, 0.02)
     named = [(m, Case(shape, n, buffer)) for m in args.models.split(",") for shape in shapes_of(m) for n in tokens]
-    wrong = list(compile_all([case for _, case in named]))
+    small = [Case(shape, n, buffer) for shape in shapes_of("135m") for n in steps]  # the chain finds them compiled
+    wrong = list(compile_all(small + [case for _, case in named]))
     print(
         f"{time.perf_counter() - begun:.0f} s to compile and check; {len(wrong)} wrong", *wrong, sep="\n  ", flush=True
     )
-    rows = [] if args.no_chain else chain([m for m in tokens if m in (1, 5, 16, 40, 64)])
+    rows = chain(steps) if steps else []
     print(f"{time.perf_counter() - begun:.0f} s", flush=True)
     for model, case in named:
         rows += measure(model, case)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,16 +21,18 @@ from torch import Tensor
 from benchmarks.common import Row, median_row, write_result
 from server.kernels.align import align_drafts
 from server.kernels.ngram import ngram_draft
-from server.kernels.ratio import ratio_verify
-from server.kernels.sample import draft_sample
-from server.kernels.threshold import filter_threshold, filter_threshold_reference
-from server.kernels.verify import greedy_verify, greedy_verify_reference, sampled_verify
+from server.kernels.ratio import ratio_verify_by_slot
+from server.kernels.sample import draft_sample_by_slot
+from server.kernels.slots import as_tables
+from server.kernels.threshold import filter_threshold_by_slot, filter_threshold_reference
+from server.kernels.verify import greedy_verify, greedy_verify_reference, sampled_verify_by_slot
 from server.sampling.rng import TARGET, gumbel, noise_keys
 
 DEVICE = torch.device("cuda")
-SHAPES = [(rows, width, vocab) for vocab in (49_152, 128_256) for rows in (1, 8, 64) for width in (1, 5)]
+SHAPES = [(1, 1, 49_152), (64, 5, 49_152), (1, 1, 128_256), (8, 5, 128_256), (64, 1, 128_256), (64, 5, 128_256)]
+TEMPERATURE = 0.8
 ITERATIONS = 20
-Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def microseconds(run: Callable[[], object]) -> list[float]:
@@ -63,12 +66,11 @@ def make_logits(num_positions: int, vocab_size: int, flat: bool) -> Tensor:
 
 
 def make_rows(num_rows: int, vocab_size: int, top_p: float, top_k: int) -> Rows:
-    """temperature, greedy, top_k, top_p, min_p, seeds, choices, num_tokens."""
+    """slots, floats, ints and num_tokens of rows that sample alike, by slot."""
     ids = torch.arange(num_rows, device=DEVICE)
-    ones = torch.ones(num_rows, device=DEVICE)
-    return (
-        ones * 0.8, ids < 0, ids * 0 + (top_k or vocab_size), ones * top_p, ones * 0.0, ids + 11, ids * 0, ids + 500
-    )  # fmt: skip
+    heat, neutral = torch.full((num_rows,), TEMPERATURE, device=DEVICE), torch.zeros(num_rows, device=DEVICE)
+    tables = as_tables(heat, ids < 0, ids + 11, ids * 0, ids * 0 + (top_k or vocab_size), neutral + top_p, neutral)
+    return *tables, ids + 500
 
 
 def check(num_rows: int, width: int, vocab_size: int, flat: bool) -> dict[str, float]:
@@ -81,17 +83,18 @@ def check(num_rows: int, width: int, vocab_size: int, flat: bool) -> dict[str, f
     shares = {"greedy": float(all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)))}
     for name, top_p, top_k in (("plain", 1.0, 0), ("top_p", 0.9, 0), ("top_k", 1.0, 50), ("both", 0.8, 3000)):
         rows = make_rows(num_rows, vocab_size, top_p, top_k)
-        heat = rows[0].repeat_interleave(width)
-        scaled = logits.float() / heat[:, None]
+        slots, floats, ints, known = rows
+        scaled = logits.float() / TEMPERATURE
         if name != "plain":
-            threshold = filter_threshold(logits, width, *rows[:5])
-            wanted = filter_threshold_reference(logits, width, *rows[:5])
+            by_row = (floats[:, 0], ints[:, 3] != 0, ints[:, 0], floats[:, 1], floats[:, 2])
+            threshold = filter_threshold_by_slot(logits, width, slots, floats, ints)
+            wanted = filter_threshold_reference(logits, width, *by_row)
             shares[f"threshold {name}"] = float((threshold == wanted).float().mean())
             scaled = scaled.masked_fill(scaled < wanted[:, None], -torch.inf)
-        places = (rows[7][:, None] + torch.arange(width, device=DEVICE)).flatten()
-        keys = noise_keys(rows[5].repeat_interleave(width), rows[6].repeat_interleave(width), places, TARGET)
+        places = (known[:, None] + torch.arange(width, device=DEVICE)).flatten()
+        keys = noise_keys(ints[:, 1].repeat_interleave(width), ints[:, 2].repeat_interleave(width), places, TARGET)
         best = (scaled + gumbel(keys, vocab_size)).argmax(1).view(num_rows, width)
-        tokens = sampled_verify(logits, drafts, valid, *rows, name != "plain")[0]
+        tokens = sampled_verify_by_slot(logits, drafts, valid, *rows, name != "plain")[0]
         shares[f"token {name}"] = float((tokens == best).float().mean())
     return shares
 
@@ -106,20 +109,29 @@ def time_shape(num_rows: int, width: int, vocab_size: int) -> list[Row]:
         kind = "flat" if flat else "text"
         plain = make_rows(num_rows, vocab_size, 1.0, 0)
         top_p, both = make_rows(num_rows, vocab_size, 0.95, 0), make_rows(num_rows, vocab_size, 0.95, 50)
-        probs = torch.full((num_rows, width - 1, vocab_size), 1.0 / vocab_size, device=DEVICE) if width > 1 else None
         runs: dict[str, Callable[[], object]] = {
-            "sampled": lambda x=logits, how=plain: sampled_verify(x, drafts, valid, *how, False),  # type: ignore[misc]
-            "top_p": lambda x=logits, how=top_p: sampled_verify(x, drafts, valid, *how, True),  # type: ignore[misc]
-            "top_k_top_p": lambda x=logits, how=both: sampled_verify(x, drafts, valid, *how, True),  # type: ignore[misc]
-            "ratio": lambda x=logits, how=plain, q=probs: ratio_verify(x, drafts, valid, q, *how, False),  # type: ignore[misc]
+            "sampled": partial(sampled_verify_by_slot, logits, drafts, valid, *plain, False, pdl=True),
+            "top_p": partial(sampled_verify_by_slot, logits, drafts, valid, *top_p, True, pdl=True),
+            "top_k_top_p": partial(sampled_verify_by_slot, logits, drafts, valid, *both, True, pdl=True),
+            "threshold": partial(filter_threshold_by_slot, logits, width, *top_p[:3], pdl=True),
         }
         if not flat:
-            runs["greedy"] = lambda x=logits: greedy_verify(x, drafts, valid)  # type: ignore[misc]
-            first = logits[::width].contiguous()
-            runs["draft"] = lambda x=first, how=plain: draft_sample(  # type: ignore[misc]
-                x, how[0], how[1], how[5], how[6], how[7], None, "coupled"
+            probs = (
+                torch.full((num_rows, width - 1, vocab_size), 1.0 / vocab_size, device=DEVICE) if width > 1 else None
             )
-        rows += [median_row(f"{case}/{kind}/{name}", microseconds(run), "us") for name, run in runs.items()]
+            history = torch.zeros(num_rows + 1, 600, dtype=torch.int64, device=DEVICE)
+            report = torch.zeros(num_rows * (width + 3), dtype=torch.int64, device=DEVICE)
+            known = torch.full((num_rows + 1,), 500, device=DEVICE)
+            commit = (plain[0], history, known, num_rows + 1, report)
+            first = logits[::width].contiguous()
+            runs["greedy"] = partial(greedy_verify, logits, drafts, valid, pdl=True)
+            runs["greedy_commit"] = partial(greedy_verify, logits, drafts, valid, commit=commit, pdl=True)
+            runs["ratio"] = partial(ratio_verify_by_slot, logits, drafts, valid, probs, *plain, False, pdl=True)
+            runs["draft"] = partial(draft_sample_by_slot, first, *plain, None, "coupled", pdl=True)
+        found = [median_row(f"{case}/{kind}/{name}", microseconds(run), "us") for name, run in runs.items()]
+        told = ", ".join(f"{name} {row.value:.1f}" for name, row in zip(runs, found, strict=True))
+        print(f"v{vocab_size} r{num_rows}w{width} {kind}: {told} µs", flush=True)
+        rows += found
     return rows
 
 
@@ -143,7 +155,7 @@ def main() -> None:
     torch.manual_seed(0)
     shares = {
         f"r{r}w{w}v{v} {'flat' if flat else 'text'}": check(r, w, v, flat)
-        for r, w, v in ((1, 1, 128_256), (7, 5, 49_152), (64, 5, 128_256))
+        for r, w, v in ((7, 5, 49_152), (64, 5, 128_256))
         for flat in (False, True)
     }
     for name, found in shares.items():

@@ -19,7 +19,8 @@ from server.kernels import runtime
 BLOCK = 64 if runtime.INTERPRETED else 2048
 """Logits a program looks at at once."""
 WARPS = 8
-_PROGRAMS_PER_SM = 4
+_PROGRAMS_PER_SM = 2 if runtime.INTERPRETED else 8
+"""Several waves of small programs: of one wave and a bit, the bit takes as long as the wave."""
 _NUM_COUNTERS = 1 << 16
 
 
@@ -68,12 +69,12 @@ def is_last(counter, expected):  # type: ignore[no-untyped-def]
     return last
 
 
-def chunks(num_positions: int, vocab_size: int, device: torch.device) -> tuple[int, int, int]:
+def chunks(num_positions: int, vocab_size: int, device: torch.device, block: int = BLOCK) -> tuple[int, int, int]:
     """How a position's vocabulary is shared out: programs, blocks of each, and the power of two that bounds the former.
 
     One position is spread over many multiprocessors; many positions take few programs each.
     """
-    num_blocks = runtime.ceil_div(vocab_size, BLOCK)
+    num_blocks = runtime.ceil_div(vocab_size, block)
     wanted = runtime.ceil_div(_PROGRAMS_PER_SM * runtime.num_sms(device), max(1, num_positions))
     per_chunk = runtime.ceil_div(num_blocks, max(1, min(num_blocks, wanted)))
     return runtime.ceil_div(num_blocks, per_chunk), per_chunk, runtime.next_power_of_2(num_blocks)

@@ -44,8 +44,14 @@ MAX_WIDTH = 16
 HEAD_DIMS = (64, 96, 128, 256)
 LOG2_E = 1.4426950408889634
 _POOL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_REDUCE_ELEMENTS = 4096
+_TAIL_TILES = 2
+_REDUCE_VALUES = {4: 128, 8: 32}
+"""Float32 values of partial results that a thread reads at once, by warps a program: registers bound them."""
 _REDUCE_ROWS = 4
+_REDUCE_WARPS = 4
+_TWO_RESIDENT = 128
+"""Registers a thread that let two programs of eight warps share a multiprocessor."""
+_REDUCE_RUNS = 16
 
 
 def check_operands(q: Tensor, pool: Tensor, rows: PagedRows, out: Tensor | None) -> tuple[int, int, int]:
@@ -74,12 +80,11 @@ def scales(scale: float, softcap: float | None, k_scale: float) -> tuple[float, 
     return 2.0 * LOG2_E * scale * k_scale / softcap, softcap * LOG2_E
 
 
-def reduce_shape(packed: int, block_d: int, splits: Splits, limit: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_S): packed query rows and partial results of one step of the reduction."""
+def reduce_shape(packed: int, block_d: int, limit: int, num_warps: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_S): packed query rows, and partial results of each, of one step of the reduction."""
     block_r = min(next_power_of_2(packed), limit)
-    if splits.deterministic:
-        return block_r, 1
-    return block_r, max(1, _REDUCE_ELEMENTS // (block_r * block_d))
+    at_once = max(1, _REDUCE_VALUES[num_warps] * 32 * num_warps // (block_r * block_d))
+    return block_r, min(at_once, _REDUCE_RUNS)
 
 
 def decode_attention(
@@ -107,7 +112,8 @@ def decode_attention(
     they say. `window`: a query at p sees positions above p - window. `softcap`: softcap * tanh(score / softcap).
     `sinks` [heads]: one more score a head, without a value. `workspace` may be missing where `splits.partials` is 1.
     `pdl`: launched while the kernel before still runs, whose results are waited for; with `settled` the rows' own
-    tensors were complete before that kernel began, and are read earlier. `out` may be given.
+    tensors, and keys and values at positions before `starts`, were complete before that kernel began, and are read
+    earlier. `out` may be given.
 
     Raises ValueError for operands that do not fit each other or the kernel, or a workspace that is too small.
     """
@@ -149,26 +155,31 @@ def launch(
     query_tiles = ceil_div(rows.width or rows.max_width, per_tile)
     block_d = next_power_of_2(dim)
     split = splits.num_splits > 1
-    block_r, block_s = reduce_shape(per_tile * group, block_d, splits, tile.block_m if splits.fused else _REDUCE_ROWS)
+    warps = tile.num_warps if splits.fused else _REDUCE_WARPS
+    limit = tile.block_m if splits.fused else _REDUCE_ROWS
+    block_r, block_s = reduce_shape(per_tile * group, block_d, limit, warps)
     fixed = splits.split_tokens // tile.block_n if splits.split_tokens else 0
     factor, cap = scales(how.scale, how.softcap, how.k_scale)
     space = (workspace.weighted, workspace.maxima, workspace.sums, workspace.counters) if workspace else (out,) * 4
     shape = {"W": rows.width, "G": group, "KVH": kv_heads, "QT": per_tile, "D": dim, "BLOCK_D": block_d}
     cutting = {"BLOCK_N": tile.block_n, "WINDOW": how.window or 0, "FIXED": fixed}
     reducing = {"SINKS": how.sinks is not None, "BLOCK_R": block_r, "BLOCK_S": block_s, "PDL": pdl}
-    options = {"launch_pdl": True} if pdl else {}
+    options: dict[str, int] = {"launch_pdl": True} if pdl else {}
+    bounded = {"maxnreg": _TWO_RESIDENT} if tile.num_warps == 8 and tile.block_m <= 32 else {}
+    tail = _TAIL_TILES * tile.block_n if settled and not splits.deterministic else 0
     sinks = out if how.sinks is None else how.sinks
     decode_kernel[(kv_heads * query_tiles, splits.num_splits, rows.num_rows)](
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,
         sinks, out, *space, factor, cap, how.v_scale, q.stride(0), rows.block_tables.stride(0), splits.partials,
-        splits.min_tiles, q.shape[0], **shape, **cutting, **reducing, BLOCK_M=tile.block_m, BLOCK_SIZE=rows.block_size,
-        CAPPED=how.softcap is not None, SPLIT=split, FUSED=splits.fused, PRECISION=dot_precision(q.dtype),
-        SETTLED=settled, num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
+        splits.min_tiles, splits.whole_tiles, q.shape[0], **shape, **cutting, **reducing, BLOCK_M=tile.block_m,
+        BLOCK_SIZE=rows.block_size, CAPPED=how.softcap is not None, SPLIT=split, FUSED=splits.fused,
+        PRECISION=dot_precision(q.dtype), SETTLED=settled, TAIL=tail, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **bounded, **options,
     )  # fmt: skip
     if split and not splits.fused:
         reduce_kernel[(kv_heads * query_tiles, ceil_div(per_tile * group, block_r), rows.num_rows)](
             rows.starts, sinks, out, *space[:3], how.v_scale, splits.partials, splits.num_splits, splits.min_tiles,
-            **shape, **cutting, **reducing, num_warps=4, **options,
+            splits.whole_tiles, **shape, **cutting, **reducing, num_warps=_REDUCE_WARPS, **options,
         )  # fmt: skip
 
 

@@ -6,7 +6,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.kernels.attention_tiles import attend, cut, merge, read_queries, reduce_runs, write, zero_tail
+from server.kernels.attention_tiles import (
+    attend,
+    attend_tail,
+    cut,
+    merge,
+    read_queries,
+    reduce_runs,
+    tail_places,
+    tail_tile,
+    write,
+    zero_tail,
+)
 
 
 @triton.jit
@@ -18,17 +29,22 @@ def _store_run(part, maxima, sums, run, m, z, acc, i, d, D: tl.constexpr, ROWS: 
     tl.store(part + at[:, None] * D + d[None, :], acc, mask=(i < ROWS)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["table_stride", "partials", "min_tiles", "num_tokens"])
-def decode_kernel(  # noqa: C901, PLR0915  Triton inlines what it calls: taking it apart would only pass 40 arguments on
+@triton.jit(do_not_specialize=["table_stride", "partials", "min_tiles", "whole_tiles", "num_tokens"])
+def decode_kernel(
     q, pool, slots, starts, offsets, tables, sinks, out, part, maxima, sums, counters,
-    scale, softcap, v_scale, q_stride, table_stride, partials, min_tiles, num_tokens,
+    scale, softcap, v_scale, q_stride, table_stride, partials, min_tiles,
+    whole_tiles, num_tokens,
     W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, FIXED: tl.constexpr,
     SPLIT: tl.constexpr, FUSED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, SETTLED: tl.constexpr,
+    PDL: tl.constexpr, SETTLED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key heads x query tiles, splits, rows). W 0: ragged rows, whose first tokens `offsets` names."""
+    """Grid (key heads x query tiles, splits, rows). W 0: ragged rows, whose first tokens `offsets` names.
+
+    TAIL: the last so many tokens of a run are one tile of their own, whose keys and values, as far as they are older
+    than the row's queries, are read before the wait: 0 or two tiles, so that what is left before them is older.
+    """
     if PDL and not SETTLED:
         tl.extra.cuda.gdc_wait()
     ROWS: tl.constexpr = QT * G
@@ -53,13 +69,25 @@ def decode_kernel(  # noqa: C901, PLR0915  Triton inlines what it calls: taking 
     if query >= width:
         return
     length, low, high, size, first, last, per, active = cut(
-        start, query, width, tl.num_programs(1), min_tiles, QT, BLOCK_N, WINDOW, FIXED
+        start, query, width, tl.num_programs(1), min_tiles, whole_tiles, QT, BLOCK_N, WINDOW, FIXED
     )
     if split >= active:
         return
+    keys = pool + kv_head * D
+    TOKEN: tl.constexpr = 2 * KVH * D
+    begin = low + split * size
+    end = tl.minimum(begin + size, high)
+    if TAIL > 0:
+        tail = tl.maximum(end * BLOCK_N - TAIL, begin * BLOCK_N)
+        behind = tl.minimum(end * BLOCK_N, length)
+        place = tail_places(table, tail, behind, TAIL, BLOCK_SIZE)
+        k = tl.zeros([BLOCK_D, TAIL], pool.dtype.element_ty)
+        v = tl.zeros([TAIL, BLOCK_D], pool.dtype.element_ty)
+        k, v = tail_tile(keys, place, k, v, tail, tail, tl.minimum(start, behind), TAIL, TOKEN, D, BLOCK_D)
     if PDL:
         if SETTLED:
             tl.extra.cuda.gdc_wait()
+        # Not before the wait: that is how the next attention may take tokens older than its own for written.
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -67,16 +95,22 @@ def decode_kernel(  # noqa: C901, PLR0915  Triton inlines what it calls: taking 
     head = kv_head * G + i % G
     valid = (i < ROWS) & (j < width)
     queries = read_queries(q, token + j, head, valid, q_stride, D, BLOCK_D)
-    keys = pool + kv_head * D
     group = row * tl.num_programs(0) + tl.program_id(0)
     empty = tl.full([BLOCK_M], float("-inf"), tl.float32)
     m, z, acc = empty, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if FIXED == 0:
-        begin = low + split * size
-        m, z, acc = attend(
-            queries, start + j, m, z, acc, table, keys, begin, tl.minimum(begin + size, high), length, scale, softcap,
-            2 * KVH * D, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION,
-        )  # fmt: skip
+        if TAIL > 0:
+            k, v = tail_tile(keys, place, k, v, tail, tl.maximum(start, tail), behind, TAIL, TOKEN, D, BLOCK_D)
+            m, z, acc = attend_tail(
+                queries, start + j, m, z, acc, k, v, tail, behind, scale, softcap,
+                TAIL, WINDOW, CAPPED, PRECISION,
+            )  # fmt: skip
+            end = tail // BLOCK_N
+        if begin < end:
+            m, z, acc = attend(
+                queries, start + j, m, z, acc, table, keys, begin, end, length, scale, softcap,
+                TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, TAIL == 0 or WINDOW > 0, PRECISION,
+            )  # fmt: skip
         if SPLIT and active > 1:
             _store_run(part, maxima, sums, group * partials + split, m, z, acc, i, d, D, ROWS)
     else:
@@ -84,7 +118,7 @@ def decode_kernel(  # noqa: C901, PLR0915  Triton inlines what it calls: taking 
             m2, z2, acc2 = attend(
                 queries, start + j, empty, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
                 table, keys, tl.maximum(run * size, low), tl.minimum(run * size + size, high), length, scale, softcap,
-                2 * KVH * D, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION,
+                TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION,
             )  # fmt: skip
             if SPLIT and active > 1:
                 _store_run(part, maxima, sums, group * partials + run - first, m2, z2, acc2, i, d, D, ROWS)
@@ -104,9 +138,9 @@ def decode_kernel(  # noqa: C901, PLR0915  Triton inlines what it calls: taking 
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["partials", "splits", "min_tiles"])
+@triton.jit(do_not_specialize=["partials", "splits", "min_tiles", "whole_tiles"])
 def reduce_kernel(
-    starts, sinks, out, part, maxima, sums, v_scale, partials, splits, min_tiles,
+    starts, sinks, out, part, maxima, sums, v_scale, partials, splits, min_tiles, whole_tiles,
     W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     FIXED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
@@ -120,7 +154,9 @@ def reduce_kernel(
     query_tiles = tl.num_programs(0) // KVH
     kv_head = tl.program_id(0) // query_tiles
     query = tl.program_id(0) % query_tiles * QT
-    _, _, _, _, first, last, _, active = cut(start, query, W, splits, min_tiles, QT, BLOCK_N, WINDOW, FIXED)
+    _, _, _, _, first, last, _, active = cut(
+        start, query, W, splits, min_tiles, whole_tiles, QT, BLOCK_N, WINDOW, FIXED
+    )
     if active == 1:
         return
     base = (row * tl.num_programs(0) + tl.program_id(0)) * partials

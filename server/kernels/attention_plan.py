@@ -13,10 +13,13 @@ DETERMINISTIC_TOKENS = 512
 """Length of a run of tokens in deterministic mode, from position 0 on: part of what defines the bits."""
 
 _FLOAT8 = (torch.float8_e4m3fn,)
-_MAX_SPLITS = 128
-_BALANCE_TOKENS = 2048
-_BALANCE_WAVES = 8
-_RESIDENT = 2
+_MAX_SPLITS = 64
+_FEW_PROGRAMS = 16
+_MANY_PROGRAMS = 32
+_LONG_TOKENS = 2048
+_WHOLE_TOKENS = 256
+_FEWEST_TOKENS = 128
+_FUSED_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,10 @@ class Splits:
     """How a row's tokens are divided among programs.
 
     `num_splits` programs a (row, key head, query tile). `split_tokens` None: a row's tiles are divided evenly among
-    them, at least `min_tiles` each, and programs left without any leave at once. `split_tokens` n: the row is cut at
-    every multiple of n, and only whole cuts are divided. `partials`: the most partial results a (row, key head, query
-    tile) can have. `fused`: the last program to arrive adds them up; else a second kernel does.
+    them, at least `min_tiles` each, and programs left without any leave at once; a row of up to `whole_tiles` has one.
+    `split_tokens` n: the row is cut at every multiple of n, and only whole cuts are divided. `partials`: the most
+    partial results a (row, key head, query tile) can have. `fused`: the last program to arrive adds them up; else a
+    second kernel does.
     """
 
     num_splits: int
@@ -44,6 +48,7 @@ class Splits:
     partials: int = 1
     min_tiles: int = 2
     fused: bool = True
+    whole_tiles: int = 1
 
     @property
     def deterministic(self) -> bool:
@@ -105,7 +110,9 @@ def decode_tile(width: int, group: int, head_dim: int, dtype: torch.dtype, pool:
     block_m = min(64, max(16, next_power_of_2(width * group)))
     if wide:
         return Tile(min(block_m, 32), 32, 4, 3)
-    return Tile(block_m, 64, 4, 4 if pool in _FLOAT8 or head_dim <= 64 else 3)
+    if head_dim <= 64:
+        return Tile(block_m, 128, 8, 3)
+    return Tile(block_m, 64, 8 if block_m > 32 else 4, 4 if pool in _FLOAT8 else 3)
 
 
 def plan_splits(
@@ -116,25 +123,27 @@ def plan_splits(
     max_context: int,
     num_sms: int,
     deterministic: bool = False,
-    min_tiles: int = 2,
     block_n: int = 64,
 ) -> Splits:
-    """Splits for up to `num_rows` rows of `width` queries that see at most `max_context` tokens.
+    """Splits for up to `num_rows` rows of `width` queries that see at most `max_context` tokens, in tiles of `block_n`.
 
-    Enough programs to fill the device once; where contexts are long, a few times over, so that rows of different
-    lengths balance. How many of them a row uses follows from its true length, on the device.
+    A few rows: one program a multiprocessor, of which each row gets its share; more rows: two, and where contexts are
+    long four, so that rows of different lengths balance. How many of them a row uses follows from its true length, on
+    the device: putting partial results together costs as much as a few hundred more tokens.
     """
     group = heads // kv_heads
     block_m = min(64, max(16, next_power_of_2(width * group)))
-    programs = num_rows * kv_heads * ceil_div(width, queries_a_tile(width, group, block_m))
-    fill = max(1, _RESIDENT * num_sms // programs)
-    balance = min(_BALANCE_WAVES * num_sms // programs, ceil_div(max_context, _BALANCE_TOKENS))
-    wanted = min(max(fill, balance), _MAX_SPLITS)
+    packed = queries_a_tile(width, group, block_m) * group
+    programs = num_rows * kv_heads * ceil_div(width, packed // group)
+    fill = max(1, (1 if programs <= _FEW_PROGRAMS and not deterministic else 2) * num_sms // programs)
+    wanted = min(_MAX_SPLITS, fill if num_rows == 1 else max(fill, min(2 * fill, ceil_div(max_context, _LONG_TOKENS))))
     if deterministic:
         partials = ceil_div(max_context, DETERMINISTIC_TOKENS)
-        return Splits(min(max(fill, balance), partials), DETERMINISTIC_TOKENS, partials)
-    num_splits = max(1, min(wanted, ceil_div(ceil_div(max_context, block_n), min_tiles)))
-    return Splits(num_splits, None, num_splits, min_tiles)
+        return Splits(min(wanted, partials), DETERMINISTIC_TOKENS, partials)
+    tiles, whole = ceil_div(max_context, block_n), ceil_div(_WHOLE_TOKENS, block_n)
+    fewest = ceil_div(_FEWEST_TOKENS if programs <= _MANY_PROGRAMS else 4 * _FEWEST_TOKENS, block_n)
+    num_splits = 1 if tiles <= whole else max(1, min(wanted, ceil_div(tiles, fewest)))
+    return Splits(num_splits, None, num_splits, fewest, packed <= _FUSED_ROWS or num_splits <= 4, whole)
 
 
 def bytes_moved(

@@ -84,10 +84,13 @@ def prefill_kernel(
 
 
 def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of prompt chunks: two warp groups of 64 packed queries each, where registers and shared memory allow."""
+    """The tile of prompt chunks: one warp group of 64 packed queries, so that several programs share a multiprocessor
+    and one's products hide another's softmax."""
     if dtype == torch.float32:
         return Tile(16, 16, 4, 2)
-    return Tile(128, 64, 8, 2 if head_dim > 128 else 3)
+    if head_dim > 128:
+        return Tile(128, 64, 8, 2)
+    return Tile(64, 64, 4, 2)
 
 
 def prefill_attention(

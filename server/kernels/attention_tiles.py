@@ -19,8 +19,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores_of(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores [M, N] in base 2. CAPPED: softcap * tanh(x), with 2 log2(e) / softcap folded into `scale`."""
-    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+    """Scores [M, N] of k [D, N] in base 2. CAPPED: softcap * tanh(x), with 2 log2(e) / softcap folded into `scale`."""
+    s = tl.dot(q, k, input_precision=PRECISION) * scale
     if CAPPED:
         s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
     return s
@@ -75,7 +75,7 @@ def attend(
             k = tl.load(pointers)
             v = tl.load(pointers + TOKEN // 2)
         entry = entries(table, (tile + 1) * BLOCK_N, length, BLOCK_N, BLOCK_SIZE)
-        s = scores_of(q, k, scale, softcap, CAPPED, PRECISION)
+        s = scores_of(q, tl.trans(k.to(q.dtype)), scale, softcap, CAPPED, PRECISION)
         if MASKED:
             seen = n[None, :] <= at[:, None]
             if WINDOW > 0:
@@ -83,6 +83,54 @@ def attend(
             s = tl.where(seen, s, float("-inf"))
         m, z, acc = softmax_step(s, v.to(q.dtype), m, z, acc, PRECISION)
     return m, z, acc
+
+
+@triton.jit
+def tail_places(table, tail, behind, TAIL: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Places in the pool of tokens tail … behind - 1."""
+    n = tail + tl.arange(0, TAIL)
+    return tl.load(table + n // BLOCK_SIZE, mask=n < behind, other=0).to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+
+
+@triton.jit
+def tail_tile(
+    keys, place, k, v, tail, first, behind,
+    TAIL: tl.constexpr, TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Reads tokens first … behind - 1 into k [BLOCK_D, TAIL] and v [TAIL, BLOCK_D], whose token n is tail + n.
+
+    Past the first-level cache: where a kernel is still running, others may be writing to the same lines.
+    """
+    n = tail + tl.arange(0, TAIL)
+    d = tl.arange(0, BLOCK_D)
+    wanted = (n >= first) & (n < behind)
+    k = tl.load(
+        keys + place[None, :] * TOKEN + d[:, None],
+        mask=wanted[None, :] & (d < D)[:, None],
+        other=k,
+        cache_modifier=".cg",
+    )
+    v = tl.load(
+        keys + TOKEN // 2 + place[:, None] * TOKEN + d[None, :],
+        mask=wanted[:, None] & (d < D)[None, :],
+        other=v,
+        cache_modifier=".cg",
+    )
+    return k, v
+
+
+@triton.jit
+def attend_tail(
+    q, at, m, z, acc, k, v, tail, behind, scale, softcap,
+    TAIL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A run's last tokens, up to `behind`, as one tile that lies in registers: k [BLOCK_D, TAIL], v [TAIL, BLOCK_D]."""
+    n = tail + tl.arange(0, TAIL)
+    s = scores_of(q, k.to(q.dtype), scale, softcap, CAPPED, PRECISION)
+    seen = (n[None, :] <= at[:, None]) & (n < behind)[None, :]
+    if WINDOW > 0:
+        seen = seen & (n[None, :] > at[:, None] - WINDOW)
+    return softmax_step(tl.where(seen, s, float("-inf")), v.to(q.dtype), m, z, acc, PRECISION)
 
 
 @triton.jit
@@ -126,9 +174,9 @@ def reduce_runs(
     G: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Packed rows first … first + BLOCK_R - 1 of a query tile: `count` runs from `base` on, in order, BLOCK_S at once.
+    """Packed rows first … first + BLOCK_R - 1 of a query tile: `count` runs from `base` on, in order, by `merge`.
 
-    BLOCK_S 1 is `merge`, operation by operation.
+    BLOCK_S runs are read at once; one that is not there changes nothing, to the bit.
     """
     i = first + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
@@ -138,20 +186,15 @@ def reduce_runs(
     z = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in tl.range(0, count, BLOCK_S):
-        run = start + tl.arange(0, BLOCK_S)
-        there = (run < count)[:, None] & valid[None, :]
-        at = (base + run)[:, None].to(tl.int64) * ROWS + i[None, :]
-        # .cg: another multiprocessor has just written them, and the first-level cache is not coherent.
-        m2 = tl.load(maxima + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        z2 = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
-        whole = there[:, :, None] & (d < D)[None, None, :]
-        acc2 = tl.load(part + at[:, :, None] * D + d[None, None, :], mask=whole, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(m, tl.max(m2, 0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        keep, add = tl.exp2(m - safe), tl.exp2(m2 - safe[None, :])
-        z = tl.fma(z, keep, tl.sum(z2 * add, 0))
-        acc = tl.fma(acc, keep[:, None], tl.sum(acc2 * add[:, :, None], 0))
-        m = top
+        for s in tl.static_range(BLOCK_S):
+            there = valid & (start + s < count)
+            at = (base + start + s).to(tl.int64) * ROWS + i
+            # .cg: another multiprocessor has just written them, and the first-level cache is not coherent.
+            m2 = tl.load(maxima + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            z2 = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
+            whole = there[:, None] & (d < D)[None, :]
+            acc2 = tl.load(part + at[:, None] * D + d[None, :], mask=whole, other=0.0, cache_modifier=".cg")
+            m, z, acc = merge(m, z, acc, m2, z2, acc2)
     head = kv_head * G + i % G
     write(m, z, acc, out, sinks, token + j, head, valid, v_scale, KVH * G, D, BLOCK_D, SINKS)
 
@@ -176,14 +219,15 @@ def zero_tail(
 
 @triton.jit
 def cut(
-    start, query, width, splits, min_tiles,
+    start, query, width, splits, min_tiles, whole_tiles,
     QT: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """How the queries query … query + QT - 1 of a row are served: (length, low, high, size, first, last, per, active).
 
     They see tokens before `length`, in tiles low … high - 1. Those are cut into runs first … last - 1 of `size` tiles,
     `per` to a program, for `active` programs. FIXED tiles make a run, counted from position 0; with FIXED 0 there are
-    as many equal runs as programs (fewer, where that would leave less than `min_tiles` to each), counted from `low`.
+    as many equal runs as programs, counted from `low`: fewer, where that would leave less than `min_tiles` to each, and
+    one where all is no more than `whole_tiles`.
     """
     length = start + tl.minimum(width, query + QT)
     low = 0
@@ -198,6 +242,8 @@ def cut(
         active = tl.cdiv(last - first, per)
     else:
         size = tl.maximum(tl.cdiv(high - low, splits), min_tiles)
+        if high - low <= whole_tiles:
+            size = tl.maximum(high - low, 1)
         first = 0
         last = tl.cdiv(high - low, size)
         per = 1

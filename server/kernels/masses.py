@@ -94,17 +94,18 @@ def search_all(logits, V, temperature, peak, least, wanted, WHAT: tl.constexpr, 
 
 
 @triton.jit
-def search_block(x, upper, lower, wanted):  # type: ignore[no-untyped-def]
+def search_block(x, upper, lower, wanted, beyond):  # type: ignore[no-untyped-def]
     """`search_all` over a block `x` that is at hand, -inf where there is nothing, with the masses' halves beside it.
 
-    The whole block must sum to `wanted` at least.
+    `beyond` (int64) is the sum of logits that are not in the block: all of them larger than any that is. Together they
+    must sum to `wanted` at least.
     """
     high = tl.max(x)
     low = tl.min(tl.where(x > -float("inf"), x, float("inf")))
     while low < high:
         middle = pivot(low, high, 0.5)
         within = x >= middle
-        got = tl.sum(tl.where(within, joined(upper, lower), 0))
+        got = beyond + tl.sum(tl.where(within, joined(upper, lower), 0))
         above = tl.min(tl.where(within, x, float("inf")))
         below = tl.max(tl.where(within, -float("inf"), x))
         reached = got.to(tl.float64) >= wanted

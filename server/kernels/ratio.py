@@ -16,9 +16,11 @@ from torch import Tensor
 
 from server.kernels import runtime
 from server.kernels.argmax import BLOCK, WARPS, best_of, chunks, counters, is_last, token_of
-from server.kernels.noise import ACCEPT, RESIDUAL, exp, gumbel_of, log, noise_bits, noise_key, uniform_of
-from server.kernels.threshold import filter_threshold
-from server.kernels.verify import check_shapes, forced_arguments, num_matching, outputs
+from server.kernels.commit import Commit, commit_row
+from server.kernels.noise import ACCEPT, RESIDUAL, exp, gumbel_of, log, noise_bits, uniform_of
+from server.kernels.slots import as_tables, is_greedy, key_of, temperature_of
+from server.kernels.threshold import filter_threshold_by_slot
+from server.kernels.verify import check_shapes, commit_arguments, forced_arguments, num_matching, outputs
 
 _ACCEPT, _RESIDUAL = tl.constexpr(ACCEPT), tl.constexpr(RESIDUAL)
 _LOWEST = tl.constexpr(-3.4e38)
@@ -35,8 +37,8 @@ def _kept(logits, columns, V, temperature, threshold):  # type: ignore[no-untype
 @triton.jit
 def _accept_row(
     row, logits, stride, V, drafts, drafts_stride, num_valid, probs, probs_row, probs_draft, tokens, num_accepted,
-    broken, forced, forced_stride, forced_value, temperature, greedy, seeds, choices, num_tokens, thresholds, highs,
-    sums, pieces, tops, peaks, totals, W, num_blocks,
+    broken, forced, forced_stride, forced_value, slots, floats, ints, known, thresholds, highs, sums, pieces, tops,
+    peaks, totals, W, num_blocks,
     FILTERED: tl.constexpr, WITH_Q: tl.constexpr, FORCED: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     j = tl.arange(0, WP)
@@ -54,17 +56,17 @@ def _accept_row(
 
     draft = tl.load(drafts + row * drafts_stride + j, mask=j < W - 1, other=0)
     x = tl.load(logits + (row * W + j) * stride + draft, mask=j < W - 1, other=-float("inf")).to(tl.float32)
-    x = tl.div_rn(tl.where(x == x, x, -float("inf")), tl.load(temperature + row))
+    slot = tl.load(slots + row)
+    x = tl.div_rn(tl.where(x == x, x, -float("inf")), temperature_of(floats, slot))
     p = tl.div_rn(exp(x - peak), total)
     if FILTERED:
         p = tl.where(x >= tl.load(thresholds + row * W + j, mask=j < W, other=0.0), p, 0.0)
-    if tl.load(greedy + row) != 0:
+    if is_greedy(ints, slot):
         p = (draft == best).to(tl.float32)
     q = tl.full((WP,), 1.0, tl.float32)
     if WITH_Q:
         q = tl.load(probs + row * probs_row + j * probs_draft + draft, mask=j < W - 1, other=1.0)
-    places = tl.load(num_tokens + row) + j
-    u = uniform_of(noise_key(tl.load(seeds + row), tl.load(choices + row), places.to(tl.int64), _ACCEPT))
+    u = uniform_of(key_of(ints, slot, tl.load(known + slot) + j, _ACCEPT))
     valid = tl.minimum(tl.load(num_valid + row), W - 1)
     accepts = u * q.to(tl.float64) < p.to(tl.float64)
     count = num_matching(accepts, valid, forced, forced_stride, forced_value, row, j, FORCED)
@@ -77,8 +79,8 @@ def _accept_row(
 @triton.jit
 def _accept_kernel(
     logits, stride, V, drafts, drafts_stride, num_valid, probs, probs_row, probs_draft, tokens, num_accepted, broken,
-    forced, forced_stride, forced_value, temperature, greedy, seeds, choices, num_tokens, thresholds, highs, sums,
-    pieces, tops, peaks, totals, counters, W, num_blocks, per_chunk, num_chunks,
+    forced, forced_stride, forced_value, slots, floats, ints, known, thresholds, highs, sums, pieces, tops, peaks,
+    totals, counters, W, num_blocks, per_chunk, num_chunks,
     FILTERED: tl.constexpr, WITH_Q: tl.constexpr, FORCED: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
@@ -87,7 +89,7 @@ def _accept_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    heat, threshold = tl.load(temperature + row), -float("inf")
+    heat, threshold = temperature_of(floats, tl.load(slots + row)), -float("inf")
     if FILTERED:
         threshold = tl.load(thresholds + position)
     first = tl.program_id(1) * per_chunk
@@ -103,31 +105,34 @@ def _accept_kernel(
     if is_last(counters + row, W * num_chunks):
         _accept_row(
             row, logits, stride, V, drafts, drafts_stride, num_valid, probs, probs_row, probs_draft, tokens,
-            num_accepted, broken, forced, forced_stride, forced_value, temperature, greedy, seeds, choices, num_tokens,
-            thresholds, highs, sums, pieces, tops, peaks, totals, W, num_blocks, FILTERED, WITH_Q, FORCED, WP, CP,
+            num_accepted, broken, forced, forced_stride, forced_value, slots, floats, ints, known, thresholds, highs,
+            sums, pieces, tops, peaks, totals, W, num_blocks, FILTERED, WITH_Q, FORCED, WP, CP,
         )  # fmt: skip
 
 
 @triton.jit
 def _residual_kernel(
-    logits, stride, V, drafts, drafts_stride, num_valid, probs, probs_row, probs_draft, tokens, num_accepted,
-    temperature, greedy, seeds, choices, num_tokens, thresholds, pieces, peaks, totals, residuals, counters, W,
-    num_blocks, per_chunk, num_chunks,
-    FILTERED: tl.constexpr, WITH_Q: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, V, drafts, drafts_stride, num_valid, probs, probs_row, probs_draft, tokens, num_accepted, broken,
+    slots, floats, ints, known, thresholds, pieces, peaks, totals, residuals, counters, W, num_blocks, per_chunk,
+    num_chunks, committed, history, history_stride, history_len, num_tokens, last_slot, report,
+    FILTERED: tl.constexpr, WITH_Q: tl.constexpr, COMMIT: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(num_accepted + row)
     position = row * W + count
-    rejected = count < tl.minimum(tl.load(num_valid + row), W - 1)
+    drafted = tl.load(num_valid + row)
+    rejected = count < tl.minimum(drafted, W - 1)
     draft = tl.load(drafts + row * drafts_stride + count, mask=rejected, other=-1)
-    heat, threshold = tl.load(temperature + row), -float("inf")
+    slot = tl.load(slots + row)
+    heat, threshold = temperature_of(floats, slot), -float("inf")
     if FILTERED:
         threshold = tl.load(thresholds + position)
     peak, total = tl.load(peaks + position), tl.load(totals + position)
     c = tl.arange(0, CP)
-    is_greedy = tl.load(greedy + row) != 0
+    takes_best = is_greedy(ints, slot)
     best = tl.max(tl.load(pieces + position * CP + c, mask=c < num_blocks, other=-(2**63)), 0)
-    key = noise_key(tl.load(seeds + row), tl.load(choices + row), tl.load(num_tokens + row) + count, _RESIDUAL)
+    key = key_of(ints, slot, tl.load(known + slot) + count, _RESIDUAL)
     of_residual, of_target = tl.full((), -(2**63), tl.int64), tl.full((), -(2**63), tl.int64)
     first = tl.program_id(1) * per_chunk
     for block in range(first, tl.minimum(first + per_chunk, num_blocks)):
@@ -135,7 +140,7 @@ def _residual_kernel(
         inside = columns < V
         _, x = _kept(logits + position * stride, columns, V, heat, threshold)
         p = tl.div_rn(exp(x - peak), total)
-        if is_greedy:
+        if takes_best:
             p = (columns == token_of(best)).to(tl.float32)
         q = (columns == draft).to(tl.float32)
         if WITH_Q:
@@ -157,7 +162,68 @@ def _residual_kernel(
         instead = tl.max(tl.load(at + CP, mask=c < num_chunks, other=-(2**63), cache_modifier=".cg"), 0)
         # Rounding can leave nothing where p and q all but agree, and then p is the answer.
         nothing = best_of(tl.full((CP,), -1000.0, tl.float32), tl.zeros((CP,), tl.int32))
-        tl.store(tokens + row * W + count, token_of(tl.where(piece <= nothing, instead, piece)))
+        drawn = token_of(tl.where(piece <= nothing, instead, piece))
+        tl.store(tokens + row * W + count, drawn)
+        if COMMIT:  # every program of the row has read `known` before it arrived
+            j = tl.arange(0, WP)
+            token = tl.where(j == count, drawn, tl.load(tokens + row * W + j, mask=(j < W) & (j != count), other=0))
+            commit_row(
+                row, j, token, count + 1, drafted, tl.load(broken + row) != 0, committed, history, history_stride,
+                history_len, num_tokens, last_slot, report, W,
+            )  # fmt: skip
+
+
+def ratio_verify_by_slot(
+    logits: Tensor,
+    drafts: Tensor,
+    num_valid: Tensor,
+    probs: Tensor | None,
+    slots: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    num_tokens: Tensor,
+    any_filter: bool,
+    forced_accepted: Tensor | int | None = None,
+    *,
+    commit: Commit | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [R, W], accepted [R], broken [R] under the rule `ratio`; arguments as `sampled_verify_by_slot`'s.
+
+    `probs` [R, W - 1, V] float32 is what each draft was drawn from; None means point masses.
+    """
+    num_rows, width = check_shapes(logits, drafts)
+    num_positions, vocab_size = logits.shape
+    device = logits.device
+    rows = (slots, floats, ints, num_tokens)
+    thresholds = floats
+    if any_filter:
+        thresholds = filter_threshold_by_slot(logits, width, slots, floats, ints, pdl=pdl)
+    num_blocks = runtime.ceil_div(vocab_size, BLOCK)
+    num_chunks, per_chunk, bound = chunks(num_positions, vocab_size, device)
+    tokens, num_accepted, broken = outputs(num_rows, width, device)
+    highs, sums, tops = torch.empty(3, num_positions * bound, dtype=torch.float32, device=device).unbind(0)
+    pieces = torch.empty(num_positions * bound, dtype=torch.int64, device=device)
+    peaks, totals = torch.empty(2, num_positions, dtype=torch.float32, device=device).unbind(0)
+    count = counters(num_rows, device)
+    q = floats if probs is None else probs
+    strides = (0, 0) if probs is None else (probs.stride(0), probs.stride(1))
+    steps = (logits, logits.stride(0), vocab_size, drafts, drafts.stride(0), num_valid, q, *strides)
+    forced, forced_stride, forced_value, kind = forced_arguments(forced_accepted, num_valid)
+    how = {"FILTERED": any_filter, "WITH_Q": probs is not None, "WP": runtime.next_power_of_2(width), "CP": bound}
+    _accept_kernel[(num_positions, num_chunks)](
+        *steps, tokens, num_accepted, broken, forced, forced_stride, forced_value, *rows, thresholds, highs, sums,
+        pieces, tops, peaks, totals, count, width, num_blocks, per_chunk, num_chunks,
+        FORCED=kind, BLOCK=BLOCK, PDL=pdl, num_warps=WARPS, **how, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    residuals = torch.empty(num_rows * 2 * bound, dtype=torch.int64, device=device)
+    num_chunks, per_chunk, _ = chunks(num_rows, vocab_size, device)
+    _residual_kernel[(num_rows, num_chunks)](
+        *steps, tokens, num_accepted, broken, *rows, thresholds, pieces, peaks, totals, residuals, count, width,
+        num_blocks, per_chunk, num_chunks, *commit_arguments(commit, num_rows, width, num_valid),
+        COMMIT=commit is not None, BLOCK=BLOCK, num_warps=WARPS, **how,
+    )  # fmt: skip
+    return tokens, num_accepted, broken
 
 
 def ratio_verify(
@@ -178,39 +244,8 @@ def ratio_verify(
     *,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [R, W], accepted [R], broken [R] under the rule `ratio`; arguments as `sampled_verify`'s.
-
-    `probs` [R, W - 1, V] float32 is what each draft was drawn from; None means point masses.
-    """
-    num_rows, width = check_shapes(logits, drafts)
-    num_positions, vocab_size = logits.shape
-    device = logits.device
-    per_row = (temperature, greedy, seeds, choices, num_tokens)
-    thresholds = temperature
-    if any_filter:
-        thresholds = filter_threshold(logits, width, temperature, greedy, top_k, top_p, min_p)
-    num_blocks = runtime.ceil_div(vocab_size, BLOCK)
-    num_chunks, per_chunk, bound = chunks(num_positions, vocab_size, device)
-    tokens, num_accepted, broken = outputs(num_rows, width, device)
-    highs, sums, tops = torch.empty(3, num_positions * bound, dtype=torch.float32, device=device).unbind(0)
-    pieces = torch.empty(num_positions * bound, dtype=torch.int64, device=device)
-    peaks, totals = torch.empty(2, num_positions, dtype=torch.float32, device=device).unbind(0)
-    count = counters(num_rows, device)
-    q = temperature if probs is None else probs
-    strides = (0, 0) if probs is None else (probs.stride(0), probs.stride(1))
-    steps = (logits, logits.stride(0), vocab_size, drafts, drafts.stride(0), num_valid, q, *strides)
-    forced, forced_stride, forced_value, kind = forced_arguments(forced_accepted, num_valid)
-    _accept_kernel[(num_positions, num_chunks)](
-        *steps, tokens, num_accepted, broken, forced, forced_stride, forced_value, *per_row, thresholds, highs, sums,
-        pieces, tops, peaks, totals, count, width, num_blocks, per_chunk, num_chunks,
-        FILTERED=any_filter, WITH_Q=probs is not None, FORCED=kind, WP=runtime.next_power_of_2(width), CP=bound,
-        BLOCK=BLOCK, PDL=pdl, num_warps=WARPS, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-    residuals = torch.empty(num_rows * 2 * bound, dtype=torch.int64, device=device)
-    num_chunks, per_chunk, _ = chunks(num_rows, vocab_size, device)
-    _residual_kernel[(num_rows, num_chunks)](
-        *steps, tokens, num_accepted, *per_row, thresholds, pieces, peaks, totals, residuals, count, width, num_blocks,
-        per_chunk, num_chunks,
-        FILTERED=any_filter, WITH_Q=probs is not None, CP=bound, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
-    return tokens, num_accepted, broken
+    """`ratio_verify_by_slot` of parameters by row, each [R]; `num_tokens` too."""
+    tables = as_tables(temperature, greedy, seeds, choices, top_k, top_p, min_p)
+    return ratio_verify_by_slot(
+        logits, drafts, num_valid, probs, *tables, num_tokens, any_filter, forced_accepted, pdl=pdl
+    )

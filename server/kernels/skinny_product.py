@@ -1,4 +1,4 @@
-"""What the skinny linear kernels share: a few rows of x (normalised if asked) times a tile of rows of W.
+"""What the skinny linear kernels share: a few rows of x times a tile of rows of W.
 
 A step of M <= 64 tokens reads every weight once and computes little: the product must stream W [N, K] at the memory's
 speed. One program owns BLOCK_N rows of W and all rows of x. Nothing is reduced between programs, so there are no
@@ -7,11 +7,12 @@ counters to zero and a result depends on the tile alone.
 * SPLIT > 1 cuts each BLOCK_K among SPLIT parts of one batched dot, which Triton gives to different warps: they share
   the reduction over K instead of the few columns, and the chain of dependent tensor-core instructions, which is what a
   small layer waits for, is SPLIT times shorter.
-* RMSNorm (Zhang and Sennrich 2019) needs no pass of its own: x * norm goes into the dot, the squares of x are summed
-  beside it, and the accumulator is multiplied by 1 / rms at the end.
-* With programmatic dependent launch a program starts while the kernel before it still runs. Where BLOCK_K covers K the
-  whole weight tile is loaded into registers before waiting, else the first PREFETCH elements of each row are asked into
-  the L2 cache. What other kernels wrote is read after the wait, and everything is written after it.
+* x goes into the dot as it is in memory: arithmetic on it would take it through registers in every program
+  (skinny_scaled.py has the norm).
+* With programmatic dependent launch a program starts while the kernel before it still runs. Where BLOCK_K + TAIL covers
+  K the whole weight tile is loaded into registers before waiting (in two pieces, as K is seldom a power of two), else
+  the first PREFETCH elements of each row are asked into the L2 cache. What other kernels wrote is read after the wait,
+  and everything is written after it.
 """
 
 from __future__ import annotations
@@ -21,24 +22,34 @@ import triton.language as tl
 
 
 @triton.jit
+def w_rows(i: tl.tensor, first: tl.tensor, N: tl.constexpr, PAIR: tl.constexpr) -> tl.tensor:
+    """Rows of W that hold a program's columns i, int64. Columns beyond N repeat the last: their results are not stored.
+
+    With PAIR, W is [2 N, K] and columns 2i and 2i + 1 are rows first + i and N + first + i.
+    """
+    rows = tl.minimum(first + i // 2, N - 1) + (i % 2) * N if PAIR else tl.minimum(first + i, N - 1)
+    return rows.to(tl.int64)
+
+
+@triton.jit
 def prefetch_rows(
     w_ptr: tl.tensor,
     first: tl.tensor,
-    last: tl.tensor,
+    N: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIR: tl.constexpr,
     PREFETCH: tl.constexpr,
     THREADS: tl.constexpr,
 ) -> None:
-    """Asks the first PREFETCH elements of rows first .. first + BLOCK_N into L2.
+    """Asks the first PREFETCH elements of a program's rows of W into L2.
 
     One instruction a row. A warp issues those of its threads one by one, so rows are dealt out to all warps.
     """
-    apart: tl.constexpr = THREADS // BLOCK_N if THREADS > BLOCK_N else 1
-    i = tl.arange(0, BLOCK_N * apart)
-    row = tl.minimum(first + i // apart, last)
-    address = (w_ptr + row.to(tl.int64) * K).to(tl.int64)
-    size = tl.full([BLOCK_N * apart], PREFETCH * w_ptr.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
+    apart: tl.constexpr = THREADS // ROWS if THREADS > ROWS else 1
+    i = tl.arange(0, ROWS * apart)
+    address = (w_ptr + w_rows(i // apart, first, N, PAIR) * K).to(tl.int64)
+    size = tl.full([ROWS * apart], PREFETCH * w_ptr.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.eq.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
         "=r,l,r,r",
@@ -63,105 +74,79 @@ def x_tile(row: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, PART: tl.conste
 
 
 @triton.jit
-def w_tile(n: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr) -> tl.tensor:
-    """(k, offsets) of a transposed tile of W, [PART, BLOCK_N] or [SPLIT, PART, BLOCK_N], for rows `n` [BLOCK_N]."""
+def w_tile(row: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr) -> tl.tensor:
+    """(k, offsets) of a transposed tile of W, [PART, BLOCK_N] or [SPLIT, PART, BLOCK_N], for rows `row` [BLOCK_N]."""
     k = tl.arange(0, PART)
     if SPLIT == 1:
         at_k = k[:, None]
-        offsets = n[None, :].to(tl.int64) * K + at_k
+        offsets = row[None, :] * K + at_k
     else:
         at_k = (tl.arange(0, SPLIT) * PART)[:, None, None] + k[None, :, None]
-        offsets = n[None, None, :].to(tl.int64) * K + at_k
+        offsets = row[None, None, :] * K + at_k
     return at_k, offsets
 
 
 @triton.jit
-def load_w(pointers: tl.tensor, at_k: tl.tensor, K: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
-    """A tile of W, evicted first: nobody reads it again in this step."""
-    if K % BLOCK_K == 0:
-        tile = tl.load(pointers, eviction_policy="evict_first")
-    else:
-        tile = tl.load(pointers, mask=at_k < K, other=0.0, eviction_policy="evict_first")
-    return tile
-
-
-@triton.jit
-def load_x(pointers: tl.tensor, valid: tl.tensor, at_k: tl.tensor, K: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
-    """A tile of x; rows that are not there and k beyond K read as 0."""
-    if K % BLOCK_K == 0:
-        tile = tl.load(pointers, mask=valid, other=0.0)
-    else:
-        tile = tl.load(pointers, mask=valid & (at_k < K), other=0.0)
-    return tile
-
-
-@triton.jit
-def load_norm(norm_ptr: tl.tensor, at_k: tl.tensor, K: tl.constexpr, PRESCALE: tl.constexpr) -> tl.tensor:
-    """The norm's weights for a tile of x, float32, times PRESCALE (which keeps float16 products from overflowing)."""
-    norm = tl.load(norm_ptr + at_k, mask=at_k < K, other=0.0)
-    return norm.to(tl.float32) * PRESCALE
-
-
-@triton.jit
-def summed(acc: tl.tensor, SPLIT: tl.constexpr) -> tl.tensor:
-    """The parts of an accumulator added up."""
-    if SPLIT > 1:
-        acc = tl.sum(acc, axis=0)
-    return acc
-
-
-@triton.jit
-def inverse_rms(
-    squares: tl.tensor, eps: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, PRESCALE: tl.constexpr
+def load_w(
+    w_ptr: tl.tensor, row: tl.tensor, K: tl.constexpr, START: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr
 ) -> tl.tensor:
-    """1 / (PRESCALE * rms) of each row, [BLOCK_M, 1], from elementwise squares shaped like a tile of x."""
-    if SPLIT > 1:
-        squares = tl.sum(squares, axis=0)
-    mean = tl.sum(squares, axis=1) / K
-    return (tl.rsqrt(mean + eps) / PRESCALE)[:, None]
+    """The tile of W from k = START on, evicted first: nobody reads it again in this step."""
+    at_k, offsets = w_tile(row, K, SPLIT, BLOCK_K // SPLIT)
+    if START + BLOCK_K <= K:
+        tile = tl.load(w_ptr + START + offsets, eviction_policy="evict_first")
+    else:
+        tile = tl.load(w_ptr + START + offsets, mask=START + at_k < K, other=0.0, eviction_policy="evict_first")
+    return tile
+
+
+@triton.jit
+def load_x(
+    x_ptr: tl.tensor,
+    row: tl.tensor,
+    present: tl.tensor,
+    K: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> tl.tensor:
+    """The tile of x from k = START on; rows that are not there and k beyond K read as 0."""
+    at_k, offsets = x_tile(row, K, SPLIT, BLOCK_K // SPLIT)
+    valid = present[:, None] if SPLIT == 1 else present[None, :, None]
+    if START + BLOCK_K > K:
+        valid = valid & (START + at_k < K)
+    return tl.load(x_ptr + START + offsets, mask=valid, other=0.0)
 
 
 @triton.jit
 def ahead(
     w_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
     first: tl.tensor,
     N: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
     SPLIT: tl.constexpr,
     PAIR: tl.constexpr,
-    NORM: tl.constexpr,
-    PRESCALE: tl.constexpr,
     PREFETCH: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> tl.tensor:
-    """What needs no other kernel: (W, paired W, norm weights) as tiles where BLOCK_K covers K, else pointers to them.
+    """What needs no other kernel: W's tile in two pieces where they cover K (TAIL 0: one), else twice `w_ptr`.
 
-    The caller waits for the kernel before this one (`gdc_wait`) afterwards. With PAIR, W is [2 N, K] and row N + n goes
-    with row n. Rows beyond N repeat row N - 1: the caller masks their results when it stores.
+    ROWS of W are a program's: those of w_rows from `first` on. The caller waits for the kernel before this one
+    (`gdc_wait`) afterwards.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    PART: tl.constexpr = BLOCK_K // SPLIT
-    n = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)
-    k_w, offsets = w_tile(n, K, SPLIT, PART)
-    w = w_ptr + offsets
-    pair = w + N * K if PAIR else w
-    norm = norm_ptr
-    if BLOCK_K >= K:
-        w = load_w(w, k_w, K, BLOCK_K)
-        pair = load_w(pair, k_w, K, BLOCK_K) if PAIR else w
-        if NORM:
-            k_x, _ = x_tile(tl.zeros([1], tl.int64), K, SPLIT, PART)
-            norm = load_norm(norm_ptr, k_x, K, PRESCALE)
+    w, tail = w_ptr, w_ptr
+    if BLOCK_K + TAIL >= K:
+        row = w_rows(tl.arange(0, ROWS), first, N, PAIR)
+        w = load_w(w_ptr, row, K, 0, BLOCK_K, SPLIT)
+        tail = load_w(w_ptr, row, K, BLOCK_K, TAIL, SPLIT) if TAIL > 0 else w
     elif PDL and PREFETCH > 0:
-        prefetch_rows(w_ptr, first, N - 1, K, BLOCK_N, PREFETCH, THREADS)
-        if PAIR:
-            prefetch_rows(w_ptr, N + first, 2 * N - 1, K, BLOCK_N, PREFETCH, THREADS)
-    return w, pair, norm
+        prefetch_rows(w_ptr, first, N, K, ROWS, PAIR, PREFETCH, THREADS)
+    return w, tail
 
 
 @triton.jit
@@ -170,60 +155,45 @@ def product(
     row: tl.tensor,
     present: tl.tensor,
     w: tl.tensor,
-    pair: tl.tensor,
-    norm: tl.tensor,
-    eps: tl.tensor,
+    tail: tl.tensor,
+    first: tl.tensor,
+    N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
     SPLIT: tl.constexpr,
     PAIR: tl.constexpr,
-    NORM: tl.constexpr,
-    PRESCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """(a, b) float32 [BLOCK_M, BLOCK_N]: rows of x times W and, with PAIR, times its paired rows (else b is a).
+    """Product x Wᵀ, float32 [BLOCK_M, ROWS], of lines `row` [BLOCK_M] int64 of x; 0 where they are not `present`.
 
-    `w`, `pair` and `norm` are what `ahead` returned; `row` [BLOCK_M] int64 are lines of x [., K] and `present` which
-    of them exist: the others come out 0.
+    `w` and `tail` are what `ahead` returned for the same constants.
     """
-    PART: tl.constexpr = BLOCK_K // SPLIT
-    k_x, offsets = x_tile(row, K, SPLIT, PART)
-    valid = present[:, None] if SPLIT == 1 else present[None, :, None]
-    pointers = x_ptr + offsets
-    if SPLIT == 1:
-        a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        squares = tl.zeros([BLOCK_M, PART], tl.float32)
+    acc = tl.zeros([BLOCK_M, ROWS] if SPLIT == 1 else [SPLIT, BLOCK_M, ROWS], tl.float32)
+    if BLOCK_K + TAIL >= K:
+        if TAIL > 0:  # its few loads first: they are then in flight with the others'
+            x_tail = load_x(x_ptr, row, present, K, BLOCK_K, TAIL, SPLIT)
+            x = load_x(x_ptr, row, present, K, 0, BLOCK_K, SPLIT)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = tl.dot(x_tail, tail, acc, input_precision=PRECISION)
+        else:
+            x = load_x(x_ptr, row, present, K, 0, BLOCK_K, SPLIT)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
     else:
-        a = tl.zeros([SPLIT, BLOCK_M, BLOCK_N], tl.float32)
-        squares = tl.zeros([SPLIT, BLOCK_M, PART], tl.float32)
-    b = a
-    if BLOCK_K >= K:
-        x = load_x(pointers, valid, k_x, K, BLOCK_K)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares = wide * wide
-            x = (wide * norm).to(x.dtype)
-        a = tl.dot(x, w, a, input_precision=PRECISION)
-        if PAIR:
-            b = tl.dot(x, pair, b, input_precision=PRECISION)
-    else:
-        k_w, _ = w_tile(tl.zeros([1], tl.int32), K, SPLIT, PART)
+        PART: tl.constexpr = BLOCK_K // SPLIT
+        k_x, x_offsets = x_tile(row, K, SPLIT, PART)
+        k_w, w_offsets = w_tile(w_rows(tl.arange(0, ROWS), first, N, PAIR), K, SPLIT, PART)
+        valid = present[:, None] if SPLIT == 1 else present[None, :, None]
         for k0 in range(0, K, BLOCK_K):
-            x = load_x(pointers + k0, valid, k_x + k0, K, BLOCK_K)
-            w_now = load_w(w + k0, k_w + k0, K, BLOCK_K)
-            if NORM:
-                wide = x.to(tl.float32)
-                squares += wide * wide
-                x = (wide * load_norm(norm, k_x + k0, K, PRESCALE)).to(x.dtype)
-            a = tl.dot(x, w_now, a, input_precision=PRECISION)
-            if PAIR:
-                b = tl.dot(x, load_w(pair + k0, k_w + k0, K, BLOCK_K), b, input_precision=PRECISION)
-    a = summed(a, SPLIT)
-    b = summed(b, SPLIT) if PAIR else a
-    if NORM:
-        scale = inverse_rms(squares, eps, K, SPLIT, PRESCALE)
-        a = a * scale
-        b = b * scale if PAIR else a
-    return a, b
+            if K % BLOCK_K == 0:
+                x = tl.load(x_ptr + k0 + x_offsets, mask=valid, other=0.0)
+                w_now = tl.load(w + k0 + w_offsets, eviction_policy="evict_first")
+            else:
+                x = tl.load(x_ptr + k0 + x_offsets, mask=valid & (k0 + k_x < K), other=0.0)
+                w_now = tl.load(w + k0 + w_offsets, mask=k0 + k_w < K, other=0.0, eviction_policy="evict_first")
+            acc = tl.dot(x, w_now, acc, input_precision=PRECISION)
+    if SPLIT > 1:
+        acc = tl.sum(acc, axis=0)
+    return acc

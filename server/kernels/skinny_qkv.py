@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.kernels.runtime import ceil_div
 from server.kernels.skinny_product import ahead, product
+from server.kernels.skinny_scaled import Scaled, inverse_rms, load_squares
 from server.kernels.skinny_tiles import Kind, TileConfig, block_m, check_tokens, configs_for, constants
 
 
@@ -67,7 +68,7 @@ def _rotated(acc: tl.tensor, cos: tl.tensor, sin: tl.tensor, BLOCK_M: tl.constex
 @triton.jit(do_not_specialize=["M"])
 def _norm_qkv_rope_kernel(
     x_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
+    squares_ptr: tl.tensor,
     eps: tl.tensor,
     w_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -87,9 +88,11 @@ def _norm_qkv_rope_kernel(
     BIAS: tl.constexpr,
     ROTATE: tl.constexpr,
     SETTLED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
     SPLIT: tl.constexpr,
     PRESCALE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,26 +103,26 @@ def _norm_qkv_rope_kernel(
     """Columns below QUERIES go to q [M, QUERIES], the others to the pool; those below ROTATED are q and k."""
     first = tl.program_id(0) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
-    w, pair, norm = ahead(
-        w_ptr, norm_ptr, first, N, K, BLOCK_N, BLOCK_K, SPLIT, False, True, PRESCALE, PREFETCH, THREADS, PDL
-    )
+    w, tail = ahead(w_ptr, first, N, K, BLOCK_N, BLOCK_K, TAIL, SPLIT, False, PREFETCH, THREADS, PDL)
     m = tl.arange(0, BLOCK_M)
     present = m < M
     if PDL and not SETTLED:
         tl.extra.cuda.gdc_wait()
     slot = tl.load(slots_ptr + m, mask=present, other=0)
-    cos, sin = 0.0, 0.0
-    EARLY: tl.constexpr = SETTLED or BLOCK_K >= K
+    bias, cos, sin = 0.0, 0.0, 0.0
+    EARLY: tl.constexpr = SETTLED or BLOCK_K + TAIL >= K
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if ROTATE and EARLY:  # two loads, one after the other, are long for a small layer: before the product or beside x
         cos, sin = _turn(positions_ptr, rotations_ptr, first, present, POSITIONS, D, ROTATED, BLOCK_M, BLOCK_N)
     if PDL and SETTLED:
         tl.extra.cuda.gdc_wait()
-    acc, _ = product(
-        x_ptr, m.to(tl.int64), present, w, pair, norm, eps,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, False, True, PRESCALE, PRECISION,
+    squares = load_squares(squares_ptr, m.to(tl.int64), present, PARTS, BLOCK_M)
+    acc = product(
+        x_ptr, m.to(tl.int64), present, w, tail, first,
+        N, K, BLOCK_M, BLOCK_N, BLOCK_K, TAIL, SPLIT, False, PRECISION,
     )  # fmt: skip
-    if BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    acc = acc * inverse_rms(squares, eps, K, PRESCALE) + bias
     if ROTATE:
         if not EARLY:
             cos, sin = _turn(positions_ptr, rotations_ptr, first, present, POSITIONS, D, ROTATED, BLOCK_M, BLOCK_N)
@@ -133,8 +136,7 @@ def _norm_qkv_rope_kernel(
 
 
 def norm_qkv_rope(
-    x: Tensor,
-    norm: Tensor,
+    x: Scaled,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
@@ -152,24 +154,25 @@ def norm_qkv_rope(
 ) -> Tensor:
     """Queries [M, num_heads * head_dim] of rms_norm(x) Wᵀ + bias, rotated; keys (rotated) and values go to `pool`.
 
-    x [M, K], M <= 64; W [heads.columns, K]; `pool` [places, 2 * num_kv_heads, head_dim], of x's dtype or float8_e4m3fn;
-    `positions` and `slot_mapping` [M] int64; `rotations` [P, head_dim / 2, 2] float32, cos and sin. All contiguous.
-    Positions past the end of `rotations` (drafts that nobody will keep) take its last row. `settled`: with `pdl`,
-    positions and slots were complete before the kernel before began, and are read early. Raises ValueError if M is too
-    large.
+    x [M, K] as skinny_scaled.py has it, M <= 64; W [heads.columns, K]; `pool` [places, 2 * num_kv_heads, head_dim], of
+    x's dtype or float8_e4m3fn; `positions` and `slot_mapping` [M] int64; `rotations` [P, head_dim / 2, 2] float32, cos
+    and sin. All contiguous. Positions past the end of `rotations` (drafts that nobody will keep) take its last row.
+    `settled`: with `pdl`, positions and slots were complete before the kernel before began, and are read early. Raises
+    ValueError if M is too large.
     """
-    num_tokens, k = x.shape
+    values = x.values
+    num_tokens, k = values.shape
     check_tokens(num_tokens)
     queries, columns = heads.num_heads * heads.head_dim, heads.columns
     if out is None:
-        out = torch.empty(num_tokens, queries, dtype=x.dtype, device=x.device)
-    config = config or configs_for(Kind.QKV, num_tokens, columns, k, x.element_size())[0]
+        out = torch.empty(num_tokens, queries, dtype=values.dtype, device=values.device)
+    config = config or configs_for(Kind.QKV, num_tokens, columns, k, values.element_size())[0]
     _norm_qkv_rope_kernel[(ceil_div(columns, config.block_n),)](
-        x,
-        norm,
+        values,
+        x.squares,
         eps,
         weight,
-        x if bias is None else bias,
+        values if bias is None else bias,
         positions,
         rotations,
         slot_mapping,
@@ -185,8 +188,9 @@ def norm_qkv_rope(
         BIAS=bias is not None,
         ROTATE=rotate,
         SETTLED=settled,
+        PARTS=x.squares.shape[1],
         BLOCK_M=block_m(num_tokens),
-        **constants(config, x, k, pdl),
+        **constants(config, values, k, pdl),
     )
     return out
 
@@ -205,7 +209,7 @@ def norm_qkv_rope_reference(
     *,
     rotate: bool = True,
 ) -> Tensor:
-    """The same in torch, computed in float32; writes `pool` too."""
+    """The same in torch for x [M, K] and norm [K], computed in float32; writes `pool` too."""
     normed = F.rms_norm(x.float(), (x.shape[1],), norm.float(), eps)
     qkv = F.linear(normed, weight.float(), None if bias is None else bias.float())
     qkv = qkv.view(len(x), heads.num_heads + 2 * heads.num_kv_heads, heads.head_dim)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from server.kernels.runtime import dot_precision, next_power_of_2
+from server.kernels.skinny_scaled import least_columns, prescale
 
 MAX_TOKENS = 64
 """The most tokens a skinny kernel takes: all of them are one tile."""
@@ -19,8 +19,6 @@ MAX_WHOLE_ELEMENTS = 8 << 20
 """Larger weights are bound by the memory, not by latency."""
 SHARED_LIMIT = 220 << 10
 """Bytes of shared memory a candidate may ask for; an H100 gives a program 227 KiB."""
-_FLOAT16_PRESCALE = 1 / 16
-"""x * norm is not yet divided by the rms when it meets float16's range."""
 
 
 class Kind(Enum):
@@ -58,8 +56,8 @@ class TileConfig:
     def shared_bytes(self, kind: Kind, num_tokens: int, k: int, element_size: int) -> int:
         """Upper bound of the shared memory that tiles in flight take."""
         rows = self.block_n * (2 if kind is Kind.GATE_UP else 1) + block_m(num_tokens)
-        tiles = 1 if self.block_k >= k else self.num_stages
-        return rows * self.block_k * element_size * tiles
+        held = sum(_pieces(self, k)) if self.block_k >= k else self.block_k * self.num_stages
+        return rows * held * element_size
 
 
 def block_m(num_tokens: int) -> int:
@@ -74,60 +72,80 @@ def check_tokens(num_tokens: int) -> None:
 
 
 def configs_for(kind: Kind, num_tokens: int, n: int, k: int, element_size: int = 2) -> list[TileConfig]:
-    """At most 5 candidates for x [num_tokens, k] and a result of `n` columns, the likeliest first."""
-    whole = _whole(kind, num_tokens, k) if k <= MAX_WHOLE_K and element_size == 2 else []  # float32: registers spill
-    streamed = _streamed(num_tokens, n)
-    if kind is Kind.HEAD:
-        candidates = streamed[:4] + whole
+    """At most 3 candidates for x [num_tokens, k] and a result of `n` columns, the likeliest first.
+
+    They are those that won somewhere on an H100 (benchmarks/kernels_linear.py): each costs a second of start-up. Above
+    16 tokens, where cuBLAS is hard to beat, there are 2.
+    """
+    small = n * k <= MAX_WHOLE_ELEMENTS and kind is not Kind.HEAD
+    if num_tokens > 32:
+        candidates = _tall(kind, n)
+    elif small and k <= MAX_WHOLE_K and element_size == 2:  # float32: registers spill
+        candidates = _whole(kind, k)
     else:
-        candidates = whole + streamed if n * k <= MAX_WHOLE_ELEMENTS else streamed
+        candidates = _streamed(kind, k)
+    if 16 < num_tokens <= 32:
+        candidates = candidates[::2]  # the second of three is short of registers or threads there
+    least = least_columns(n) if kind is Kind.RESIDUAL else 8
     fitting = [c for c in candidates if c.shared_bytes(kind, num_tokens, k, element_size) <= SHARED_LIMIT]
-    return fitting[:5] or [TileConfig(16, 64, num_stages=2)]
+    return [c for c in fitting if c.block_n >= least] or [TileConfig(max(16, least), 64, num_stages=2)]
 
 
-def _whole(kind: Kind, num_tokens: int, k: int) -> list[TileConfig]:
-    """Weights held whole: a small layer is all latency, so K is cut among the warps and columns among many programs."""
-    if num_tokens > 32:
-        return []
+def _whole(kind: Kind, k: int) -> list[TileConfig]:
+    """Weights held whole: a small layer is all latency, so K is cut among the warps and columns among many programs.
+
+    The programs of two kernels or more fit a multiprocessor together: the next ones load while the first compute.
+    """
     whole = next_power_of_2(max(k, 128))
-    if kind is Kind.HEAD:
-        return [TileConfig(32, whole, 8, 8, 1)] if whole <= 1024 else []
-    found = [TileConfig(16, whole, 8, 8, 1), TileConfig(8, whole, 8, 8, 1)]
-    return [*found, TileConfig(16, whole, 4, 4, 1)] if whole <= 1024 else found
+    if kind is Kind.GATE_UP:
+        return [TileConfig(8, whole, 4, 4, 1), TileConfig(16, whole, 8, 8, 1), TileConfig(16, whole, 4, 4, 1)]
+    if whole <= 1024:
+        return [TileConfig(16, whole, 4, 4, 1), TileConfig(16, whole, 8, 8, 1), TileConfig(8, whole, 4, 4, 1)]
+    return [TileConfig(8, whole, 8, 8, 1), TileConfig(16, 512, 4, 4, 4), TileConfig(16, whole, 8, 8, 1)]
 
 
-def _streamed(num_tokens: int, n: int) -> list[TileConfig]:
+def _streamed(kind: Kind, k: int) -> list[TileConfig]:
     """Weights streamed through shared memory, enough bytes in flight on each multiprocessor to cover the latency."""
-    if num_tokens > 32:
-        return [
-            TileConfig(32, 128, 1, 4, 4),
-            TileConfig(64, 128, 1, 8, 4),
-            TileConfig(64, 64, 1, 4, 6),
-            TileConfig(32, 64, 1, 4, 5),
-            TileConfig(128, 64, 1, 8, 4),
-        ]
-    if n <= 1024:
-        return [TileConfig(16, 256, 4, 4, 4), TileConfig(16, 512, 8, 8, 3)]
-    return [
-        TileConfig(32, 256, 1, 4, 4),
-        TileConfig(16, 256, 4, 4, 5),
-        TileConfig(64, 128, 1, 4, 5),
-        TileConfig(32, 512, 4, 4, 3),
-        TileConfig(16, 512, 4, 4, 4),
-    ]
+    if kind is Kind.HEAD and k <= 1024:
+        return [TileConfig(64, 64, 1, 4, 6), TileConfig(64, 128, 1, 4, 5), TileConfig(128, 64, 1, 4, 5)]
+    if kind is Kind.HEAD:
+        return [TileConfig(64, 128, 1, 4, 5), TileConfig(16, 512, 4, 4, 4), TileConfig(128, 64, 1, 4, 5)]
+    if kind is Kind.GATE_UP:
+        return [TileConfig(32, 128, 1, 4, 5), TileConfig(8, 512, 4, 4, 4), TileConfig(16, 256, 4, 4, 5)]
+    return [TileConfig(16, 512, 4, 4, 4), TileConfig(32, 256, 1, 4, 4), TileConfig(16, 256, 4, 4, 5)]
+
+
+def _tall(kind: Kind, n: int) -> list[TileConfig]:
+    """More than 32 rows of x: tiles large enough that reading x again in every program does not count."""
+    if kind is Kind.GATE_UP:
+        return [TileConfig(32, 64, 1, 4, 6), TileConfig(64, 64, 1, 8, 4)]
+    if n > 8192:
+        return [TileConfig(128, 64, 1, 8, 4), TileConfig(64, 64, 1, 4, 6)]
+    return [TileConfig(32, 64, 1, 4, 6), TileConfig(32, 128, 1, 4, 5)]
+
+
+def _pieces(config: TileConfig, k: int) -> tuple[int, int]:
+    """(block, tail): what a program takes of K at a time, and the rest after one block where weights are held whole."""
+    least = 16 * config.split
+    block = next_power_of_2(k + 1) // 2  # the largest that is not beyond k
+    if config.block_k < k or block < least:
+        return config.block_k, 0
+    tail = max(least, next_power_of_2(k - block)) if k > block else 0
+    return (block, tail) if tail < block else (config.block_k, 0)
 
 
 def constants(config: TileConfig, x: Tensor, k: int, pdl: bool) -> dict[str, Any]:
     """Compile-time arguments that every skinny kernel takes for x [M, K], and the launch's options."""
-    ahead = min(config.prefetch, k)
+    ahead, (block_k, tail) = min(config.prefetch, k), _pieces(config, k)
     aligned = k * x.element_size() % 16 == 0 and ahead * x.element_size() % 16 == 0
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     return {
         "K": k,
         "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "BLOCK_K": block_k,
+        "TAIL": tail,
         "SPLIT": config.split,
-        "PRESCALE": _FLOAT16_PRESCALE if x.dtype == torch.float16 else 1.0,
+        "PRESCALE": prescale(x.dtype),
         "PRECISION": dot_precision(x.dtype),
         "PREFETCH": ahead if aligned else 0,
         "THREADS": 32 * config.num_warps,

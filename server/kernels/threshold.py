@@ -1,9 +1,9 @@
 """top_k, top_p and min_p as one threshold on logit / temperature, without a sort: `server.sampling.filters` in kernels.
 
-Three launches. The first takes the largest logit of every group of neighbours. The second adds up all mass where top_p
-needs it. The third, one program a position, looks at the few hundred groups with the largest maxima: they hold every
-logit above the largest maximum left out. Where those decide, which they nearly always do on text, the search runs in
-registers; a flat distribution is searched by reading the vocabulary a few times more.
+Five launches over all positions. Four of them (`server.kernels.levels`) read the logits three times and leave a list of
+those that the threshold is one of; the last searches that list, one program a position. Where the list is too long
+(thousands of equal logits, a distribution that a sample does not show) it searches the vocabulary itself: slower, as
+exact.
 
 Masses are integers (`server.kernels.masses`), so a threshold depends neither on the batch nor on who adds what.
 """
@@ -15,173 +15,141 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.kernels import runtime
+from server.kernels import levels, runtime
 from server.kernels.argmax import BLOCK, chunks
-from server.kernels.masses import COUNT, MASS, joined, load_scaled, mass_halves, search_all, search_block, sum_above
+from server.kernels.levels import CAPACITY, FEW, GROUP, LEVELS, NOTHING, WEIGHED, bracket
+from server.kernels.masses import COUNT, MASS, joined, mass_halves, search_all, search_block, sum_above
 from server.kernels.noise import log
+from server.kernels.slots import as_tables, filters_of, is_greedy, temperature_of
 
-GROUP = 8 if runtime.INTERPRETED else 64
-NUM_CANDIDATES = 4 if runtime.INTERPRETED else 256
-"""Groups that are looked at before the whole vocabulary is."""
+SUM_BLOCK = 32 if runtime.INTERPRETED else 512
 _SEARCH_BLOCK = 128 if runtime.INTERPRETED else 8192
 _SEARCH_WARPS = 16
+_EXTRA = CAPACITY // 4
 
 
 @triton.jit
-def _groups_kernel(
-    logits, stride, V, tops, G, num_blocks, GROUP: tl.constexpr, BLOCK: tl.constexpr
+def _nucleus_of_all(logits, V, heat, peak, least, p, total, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """top_p's threshold within the logits of at least `least`, by reading the vocabulary; total 0: not known yet."""
+    mass = total
+    if total == 0:
+        mass, _, _ = sum_above(logits, V, heat, peak, least, least, MASS, BLOCK)
+    return search_all(logits, V, heat, peak, least, p.to(tl.float64) * mass.to(tl.float64), MASS, BLOCK)
+
+
+@triton.jit
+def _search(
+    logits, V, mode, heat, peak, k, p, levels, sums, num_sums, num, found,
+    CAPACITY: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
-    """Largest finite logit of each group, [T, G] float32; -inf if there is none."""
-    position = tl.program_id(0).to(tl.int64)
-    groups = tl.arange(0, BLOCK // GROUP)
-    for i in range(num_blocks):
-        first = (tl.program_id(1) * num_blocks + i) * (BLOCK // GROUP)
-        columns = (first + groups)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        x = tl.load(logits + position * stride + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-        x = tl.where(tl.abs(x) < float("inf"), x, -float("inf"))
-        tl.store(tops + position * G + first + groups, tl.max(x, 1), mask=first + groups < G)
-
-
-@triton.jit
-def _mass_kernel(
-    logits, stride, V, tops, G, temperature, greedy, top_k, top_p, masses, W, num_blocks,
-    GP: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def] # fmt: skip
-    """Mass of each chunk of a position, [T, CP] int64, where top_p works on the whole vocabulary."""
-    position = tl.program_id(0).to(tl.int64)
-    row = position // W
-    wanted = (tl.load(greedy + row) == 0) & (tl.load(top_p + row) < 1.0) & (tl.load(top_k + row) >= V)
-    if wanted:
-        heat = tl.load(temperature + row)
-        g = tl.arange(0, GP)
-        peak = tl.div_rn(tl.max(tl.load(tops + position * G + g, mask=g < G, other=-float("inf")), 0), heat)
-        peak = tl.maximum(peak, -3.4e38)  # a broken position's
-        upper = tl.zeros((BLOCK,), tl.int32)
-        lower = tl.zeros((BLOCK,), tl.int32)
-        for i in range(num_blocks):
-            columns = (tl.program_id(1) * num_blocks + i) * BLOCK + tl.arange(0, BLOCK)
-            x = load_scaled(logits + position * stride, columns, V, heat)
-            more_upper, more_lower = mass_halves(x, peak)
-            upper += more_upper
-            lower += more_lower
-        tl.store(masses + position * CP + tl.program_id(1), tl.sum(joined(upper, lower), 0))
-
-
-@triton.jit
-def _candidates(logits, V, tops, G, heat, chosen, NUM: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Every scaled logit above the bound, [NUM, GROUP] with -inf between them."""
-    g = tl.arange(0, GP)
-    x = tl.div_rn(tl.load(tops + g, mask=g < G, other=-float("inf")), heat)
-    # The largest value of which NUM + 1 maxima are not below; at most NUM are above it.
-    bound = -float("inf")
-    one = (x > -float("inf")).to(tl.int32)
-    if tl.sum(one, 0) > NUM:
-        bound = search_block(x, one * 0, one, (tl.sum(one, 0) * 0 + NUM + 1).to(tl.float64))
-    is_chosen = x > bound
-    place = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-    tl.store(chosen + place, g, mask=is_chosen)
-    tl.debug_barrier()  # other threads read it
-    n = tl.arange(0, NUM)
-    group = tl.load(chosen + n, mask=n < tl.sum(is_chosen.to(tl.int32), 0), other=V)
-    columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    columns = tl.where(group[:, None] < V, columns, V)
-    found = load_scaled(logits, columns, V, heat)
-    return tl.where(found > bound, found, -float("inf"))
-
-
-@triton.jit
-def _among_candidates(x, peak, top_k, top_p, total, is_limited, is_nucleus):  # type: ignore[no-untyped-def]
-    """Threshold of top_k and top_p within the block `x`, and whether the block was enough to know it."""
+    """Threshold of top_k and top_p at one position, from its list of `num` where that is all of it."""
+    _, _, above, total, wanted, is_reached = bracket(mode, levels, sums, num_sums, k, p, SP)
+    places = tl.arange(0, CAPACITY)
+    is_listed = (num > 0) & (num <= CAPACITY)
+    x = tl.load(found + places, mask=(places < num) & is_listed, other=-float("inf"))
+    upper, lower = mass_halves(x, peak)
     present = (x > -float("inf")).to(tl.int32)
     threshold = -float("inf")
-    num = tl.sum(present)
-    decided = (is_limited == 0) | (num >= top_k)
-    if is_limited & decided:
-        threshold = search_block(x, present * 0, present, top_k.to(tl.float64))
-    if is_nucleus & decided:
-        left = tl.where(x >= threshold, x, -float("inf"))
-        upper, lower = mass_halves(left, peak)
-        mass = tl.sum(joined(upper, lower))
-        wanted = top_p.to(tl.float64) * tl.where(is_limited, mass, total).to(tl.float64)
-        decided = mass.to(tl.float64) >= wanted
-        if decided:
-            threshold = search_block(left, upper, lower, wanted)
-    return threshold, decided
-
-
-@triton.jit
-def _among_all(logits, V, heat, peak, top_k, top_p, total, is_limited, is_nucleus, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same threshold, searched in the whole vocabulary."""
-    threshold = -float("inf")
-    if is_limited:
-        threshold = search_all(logits, V, heat, peak, threshold, top_k.to(tl.float64), COUNT, BLOCK)
-    if is_nucleus:
-        mass = total
-        if is_limited:
-            mass, _, _ = sum_above(logits, V, heat, peak, threshold, threshold, MASS, BLOCK)
-        wanted = top_p.to(tl.float64) * mass.to(tl.float64)
-        threshold = search_all(logits, V, heat, peak, threshold, wanted, MASS, BLOCK)
+    if mode == WEIGHED:
+        if is_listed:
+            threshold = search_block(x, upper, lower, wanted, above)
+        else:
+            threshold = _nucleus_of_all(logits, V, heat, peak, threshold, p, total, BLOCK)
+    else:
+        if is_listed:
+            if is_reached & (above + num >= k):
+                threshold = search_block(x, present * 0, present, wanted, above)
+        elif is_reached:
+            threshold = search_all(logits, V, heat, peak, threshold, wanted, COUNT, BLOCK)
+        if p < 1.0:
+            if is_listed & (mode == FEW):
+                left = tl.where(x >= threshold, x, -float("inf"))
+                upper, lower = mass_halves(left, peak)
+                wanted = p.to(tl.float64) * tl.sum(joined(upper, lower), 0).to(tl.float64)
+                threshold = search_block(left, upper, lower, wanted, above)
+            else:
+                threshold = _nucleus_of_all(logits, V, heat, peak, threshold, p, above * 0, BLOCK)
     return threshold
 
 
 @triton.jit
 def _threshold_kernel(
-    logits, stride, V, tops, G, temperature, greedy, top_k, top_p, min_p, masses, num_chunks, chosen, thresholds, W,
-    NUM: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, V, slots, floats, ints, modes, peaks, levels, sums, num_sums, lengths, found, thresholds, W,
+    CAPACITY: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     position = tl.program_id(0).to(tl.int64)
-    row = position // W
-    k, p, m = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-    is_limited, is_nucleus = k < V, p < 1.0
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + position // W)
+    k, p, m = filters_of(floats, ints, slot)
+    mode = tl.load(modes + position)
     threshold = -float("inf")
-    if (tl.load(greedy + row) == 0) & (is_limited | is_nucleus | (m > 0.0)):
-        logits += position * stride
-        tops += position * G
-        heat = tl.load(temperature + row)
-        g = tl.arange(0, GP)
-        peak = tl.div_rn(tl.max(tl.load(tops + g, mask=g < G, other=-float("inf")), 0), heat)
-        if (is_limited | is_nucleus) & (peak > -float("inf")):
-            c = tl.arange(0, CP)
-            counted = tl.where(is_nucleus & (is_limited == 0), num_chunks, 0)
-            total = tl.sum(tl.load(masses + position * CP + c, mask=c < counted, other=0), 0)
-            x = _candidates(logits, V, tops, G, heat, chosen + position * NUM, NUM, GP, GROUP)
-            threshold, decided = _among_candidates(x, peak, k, p, total, is_limited, is_nucleus)
-            if not decided:
-                threshold = _among_all(logits, V, heat, peak, k, p, total, is_limited, is_nucleus, BLOCK)
+    if (is_greedy(ints, slot) == 0) & ((mode != NOTHING) | (m > 0.0)):
+        peak = tl.load(peaks + position)
+        if mode != NOTHING:
+            threshold = _search(
+                logits + position * stride, V, mode, temperature_of(floats, slot), peak, k, p,
+                levels + position * LEVELS, sums + position * num_sums * LEVELS, num_sums,
+                tl.load(lengths + position), found + position * CAPACITY, CAPACITY, SP, BLOCK,
+            )  # fmt: skip
         if m > 0.0:
             threshold = tl.maximum(threshold, peak + log(m))
     tl.store(thresholds + position, threshold)
 
 
-def filter_threshold(
-    logits: Tensor, width: int, temperature: Tensor, greedy: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+def filter_threshold_by_slot(
+    logits: Tensor, width: int, slots: Tensor, floats: Tensor, ints: Tensor, *, pdl: bool = False
 ) -> Tensor:
     """Threshold [T] float32 on logit / temperature of every position: tokens at or above it are kept, ties too.
 
-    `logits` [T, V], float32 or 16 bits, `width` positions a row; the rest is by row, [R]: `temperature`, `top_p`,
-    `min_p` float32, `greedy` bool, `top_k` int64 (V: off). -inf where a row is greedy or filters nothing. A position
-    with a NaN or inf is broken and its threshold means nothing. The reference is `server.sampling.filters`.
+    `logits` [T, V], float32 or 16 bits, `width` positions a row; `slots` [R] int64 index `floats` [S, 6] and `ints`
+    [S, 5] (`server.kernels.slots`). -inf where a row is greedy or filters nothing. A position with a NaN or inf is
+    broken and its threshold means nothing. The reference is `server.sampling.filters`.
     """
     num_positions, vocab_size = logits.shape
     device = logits.device
-    num_chunks, num_blocks, bound = chunks(num_positions, vocab_size, device)
     num_groups = runtime.ceil_div(vocab_size, GROUP)
+    num_chunks, num_blocks, _ = chunks(num_positions, vocab_size, device)
+    num_sums, sum_blocks, _ = chunks(num_positions, vocab_size, device, SUM_BLOCK)
     tops = torch.empty(num_positions, num_groups, dtype=torch.float32, device=device)
-    masses = torch.empty(num_positions, bound, dtype=torch.int64, device=device)
-    chosen = torch.empty(num_positions, NUM_CANDIDATES, dtype=torch.int32, device=device)
-    thresholds = torch.empty(num_positions, dtype=torch.float32, device=device)
-    power = runtime.next_power_of_2(num_groups)
-    shared = (logits, logits.stride(0), vocab_size, tops, num_groups)
-    grid = (num_positions, num_chunks)
-    _groups_kernel[grid](*shared, num_blocks, GROUP=GROUP, BLOCK=BLOCK)
-    _mass_kernel[grid](
-        *shared, temperature, greedy, top_k, top_p, masses, width, num_blocks, GP=power, CP=bound, BLOCK=BLOCK
+    found = torch.empty(num_positions, CAPACITY, dtype=torch.float32, device=device)
+    peaks, thresholds = torch.empty(2, num_positions, dtype=torch.float32, device=device).unbind(0)
+    modes, lengths = torch.empty(2, num_positions, dtype=torch.int32, device=device).unbind(0)
+    level = torch.empty(num_positions, LEVELS.value, dtype=torch.float32, device=device)
+    sums = torch.empty(num_positions, num_sums, LEVELS.value, dtype=torch.int64, device=device)
+    options = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    steps = (logits, logits.stride(0), vocab_size)
+    rows = (slots, floats, ints)
+    power = runtime.next_power_of_2(num_sums)
+    levels.groups_kernel[(num_positions, num_chunks)](
+        *steps, tops, num_groups, *rows, width, num_blocks, GROUP=GROUP, BLOCK=BLOCK, **options
     )
+    levels.plan_kernel[(num_positions,)](
+        *steps, tops, num_groups, *rows, modes, peaks, level, lengths, width, NUM=levels.NUM_SAMPLES, GROUP=GROUP,
+        GP=runtime.next_power_of_2(num_groups), EXTRA=_EXTRA, num_warps=8, **options,
+    )  # fmt: skip
+    levels.sums_kernel[(num_positions, num_sums)](
+        *steps, slots, floats, modes, peaks, level, sums, width, sum_blocks, num_sums, BLOCK=SUM_BLOCK, num_warps=4,
+        **options,
+    )  # fmt: skip
+    levels.collect_kernel[(num_positions, num_chunks)](
+        *steps, tops, num_groups, *rows, modes, level, sums, num_sums, lengths, found, width, num_blocks, GROUP=GROUP,
+        CAPACITY=CAPACITY, SP=power, BLOCK=BLOCK, num_warps=8, **options,
+    )  # fmt: skip
     _threshold_kernel[(num_positions,)](
-        *shared, temperature, greedy, top_k, top_p, min_p, masses, num_chunks, chosen, thresholds, width,
-        NUM=NUM_CANDIDATES, GROUP=GROUP, GP=power, CP=bound, BLOCK=_SEARCH_BLOCK, num_warps=_SEARCH_WARPS,
+        *steps, *rows, modes, peaks, level, sums, num_sums, lengths, found, thresholds, width, CAPACITY=CAPACITY,
+        SP=power, BLOCK=_SEARCH_BLOCK, num_warps=_SEARCH_WARPS, **options,
     )  # fmt: skip
     return thresholds
+
+
+def filter_threshold(
+    logits: Tensor, width: int, temperature: Tensor, greedy: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """`filter_threshold_by_slot` of parameters by row, each [R]: float32, but `greedy` bool and `top_k` int64."""
+    nobody = torch.zeros_like(top_k)
+    return filter_threshold_by_slot(logits, width, *as_tables(temperature, greedy, nobody, nobody, top_k, top_p, min_p))
 
 
 def filter_threshold_reference(

@@ -7,6 +7,7 @@ import logging
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,34 @@ class GraphStopwatch:
     def __call__(self, run: Run) -> Callable[[], float]:
         run()
         torch.cuda.synchronize(self._device)
-        try:
-            replay: Run = self._graph(run).replay
-        except RuntimeError:
-            replay = self._loop(run)
+        replay = self._loop(run)
+        if not self._waits(run):  # a capture that is known to fail is not tried
+            try:
+                replay = self._graph(run).replay
+            except RuntimeError:
+                # torch's generator still believes it is captured, and every later draw of random numbers fails, until
+                # a capture ends well.
+                self._nothing = self._graph(lambda: None)
         torch.cuda.synchronize(self._device)
 
         def watch() -> float:
             return max(self._elapsed(replay) - self._elapsed(self._nothing.replay), 0.0) / _REPEATS
 
         return watch
+
+    def _waits(self, run: Run) -> bool:
+        """Whether `run` waits for the device, or can not be run at all, by torch's account."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that it does not see every wait
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return False
 
     def _loop(self, run: Run) -> Run:
         def both() -> None:

@@ -2,7 +2,8 @@
 
 The kernel of `server.spec.verify` for greedy rows and for the rule `coupled`: one launch that reads nothing but logits
 and makes no probability. The programs of a row share out its positions and vocabulary; the last to arrive puts the
-pieces together and compares them with the drafts.
+pieces together, compares them with the drafts and, if asked, commits what the row emits: then a greedy step ends with
+this launch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from server.kernels import runtime
 from server.kernels.argmax import BLOCK, WARPS, argmax_reference, chunks, counters, is_last, token_of
-from server.kernels.noise import TARGET, noise_key
+from server.kernels.commit import Commit, check_commit, commit_row
+from server.kernels.noise import TARGET
 from server.kernels.sample import race
-from server.kernels.threshold import filter_threshold
+from server.kernels.slots import as_tables, is_greedy, key_of, temperature_of
+from server.kernels.threshold import filter_threshold_by_slot
 
 NOT_FORCED, FORCED_BY_ROW, FORCED_EVERYWHERE = range(3)
 _TARGET = tl.constexpr(TARGET)
@@ -38,7 +41,8 @@ def num_matching(matches, valid, forced, forced_stride, forced_value, row, j, FO
 @triton.jit
 def _finish_row(
     row, W, num_chunks, drafts, drafts_stride, num_valid, tokens, num_accepted, broken, forced, forced_stride,
-    forced_value, pieces, tops, FORCED: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
+    forced_value, pieces, tops, committed, history, history_stride, history_len, num_tokens, last_slot, report,
+    FORCED: tl.constexpr, COMMIT: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     j = tl.arange(0, WP)
     c = tl.arange(0, CP)
@@ -47,21 +51,28 @@ def _finish_row(
     token = token_of(tl.max(tl.load(pieces + at, mask=there, other=-(2**63), cache_modifier=".cg"), 1))
     top = tl.max(tl.load(tops + at, mask=there, other=-float("inf"), cache_modifier=".cg"), 1)
     draft = tl.load(drafts + row * drafts_stride + j, mask=j < W - 1, other=-1)
-    valid = tl.minimum(tl.load(num_valid + row), W - 1)
+    drafted = tl.load(num_valid + row)
+    valid = tl.minimum(drafted, W - 1)
     count = num_matching(token == draft, valid, forced, forced_stride, forced_value, row, j, FORCED)
     tl.store(tokens + row * W + j, token, mask=j < W)
     tl.store(num_accepted + row, count)
     unusable = (tl.abs(top) == float("inf")) & (j <= count) & (j < W)
-    tl.store(broken + row, tl.max(unusable.to(tl.int32), 0) != 0)
+    is_broken = tl.max(unusable.to(tl.int32), 0) != 0
+    tl.store(broken + row, is_broken)
+    if COMMIT:  # every program of the row has read `num_tokens` before it arrived
+        commit_row(
+            row, j, token, count + 1, drafted, is_broken, committed, history, history_stride, history_len, num_tokens,
+            last_slot, report, W,
+        )  # fmt: skip
 
 
 @triton.jit
 def _verify_kernel(
     logits, stride, V, drafts, drafts_stride, num_valid, tokens, num_accepted, broken, forced, forced_stride,
-    forced_value, temperature, greedy, seeds, choices, num_tokens, thresholds, pieces, tops, counters, W, num_blocks,
-    num_chunks,
-    SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FORCED: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    forced_value, slots, floats, ints, known, thresholds, pieces, tops, counters, W, num_blocks, num_chunks,
+    committed, history, history_stride, history_len, num_tokens, last_slot, report,
+    SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FORCED: tl.constexpr, COMMIT: tl.constexpr, WP: tl.constexpr,
+    CP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     position = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -71,9 +82,9 @@ def _verify_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     heat, noisy, key, threshold = 1.0, False, tl.full((), 0, tl.uint64), 0.0
     if SAMPLED:
-        heat, noisy = tl.load(temperature + row), tl.load(greedy + row) == 0
-        place = tl.load(num_tokens + row) + position % W
-        key = noise_key(tl.load(seeds + row), tl.load(choices + row), place, _TARGET)
+        slot = tl.load(slots + row)
+        heat, noisy = temperature_of(floats, slot), is_greedy(ints, slot) == 0
+        key = key_of(ints, slot, tl.load(known + slot) + position % W, _TARGET)
     if FILTERED:
         threshold = tl.load(thresholds + position)
     piece, top = race(
@@ -85,7 +96,8 @@ def _verify_kernel(
     if is_last(counters + row, W * num_chunks):
         _finish_row(
             row, W, num_chunks, drafts, drafts_stride, num_valid, tokens, num_accepted, broken, forced, forced_stride,
-            forced_value, pieces, tops, FORCED, WP, CP,
+            forced_value, pieces, tops, committed, history, history_stride, history_len, num_tokens, last_slot, report,
+            FORCED, COMMIT, WP, CP,
         )  # fmt: skip
 
 
@@ -113,6 +125,15 @@ def check_shapes(logits: Tensor, drafts: Tensor) -> tuple[int, int]:
     return num_rows, width
 
 
+def commit_arguments(
+    commit: Commit | None, num_rows: int, width: int, fallback: Tensor
+) -> tuple[Tensor, Tensor, int, int, Tensor, int, Tensor]:
+    """What a kernel takes of `commit`; nothing that it looks at if there is none."""
+    if commit is None:
+        return fallback, fallback, 0, 0, fallback, 0, fallback
+    return check_commit(commit, num_rows, width)
+
+
 def _launch(
     logits: Tensor,
     drafts: Tensor,
@@ -120,6 +141,7 @@ def _launch(
     rows: tuple[Tensor, ...],
     thresholds: Tensor | None,
     forced_accepted: Tensor | int | None,
+    commit: Commit | None,
     pdl: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, width = check_shapes(logits, drafts)
@@ -130,12 +152,13 @@ def _launch(
     pieces = torch.empty(num_positions * bound, dtype=torch.int64, device=device)
     tops = torch.empty(num_positions * bound, dtype=torch.float32, device=device)
     forced, forced_stride, forced_value, kind = forced_arguments(forced_accepted, num_valid)
-    temperature, greedy, seeds, choices, num_tokens = rows or (num_valid,) * 5
+    slots, floats, ints, known = rows or (num_valid,) * 4
     _verify_kernel[(num_positions, num_chunks)](
         logits, logits.stride(0), vocab_size, drafts, drafts.stride(0), num_valid, tokens, num_accepted, broken,
-        forced, forced_stride, forced_value, temperature, greedy, seeds, choices, num_tokens,
+        forced, forced_stride, forced_value, slots, floats, ints, known,
         num_valid if thresholds is None else thresholds, pieces, tops, counters(num_rows, device), width, num_blocks,
-        num_chunks, SAMPLED=bool(rows), FILTERED=thresholds is not None, FORCED=kind,
+        num_chunks, *commit_arguments(commit, num_rows, width, num_valid),
+        SAMPLED=bool(rows), FILTERED=thresholds is not None, FORCED=kind, COMMIT=commit is not None,
         WP=runtime.next_power_of_2(width), CP=bound, BLOCK=BLOCK, PDL=pdl, num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -148,6 +171,7 @@ def greedy_verify(
     num_valid: Tensor,
     forced_accepted: Tensor | int | None = None,
     *,
+    commit: Commit | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every position's most probable token and how many drafts agree: tokens [R, W], accepted [R], broken [R].
@@ -156,8 +180,37 @@ def greedy_verify(
     and counts are int64; the lowest id wins among equals. `broken` (bool) says that an emitted position has no finite
     largest logit: a NaN or inf in it, or nothing above -inf. `forced_accepted` ([R], one element, or an int) is a
     benchmark's synthetic acceptance: that many drafts, at most `num_valid`, count as accepted whatever matched.
+    `commit` (slots, history, num_tokens, S, report) does in the same launch what `commit_and_report` does with the
+    result, `num_valid` being what was drafted. ValueError: shapes that do not fit.
     """
-    return _launch(logits, drafts, num_valid, (), None, forced_accepted, pdl)
+    return _launch(logits, drafts, num_valid, (), None, forced_accepted, commit, pdl)
+
+
+def sampled_verify_by_slot(
+    logits: Tensor,
+    drafts: Tensor,
+    num_valid: Tensor,
+    slots: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    num_tokens: Tensor,
+    any_filter: bool,
+    forced_accepted: Tensor | int | None = None,
+    *,
+    commit: Commit | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `greedy_verify`, where every row samples as its slot says: the rule `coupled`.
+
+    `slots` [R] int64 index `floats` [S, 6], `ints` [S, 5] (`server.kernels.slots`) and `num_tokens` [S] int64:
+    `num_tokens[slot] + j` is the position of offset j. Greedy slots get neither noise nor filter. `any_filter` (host)
+    says whether any row may have one; without, nothing is searched.
+    """
+    thresholds = None
+    if any_filter:
+        thresholds = filter_threshold_by_slot(logits, drafts.shape[1] + 1, slots, floats, ints, pdl=pdl)
+    rows = (slots, floats, ints, num_tokens)
+    return _launch(logits, drafts, num_valid, rows, thresholds, forced_accepted, commit, pdl)
 
 
 def sampled_verify(
@@ -177,17 +230,9 @@ def sampled_verify(
     *,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `greedy_verify`, where every row samples by its parameters, each [R]: the rule `coupled`.
-
-    `temperature`, `top_p`, `min_p` float32 (temperature is above 0, also of greedy rows), `greedy` bool, `top_k`,
-    `seeds`, `choices`, `num_tokens` int64: `num_tokens + j` is the position of offset j. Rows with `greedy` get neither
-    noise nor filter. `any_filter` (host) says whether any row has one; without, nothing is searched.
-    """
-    thresholds = None
-    if any_filter:
-        thresholds = filter_threshold(logits, drafts.shape[1] + 1, temperature, greedy, top_k, top_p, min_p)
-    rows = (temperature, greedy, seeds, choices, num_tokens)
-    return _launch(logits, drafts, num_valid, rows, thresholds, forced_accepted, pdl)
+    """`sampled_verify_by_slot` of parameters by row, each [R]; `num_tokens` too."""
+    tables = as_tables(temperature, greedy, seeds, choices, top_k, top_p, min_p)
+    return sampled_verify_by_slot(logits, drafts, num_valid, *tables, num_tokens, any_filter, forced_accepted, pdl=pdl)
 
 
 def greedy_verify_reference(logits: Tensor, drafts: Tensor, num_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.kernels.attention import MAX_WIDTH, Splits, Workspace, decode_attention, plan_splits
+from server.kernels.attention import MAX_WIDTH, Splits, Tile, Workspace, decode_attention, plan_splits
 from server.kernels.attention_plan import decode_tile, partials_needed
 from server.kernels.attention_prefill import prefill_attention
 from server.kernels.paged import PagedRows
@@ -38,8 +38,9 @@ class KernelAttention:
     ) -> Tensor:
         """Causal attention of q [N, num_heads, head_dim] over `pool`, into `out` [N, num_heads * head_dim].
 
-        `scale` None: 1 / sqrt(head_dim). Tokens behind the last row's keep what `out` holds. The rows' own tensors must
-        have been complete before the kernel before this one began.
+        `scale` None: 1 / sqrt(head_dim). Tokens behind the last row's keep what `out` holds. The rows' own tensors, and
+        the keys and values at positions before `rows.starts`, must have been complete before the kernel before this one
+        began.
         """
         scale = self.head_dim**-0.5 if scale is None else scale
         if not 1 <= rows.width <= MAX_WIDTH:
@@ -49,15 +50,17 @@ class KernelAttention:
             )  # fmt: skip
         used = rows.num_rows * rows.width
         q, out = q[:used], out[:used]
-        splits = self.splits(rows, q.device)
-        workspace = self._workspace(rows, splits, q, pool) if splits.num_splits > 1 or splits.partials > 1 else None
+        group = self.num_heads // self.num_kv_heads
+        tile = decode_tile(rows.width, group, self.head_dim, q.dtype, pool.dtype, self.deterministic)
+        splits = self.splits(rows, q.device, tile)
+        workspace = self._workspace(rows, splits, tile, q.device) if splits.num_splits > 1 else None
         return decode_attention(
             q, pool, rows,
             scale=scale, splits=splits, workspace=workspace, window=window, softcap=softcap, sinks=sinks, out=out,
-            pdl=self.pdl, settled=self.pdl,
+            pdl=self.pdl, settled=self.pdl, tile=tile,
         )  # fmt: skip
 
-    def splits(self, rows: PagedRows, device: torch.device) -> Splits:
+    def splits(self, rows: PagedRows, device: torch.device, tile: Tile) -> Splits:
         """How the contexts of `rows` are divided among programs."""
         return plan_splits(
             rows.num_rows,
@@ -67,11 +70,10 @@ class KernelAttention:
             rows.max_context,
             num_sms(device),
             self.deterministic,
+            tile.block_n,
         )
 
-    def _workspace(self, rows: PagedRows, splits: Splits, q: Tensor, pool: Tensor) -> Workspace:
-        group = self.num_heads // self.num_kv_heads
-        tile = decode_tile(rows.width, group, self.head_dim, q.dtype, pool.dtype, splits.deterministic)
+    def _workspace(self, rows: PagedRows, splits: Splits, tile: Tile, device: torch.device) -> Workspace:
         partials = partials_needed(rows.num_rows, rows.width, self.num_heads, self.num_kv_heads, splits, tile.block_m)
         counters = rows.num_rows * self.num_heads * rows.width
         last = self._workspaces[-1] if self._workspaces else None
@@ -79,5 +81,5 @@ class KernelAttention:
             return last
         if last is not None:
             partials, counters = max(partials, last.maxima.numel()), max(counters, last.counters.numel())
-        self._workspaces.append(Workspace.allocate(q.device, partials, self.head_dim, counters))
+        self._workspaces.append(Workspace.allocate(device, partials, self.head_dim, counters))
         return self._workspaces[-1]

@@ -4,9 +4,9 @@ Two ways through a layer, chosen by the number of tokens. Fused, for up to 64 to
 
     norm + qkv + rotary + write to the pool | attention | out + residual | norm + gate, up + SiLU | down + residual
 
-each overlapping the end of the one before. Else cuBLAS with small kernels between: norms (with the residual's sum),
-rotary embedding, SiLU. Deterministic mode takes the second way with a matrix product whose rows do not depend on how
-many there are.
+each overlapping the end of the one before; who writes the residual stream prepares the next norm. Else cuBLAS with
+small kernels between: norms (with the residual's sum), rotary embedding, SiLU. Deterministic mode takes the second way
+with a matrix product whose rows do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.kernels.activation import silu_mul
-from server.kernels.embedding import embed
+from server.kernels.embedding import embed, embed_scaled
 from server.kernels.invariant import linear as invariant_linear
 from server.kernels.norm import add_rms_norm_, rms_norm
 from server.kernels.paged import PagedRows
 from server.kernels.rope import rope_write
 from server.kernels.runtime import supports_pdl
-from server.kernels.skinny import linear_residual_, norm_linear
+from server.kernels.skinny import linear_residual_scaled_, norm_linear
 from server.kernels.skinny_mlp import norm_gate_up
 from server.kernels.skinny_qkv import Heads, norm_qkv_rope
+from server.kernels.skinny_scaled import Scaled
 from server.kernels.skinny_tiles import MAX_TOKENS, Kind, TileConfig, block_m, configs_for
 from server.models.kernel_attention import KernelAttention
 from server.models.llama import Layer, LlamaModel
@@ -114,47 +115,66 @@ class LlamaKernels:
             num_tokens, self.heads.num_heads * self.heads.head_dim, dtype=self.model.dtype, device=token_ids.device
         )
         step = _Step(rows, positions, places, mixed, self.plan(num_tokens))
-        x = embed(token_ids, self.model.embedding)
         features: list[Tensor] = []
-        run = self._fused if step.plan.path is Path.FUSED else self._by_cublas
-        normed = run(x, pools, step, feature_layers, features)
-        logits = self.logits(x, normed, logits_at, step.plan)
+        if step.plan.path is Path.FUSED:
+            x, scaled = embed_scaled(token_ids, self.model.embedding, self.model.layers[0].input_norm.weight)
+            self._fused(x, scaled, pools, step, feature_layers, features)
+            ready: Scaled | Tensor = scaled
+        else:
+            x = embed(token_ids, self.model.embedding)
+            ready = self._by_cublas(x, pools, step, feature_layers, features)
+        logits = self.logits(x, ready, logits_at, step.plan)
         return logits, torch.cat(features, dim=-1) if features else None
 
     forward = __call__
 
     def _fused(
-        self, x: Tensor, pools: list[Tensor], step: _Step, feature_layers: tuple[int, ...], features: list[Tensor]
+        self,
+        x: Tensor,
+        scaled: Scaled,
+        pools: list[Tensor],
+        step: _Step,
+        feature_layers: tuple[int, ...],
+        features: list[Tensor],
     ) -> None:
-        """All layers on x [N, H], in place."""
-        for i, (layer, pool) in enumerate(zip(self.model.layers, pools, strict=True)):
-            q = self.fused_queries(layer, x, pool, step.positions, step.places, step.plan)
+        """All layers on x [N, H], in place; `scaled` has x prepared for the first norm, then for the last."""
+        layers = self.model.layers
+        after = [layer.input_norm for layer in layers[1:]] + [self.model.norm]
+        for i, (layer, pool, norm) in enumerate(zip(layers, pools, after, strict=True)):
+            q = self.fused_queries(layer, scaled, pool, step.positions, step.places, step.plan)
             mixed = self.attention(q, pool, step.rows, step.mixed, window=layer.window)
-            self.fused_rest(layer, x, mixed, step.plan)
+            self.fused_rest(layer, x, scaled, mixed, norm, step.plan)
             if i in feature_layers:
                 features.append(x.clone())
 
     def fused_queries(
-        self, layer: Layer, x: Tensor, pool: Tensor, positions: Tensor, places: Tensor, plan: Plan
+        self, layer: Layer, scaled: Scaled, pool: Tensor, positions: Tensor, places: Tensor, plan: Plan
     ) -> Tensor:
-        """Rotated queries [N, heads, head_dim] of x [N, H]; keys and values go to the pool."""
-        h, norm, qkv = self.heads, layer.input_norm, layer.qkv
+        """Rotated queries [N, heads, head_dim] of x [N, H] prepared for the layer's norm; writes keys and values."""
+        h, eps, qkv, values = self.heads, layer.input_norm.eps, layer.qkv, scaled.values
         if layer.q_norm is None:
             q = norm_qkv_rope(
-                x, norm.weight, norm.eps, qkv.weight, qkv.bias, pool, positions, places, self.rotations, h,
+                scaled, eps, qkv.weight, qkv.bias, pool, positions, places, self.rotations, h,
                 rotate=layer.rotates, config=plan.qkv, pdl=self.pdl, settled=self.pdl,
             )  # fmt: skip
-            return q.view(len(x), h.num_heads, h.head_dim)
-        config = plan.qkv or configs_for(Kind.QKV, len(x), h.columns, x.shape[1], x.element_size())[0]
-        both = norm_linear(x, norm.weight, norm.eps, qkv.weight, qkv.bias, config=config, pdl=self.pdl)
+            return q.view(len(values), h.num_heads, h.head_dim)
+        config = plan.qkv or configs_for(Kind.QKV, len(values), h.columns, values.shape[1], values.element_size())[0]
+        both = norm_linear(scaled, eps, qkv.weight, qkv.bias, config=config, pdl=self.pdl)
         return self._rotated(layer, both, pool, positions, places)
 
-    def fused_rest(self, layer: Layer, x: Tensor, mixed: Tensor, plan: Plan) -> None:
-        """What follows attention's result `mixed` [N, heads * head_dim] in a layer; x [N, H] in place."""
-        norm, up = layer.post_norm, layer.gate_up
-        linear_residual_(x, mixed, layer.out.weight, layer.out.bias, config=plan.out, pdl=self.pdl)
-        hidden = norm_gate_up(x, norm.weight, norm.eps, up.weight, up.bias, config=plan.gate_up, pdl=self.pdl)
-        linear_residual_(x, hidden, layer.down.weight, layer.down.bias, config=plan.down, pdl=self.pdl)
+    def fused_rest(self, layer: Layer, x: Tensor, scaled: Scaled, mixed: Tensor, norm: RMSNorm, plan: Plan) -> None:
+        """What follows attention's result `mixed` [N, heads * head_dim] in a layer, on x [N, H] in place.
+
+        Leaves x prepared for `norm`, the next layer's, in `scaled`.
+        """
+        post, up = layer.post_norm, layer.gate_up
+        linear_residual_scaled_(
+            x, mixed, layer.out.weight, layer.out.bias, post.weight, scaled, config=plan.out, pdl=self.pdl
+        )
+        hidden = norm_gate_up(scaled, post.eps, up.weight, up.bias, config=plan.gate_up, pdl=self.pdl)
+        linear_residual_scaled_(
+            x, hidden, layer.down.weight, layer.down.bias, norm.weight, scaled, config=plan.down, pdl=self.pdl
+        )
 
     def _by_cublas(
         self, x: Tensor, pools: list[Tensor], step: _Step, feature_layers: tuple[int, ...], features: list[Tensor]
@@ -197,16 +217,15 @@ class LlamaKernels:
         run = invariant_linear if self.deterministic else F.linear
         return run(x, linear.weight, linear.bias)
 
-    def logits(self, x: Tensor, normed: Tensor | None, logits_at: Tensor | None, plan: Plan) -> Tensor:
-        """[T, V] at the tokens `logits_at` [T] (None: all) of x [N, H], whose final norm may be known."""
+    def logits(self, x: Tensor, ready: Scaled | Tensor, logits_at: Tensor | None, plan: Plan) -> Tensor:
+        """[T, V] at tokens `logits_at` [T] (None: all) of x [N, H]; `ready`: x prepared for the last norm or normed."""
         norm, head = self.model.norm, self.model.head
         num_rows = len(x) if logits_at is None else len(logits_at)
-        if normed is None and plan.head_path is Path.FUSED and 1 <= num_rows <= MAX_TOKENS:
+        if isinstance(ready, Scaled) and plan.head_path is Path.FUSED and 1 <= num_rows <= MAX_TOKENS:
             config = plan.head if block_m(num_rows) == block_m(len(x)) else None
             return norm_linear(
-                x, norm.weight, norm.eps, head.weight, head.bias,
+                ready, norm.eps, head.weight, head.bias,
                 rows=logits_at, config=config, pdl=self.pdl, settled=self.pdl,
             )  # fmt: skip
-        if normed is None:
-            normed = rms_norm(x, norm.weight, norm.eps)
+        normed = rms_norm(x, norm.weight, norm.eps) if isinstance(ready, Scaled) else ready
         return self._linear(normed if logits_at is None else normed[logits_at], head)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.kernels.skinny_scaled import empty_scaled
 from server.kernels.skinny_tiles import Kind, TileConfig, configs_for
 from server.models.llama_kernels import TIERS, LlamaKernels, Path, Plan
 
@@ -67,6 +68,9 @@ class Workload:
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
         self.x = zeros(num_tokens, model.embedding.shape[1])
+        self.scaled = empty_scaled(self.x)
+        self.scaled.values.zero_()
+        self.scaled.squares.zero_()
         self.mixed = zeros(num_tokens, h.num_heads * h.head_dim)
         self.pool = zeros(num_tokens, 2 * h.num_kv_heads, h.head_dim)
         self.positions = zeros(num_tokens, dtype=torch.int64)
@@ -92,7 +96,7 @@ class Workload:
         shapes = ",".join(f"{n}x{k}" for _, _, n, k in self.shapes())
         has = {"bias": layer.qkv.bias is not None, "qknorm": layer.q_norm is not None, "pdl": self.kernels.pdl}
         extras = "+".join(name for name, there in has.items() if there) or "plain"
-        return f"llama/{field}/m{self.num_tokens}/{shapes}/{str(self.x.dtype).removeprefix('torch.')}/{extras}"
+        return f"llama-scaled/{field}/m{self.num_tokens}/{shapes}/{str(self.x.dtype).removeprefix('torch.')}/{extras}"
 
     def layers(self, plan: Plan) -> None:
         """The linear layers of a step, on `plan.path`."""
@@ -100,12 +104,12 @@ class Workload:
         normed = self.x
         for layer in layers:
             if plan.path is Path.FUSED:
-                run.fused_queries(layer, self.x, self.pool, self.positions, self.places, plan)
-                run.fused_rest(layer, self.x, self.mixed, plan)
+                run.fused_queries(layer, self.scaled, self.pool, self.positions, self.places, plan)
+                run.fused_rest(layer, self.x, self.scaled, self.mixed, layer.input_norm, plan)
             else:
                 run.plain_queries(layer, normed, self.pool, self.positions, self.places)
                 normed = run.plain_rest(layer, self.x, self.mixed, layer.input_norm)
 
     def head(self, plan: Plan) -> None:
         """The final norm and the head for all tokens, on `plan.head_path`."""
-        self.kernels.logits(self.x, None, None, plan)
+        self.kernels.logits(self.x, self.scaled, None, plan)

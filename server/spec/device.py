@@ -11,26 +11,29 @@ from torch import Tensor
 
 from server.spec.types import SlotState
 
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
+"""Columns of the float table."""
+TOP_K, SEED, CHOICE, GREEDY, MIN_TOKENS = range(5)
+"""Columns of the integer table."""
+
 
 @dataclass(slots=True)
 class DeviceStep:
     """What a drafter may read inside a graph, for R rows (padding rows included: they name the last slot).
 
-    `slots` [R] int64; `limits` [R] int64 is the most drafts each row may get (at most k; 0: none). `state` and
-    `block_tables` [S, NB] int32 are by slot: gather by `slots`. `temperature` [R] float32 (1 for greedy rows), `greedy`
-    [R] bool, `seeds` and `choices` [R] int64 say how a row samples. `uploads` [R, U] int64 is what the host-side part
-    of the drafter sent for this step (U = `DeviceDrafter.upload_width(k)`), None if that is 0. `max_context` is the
-    host's static bound of a row's known tokens, `block_size` the tokens of a block.
+    `slots` [R] int64; `limits` [R] int64 is the most drafts each row may get (at most k; 0: none). `state`,
+    `block_tables` [S, NB] int32 and how a slot samples, `floats` [S, 6] float32 and `ints` [S, 5] int64
+    (`server.sampling.state`), are by slot: gather by `slots`. `uploads` [R, U] int64 is what the host-side part of the
+    drafter sent for this step (U = `DeviceDrafter.upload_width(k)`), None if that is 0. `max_context` is the host's
+    static bound of a row's known tokens, `block_size` the tokens of a block.
     """
 
     slots: Tensor
     limits: Tensor
     state: SlotState
     block_tables: Tensor
-    temperature: Tensor
-    greedy: Tensor
-    seeds: Tensor
-    choices: Tensor
+    floats: Tensor
+    ints: Tensor
     uploads: Tensor | None
     max_context: int
     block_size: int
@@ -38,3 +41,23 @@ class DeviceStep:
     @property
     def num_rows(self) -> int:
         return self.slots.shape[0]
+
+    @property
+    def temperature(self) -> Tensor:
+        """Of each row, [R] float32; 1 for greedy ones."""
+        return self.floats[:, TEMPERATURE].index_select(0, self.slots)
+
+    @property
+    def seeds(self) -> Tensor:
+        """Of each row, [R] int64."""
+        return self.ints[:, SEED].index_select(0, self.slots)
+
+    @property
+    def choices(self) -> Tensor:
+        """Of each row, [R] int64."""
+        return self.ints[:, CHOICE].index_select(0, self.slots)
+
+    @property
+    def greedy(self) -> Tensor:
+        """Of each row, [R] bool."""
+        return self.ints[:, GREEDY].index_select(0, self.slots) != 0

@@ -21,6 +21,7 @@ from server.kernels.paged import PagedRows
 from server.sampling.rng import TARGET, gumbel, noise_keys
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, SlotState, Verdict
+from tests.draft_models.sampling_tables import sampling_tables
 from tests.draft_models.test_eagle3_network import CONFIG, HIDDEN, Dense, best
 
 BLOCK_SIZE = 4
@@ -79,10 +80,7 @@ class World:
             limits=torch.tensor(limits or [MAX_DRAFTS] * rows),
             state=self.state,
             block_tables=self.tables,
-            temperature=torch.full((rows,), temperature or 1.0),
-            greedy=torch.full((rows,), temperature == 0.0),
-            seeds=torch.tensor(slots) + 7,
-            choices=torch.zeros(rows, dtype=torch.int64),
+            **sampling_tables(PADDING + 1, temperature),
             uploads=None,
             max_context=max([len(self.tokens[s]) for s in slots if s != PADDING] + [1]),
             block_size=BLOCK_SIZE,

@@ -26,6 +26,7 @@ from server.kernels.paged import PagedRows
 from server.models.config import RopeConfig
 from server.spec.device import DeviceStep
 from server.spec.types import SlotState, Verdict
+from tests.draft_models.sampling_tables import sampling_tables
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE = 4
@@ -69,7 +70,6 @@ def make(ops: Eagle3Ops, seed: int = 0) -> Eagle3Drafter:
 
 def make_step(known: dict[int, int], limits: list[int]) -> DeviceStep:
     """Rows of the slots in `known` (slot -> tokens), then one of padding."""
-    rows = len(known) + 1
     generator = torch.Generator().manual_seed(5)
     tables = torch.zeros(NUM_SLOTS, 6, dtype=torch.int32)
     tables[:PADDING] = (torch.randperm(19, generator=generator)[:18] + 1).view(PADDING, 6).to(torch.int32)
@@ -82,10 +82,7 @@ def make_step(known: dict[int, int], limits: list[int]) -> DeviceStep:
         limits=torch.tensor([*limits, 0], device=DEVICE),
         state=SlotState(history.to(DEVICE), num_tokens.to(DEVICE), num_tokens.to(DEVICE)),
         block_tables=tables.to(DEVICE),
-        temperature=torch.ones(rows, device=DEVICE),
-        greedy=torch.ones(rows, dtype=torch.bool, device=DEVICE),
-        seeds=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
-        choices=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        **sampling_tables(PADDING + 1, 0.0, DEVICE),
         uploads=None,
         max_context=24,
         block_size=BLOCK_SIZE,

@@ -24,6 +24,7 @@ from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Layout, SlotState, Verdict
 from server.spec.verify import verify
+from tests.draft_models.sampling_tables import sampling_tables
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 61
@@ -86,10 +87,7 @@ class World:
             limits=torch.tensor(limits or [MAX_DRAFTS] * rows),
             state=self.state,
             block_tables=self.tables,
-            temperature=torch.full((rows,), temperature or 1.0),
-            greedy=torch.full((rows,), temperature == 0.0),
-            seeds=torch.tensor(slots) + 7,
-            choices=torch.zeros(rows, dtype=torch.int64),
+            **sampling_tables(PADDING + 1, temperature),
             uploads=None,
             max_context=max([len(self.tokens[s]) for s in slots if s != PADDING] + [1]),
             block_size=BLOCK_SIZE,

@@ -162,7 +162,9 @@ def test_an_end_costs_at_most_one_void_row(engines: Engines, drafter: str, monke
 
 
 def test_a_draft_model_that_is_the_target_is_believed(engines: Engines) -> None:
-    answers = run(engines.get("small-lm"), batch())
+    """Some drafts of a last step are beyond what is left to emit: they count as drafted, and were not needed."""
+    requests = [request(f"r{i}", prompt, 150) for i, prompt in enumerate(prompts(10, seed=2))]
+    answers = run(engines.get("small-lm"), requests)
     assert answers.num_drafted > 0
     assert answers.num_accepted > 0.9 * answers.num_drafted
 

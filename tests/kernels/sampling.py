@@ -40,6 +40,27 @@ class Step:
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return *self.filters, self.batch.seeds, self.batch.choices, self.num_tokens
 
+    def tables(self, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """slots [R], floats [S, 6], ints [S, 5]: the rows' parameters by slot, backwards from the last but one.
+
+        What no row names would break whoever read it.
+        """
+        b, num_rows = self.batch, self.drafts.shape[0]
+        slots = num_slots - 2 - torch.arange(num_rows, device=self.logits.device)
+        floats = torch.full((num_slots, 6), torch.nan, device=self.logits.device)
+        ints = torch.full((num_slots, 5), -(2**40), device=self.logits.device)
+        floats[-1], ints[-1] = 1.0, 1  # nobody's: greedy
+        for column, values in enumerate((b.temperature, b.top_p, b.min_p)):
+            floats[slots, column] = values
+        for column, values in enumerate((b.top_k, b.seeds, b.choices, b.greedy)):
+            ints[slots, column] = values.to(torch.int64)
+        return slots, floats, ints
+
+    def num_tokens_by_slot(self, num_slots: int) -> Tensor:
+        """`num_tokens` [S] where `tables` puts the rows."""
+        known = self.num_tokens.new_full((num_slots,), -(2**40))
+        return known.index_copy(0, self.tables(num_slots)[0], self.num_tokens)
+
 
 def to_device(batch: SamplingBatch, device: torch.device) -> SamplingBatch:
     for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "choices", "greedy"):

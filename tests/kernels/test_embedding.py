@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.kernels.embedding import embed, embed_reference
+from server.kernels.embedding import embed, embed_reference, embed_scaled, embed_scaled_reference
 from tests.kernels.conftest import ON_GPU
 
 SHAPES = [(1, 10, 576), (7, 3, 1500), (0, 4, 8)] + (
@@ -18,6 +18,17 @@ def test_equals_reference(tokens: int, vocabulary: int, width: int, device: torc
     if tokens > 1:
         ids[0], ids[1] = 0, vocabulary - 1
     assert torch.equal(embed(ids, table), embed_reference(ids, table))
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), [s for s in SHAPES if s[0]])
+def test_first_norm_is_prepared(
+    tokens: int, vocabulary: int, width: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    table, norm = torch.randn(vocabulary, width, device=device, dtype=dtype), torch.randn(width).to(device, dtype)
+    ids = torch.randint(vocabulary, (tokens,), device=device)
+    (x, scaled), (expected, reference) = embed_scaled(ids, table, norm), embed_scaled_reference(ids, table, norm)
+    assert torch.equal(x, expected) and torch.equal(scaled.values, reference.values)
+    torch.testing.assert_close(scaled.squares, reference.squares, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a table past 2^31 elements")

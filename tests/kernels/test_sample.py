@@ -62,11 +62,12 @@ def test_all_greedy_is_argmax(device: torch.device, dtype: torch.dtype) -> None:
     assert q is None and torch.equal(tokens, expected(step, "ratio", ids)[0])
 
 
-NUM_ROWS, WORDS = (20_000, 6) if ON_GPU else (80, 3)
+NUM_ROWS, WORDS = (20_000, 6) if ON_GPU else (40, 3)
+RULES = ["coupled", "ratio", "ratio of point masses"] if ON_GPU else ["coupled", "ratio"]
 
 
-@pytest.mark.parametrize("filtered", [False, True], ids=["plain", "top_k"])
-@pytest.mark.parametrize("rule", ["coupled", "ratio", "ratio of point masses"])
+@pytest.mark.parametrize("filtered", [False, True] if ON_GPU else [False])
+@pytest.mark.parametrize("rule", RULES)
 def test_joint_distribution_is_the_targets(device: torch.device, rule: str, filtered: bool) -> None:
     """Pairs of neighbouring tokens over many seeds, with drafts from the production sampler of another distribution."""
     target, drafter = torch.randn(2, WORDS, device=device), torch.randn(1, WORDS, device=device)

@@ -21,7 +21,7 @@ FILTERS = [
     SamplingParams(temperature=3.0, top_p=0.8), SamplingParams(temperature=0.3, top_p=0.999999),
 ]  # fmt: skip
 WIDTH = 3 if ON_GPU else 1
-VOCABS = [1000, 49_152, 128_256] if ON_GPU else [77, 260]
+VOCABS = [1000, 49_152, 128_256] if ON_GPU else [77, 150]
 
 
 def kept(logits: Tensor, temperature: Tensor, threshold: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def kept(logits: Tensor, temperature: Tensor, threshold: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("vocab_size", VOCABS)
-@pytest.mark.parametrize("peak", [0.05, 1.0, 6.0])
+@pytest.mark.parametrize("peak", [0.05, 1.0, 6.0] if ON_GPU else [0.05, 6.0])
 def test_equals_sorting(device: torch.device, dtype: torch.dtype, vocab_size: int, peak: float) -> None:
     step = random_step(FILTERS, WIDTH, vocab_size, dtype, device, peak)
     step.logits[::3, 1 : vocab_size // 2 : 2] = step.logits[::3, :1]  # many ties

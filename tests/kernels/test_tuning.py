@@ -165,3 +165,14 @@ def test_graph_stopwatch_tells_a_copy_from_a_larger_one(device: torch.device) ->
 def test_what_cannot_be_captured_is_timed_all_the_same(device: torch.device) -> None:
     values = torch.ones(10_000_000, device=device)
     assert GraphStopwatch(device)(lambda: values.sum().item())() > 1
+    torch.randn(3, device=device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs CUDA graphs")
+def test_a_failed_capture_leaves_random_numbers_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphStopwatch, "_waits", lambda self, run: False)
+    values = torch.ones(10_000_000, device=device)
+    stopwatch = GraphStopwatch(device)
+    assert stopwatch(lambda: values.sum().item())() > 1
+    torch.randn(3, device=device)
+    assert stopwatch(lambda: values.sum())() > 1

@@ -68,7 +68,7 @@ class Executor:
         if staged is None:  # without graphs there may have been no such step yet
             wide = None if features is None else features.new_zeros(num_rows, features.shape[1])
             room = logits.new_zeros(num_rows, logits.shape[1])
-            staged = self._staged[num_rows, 0] = Staged(Drafts.none(num_rows, self.device), room, wide)
+            staged = self._staged[num_rows, 0] = Staged(self.program.no_drafts(num_rows), room, wide)
         staged.logits[:count].copy_(logits)
         if features is not None and staged.features is not None:
             staged.features[:count].copy_(features)
@@ -77,7 +77,7 @@ class Executor:
         self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)
 
     def _verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
-        self.program.decide(num_rows, k, kind, self._staged[num_rows, k])
+        self.program.verify(num_rows, k, kind, self._staged[num_rows, k])
 
     # -- start-up ------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Executor:
         logits, _ = program.forward(zeros, state.pools, rows, zeros, zeros, None, program.feature_layers)
         drafts = Drafts(zeros.view(num_rows, -1)[:, :k].contiguous(), torch.zeros_like(slots))
         for kind in (GREEDY, SamplingClass.SAMPLED, SamplingClass.FILTERED):
-            program.verify(num_rows, k, kind, Staged(drafts, logits, None))
+            program.verify(num_rows, k, kind, Staged(drafts, logits, None, complete=False))
 
     def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3) -> float:
         """Milliseconds of a greedy step of `num_rows` rows with `k` drafts and `context` tokens before, drafts

@@ -1,16 +1,17 @@
-"""The operations of a step with kernels: one launch to gather, one or two to decide, one to commit."""
+"""The operations of a step with kernels: one launch to gather, and mostly one for all that follows the network."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from server.engine.gpu.kinds import SamplingClass
-from server.engine.gpu.ops import Decision, Inputs, TorchOps
-from server.kernels.gather import apply_block_updates, gather_inputs, scatter_commit
-from server.kernels.ratio import ratio_verify
+from server.engine.gpu.ops import Inputs, TorchOps
+from server.kernels.gather import apply_block_updates, gather_inputs
+from server.kernels.ratio import ratio_verify_by_slot
 from server.kernels.runtime import supports_pdl
-from server.kernels.sample import draft_sample
-from server.kernels.verify import greedy_verify, sampled_verify
+from server.kernels.sample import draft_sample_by_slot
+from server.kernels.verify import greedy_verify, sampled_verify_by_slot
+from server.sampling.logprobs import Logprobs
 from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Verdict
@@ -18,6 +19,8 @@ from server.spec.types import Drafts, Verdict
 
 class KernelOps:
     """Implements StepOps. Penalties, biases and log-probabilities are torch operations: the reference's own."""
+
+    wants_batch = False
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
@@ -34,40 +37,31 @@ class KernelOps:
         found = gather_inputs(step.slots, wanted, state.history, state.num_tokens, tables, size, step.limits)
         return Inputs(*found)
 
-    def decide(
+    def finish(
         self,
         step: DeviceStep,
         logits: Tensor,
         drafts: Drafts,
-        batch: SamplingBatch,
+        batch: SamplingBatch | None,
         kind: SamplingClass,
         forced: int | None,
-    ) -> Decision:
+        report: Tensor,
+    ) -> tuple[Verdict, Logprobs | None]:
         """See StepOps."""
         if kind is SamplingClass.FULL:
-            return self._reference.decide(step, logits, drafts, batch, kind, forced)
-        pdl = supports_pdl(logits.device)
+            return self._reference.finish(step, logits, drafts, batch, kind, forced, report)
+        state, pdl = step.state, supports_pdl(logits.device)
+        commit = (step.slots, state.history, state.num_tokens, state.num_tokens.shape[0], report)
+        tokens, valid = drafts.tokens, drafts.num_valid
+        how = (step.slots, step.floats, step.ints, state.num_tokens, kind is SamplingClass.FILTERED, forced)
         if kind is SamplingClass.GREEDY:
-            tokens, accepted, broken = greedy_verify(logits, drafts.tokens, drafts.num_valid, forced, pdl=pdl)
+            found = greedy_verify(logits, tokens, valid, forced, commit=commit, pdl=pdl)
+        elif self.rule == "coupled":
+            found = sampled_verify_by_slot(logits, tokens, valid, *how, commit=commit, pdl=pdl)
         else:
-            how = (batch.temperature, batch.greedy, batch.top_k, batch.top_p, batch.min_p, batch.seeds, batch.choices)
-            known = step.state.num_tokens.index_select(0, step.slots)
-            filtered = kind is SamplingClass.FILTERED
-            if self.rule == "coupled":
-                tokens, accepted, broken = sampled_verify(
-                    logits, drafts.tokens, drafts.num_valid, *how, known, filtered, forced, pdl=pdl
-                )
-            else:
-                tokens, accepted, broken = ratio_verify(
-                    logits, drafts.tokens, drafts.num_valid, drafts.probs, *how, known, filtered, forced, pdl=pdl
-                )
-        return Decision(Verdict(tokens, accepted, accepted + 1), broken)
-
-    def commit(self, step: DeviceStep, verdict: Verdict) -> None:
-        """See StepOps."""
-        state = step.state
-        num_slots = state.num_tokens.shape[0]
-        scatter_commit(verdict.tokens, verdict.num_emitted, step.slots, state.history, state.num_tokens, num_slots)
+            found = ratio_verify_by_slot(logits, tokens, valid, drafts.probs, *how, commit=commit, pdl=pdl)
+        emitted, num_accepted, _ = found
+        return Verdict(emitted, num_accepted, num_accepted + 1), None
 
 
 class KernelSampler:
@@ -81,15 +75,6 @@ class KernelSampler:
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens [R] in target ids and, under `ratio`, what they were drawn from."""
         pdl = supports_pdl(logits.device)
-        return draft_sample(
-            logits,
-            step.temperature,
-            step.greedy,
-            step.seeds,
-            step.choices,
-            positions,
-            vocab_ids,
-            self.rule,
-            self.vocab_size,
-            pdl=pdl,
+        return draft_sample_by_slot(
+            logits, step.slots, step.floats, step.ints, positions, vocab_ids, self.rule, self.vocab_size, pdl=pdl
         )

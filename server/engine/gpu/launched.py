@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from server.core import TokenLogprobs
-from server.engine.gpu.step import NUM_RESULTS, TOP_LOGPROBS
+from server.engine.gpu.ops import NUM_REPORTED
+from server.engine.gpu.step import TOP_LOGPROBS
 from server.engine.prompt_logprobs import Scored, add_scores
 from server.engine.result import StepResult
 from server.engine.sequence import Sequence
@@ -92,7 +93,7 @@ class Launched:
         return result
 
     def _unpack(self, result: StepResult, report: Tensor) -> None:
-        lines: list[list[int]] = report.view(-1, self.width + NUM_RESULTS).tolist()
+        lines: list[list[int]] = report.view(-1, self.width + NUM_REPORTED).tolist()
         drafted, accepted = [0] * len(self.sequences), [0] * len(self.sequences)
         for i, row in enumerate(self.emitting):
             line = lines[i]

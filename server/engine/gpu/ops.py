@@ -32,17 +32,15 @@ class Inputs:
     places: Tensor
 
 
-@dataclass(slots=True)
-class Decision:
-    """`broken` [R] bool: a row whose emitted positions have logits that are not finite."""
-
-    verdict: Verdict
-    broken: Tensor
-    logprobs: Logprobs | None = None
+NUM_REPORTED = 3
+"""Integers of a row's report besides its tokens: emitted, drafted, broken."""
 
 
 class StepOps(Protocol):
     """Nothing here waits for the device or depends on a value that is there."""
+
+    wants_batch: bool
+    """Whether `finish` needs the rows' parameters gathered for every sampling class, or for FULL only."""
 
     def update_tables(self, updates: Tensor, block_tables: Tensor) -> None:
         """`updates` [U, 3] int64 are (slot, index, block); unused ones name the last slot, index 0 and block 0."""
@@ -50,23 +48,28 @@ class StepOps(Protocol):
     def gather(self, step: DeviceStep, drafts: Drafts) -> Inputs:
         """Each row's last committed token and its drafts. A draft beyond the row's limit has its place in block 0."""
 
-    def decide(
+    def finish(
         self,
         step: DeviceStep,
         logits: Tensor,
         drafts: Drafts,
-        batch: SamplingBatch,
+        batch: SamplingBatch | None,
         kind: SamplingClass,
         forced: int | None,
-    ) -> Decision:
-        """Verifies `logits` [R * (1 + k), V]. `forced` (benchmarks only) is how many drafts count as accepted."""
+        report: Tensor,
+    ) -> tuple[Verdict, Logprobs | None]:
+        """Verifies `logits` [R * (1 + k), V], appends what was emitted to every slot but the last, and reports it.
 
-    def commit(self, step: DeviceStep, verdict: Verdict) -> None:
-        """Appends what was emitted to every slot but the last."""
+        A row of `report` [R * (1 + k + NUM_REPORTED)] int64 is its tokens and how many were emitted, how many drafted,
+        and whether an emitted position has logits that are not finite. `batch` is there where `kind` is FULL, or for
+        any kind where the operations want it. `forced` (benchmarks only): how many drafts count as accepted.
+        """
 
 
 class TorchOps:
     """Implements StepOps."""
+
+    wants_batch = True
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
@@ -98,16 +101,18 @@ class TorchOps:
             found = self._layouts[num_rows, width] = Layout(rows, offsets, num_rows, width)
         return found
 
-    def decide(
+    def finish(
         self,
         step: DeviceStep,
         logits: Tensor,
         drafts: Drafts,
-        batch: SamplingBatch,
+        batch: SamplingBatch | None,
         kind: SamplingClass,
         forced: int | None,
-    ) -> Decision:
+        report: Tensor,
+    ) -> tuple[Verdict, Logprobs | None]:
         """See StepOps."""
+        assert batch is not None
         logits = logits.float()
         width = 1 + drafts.tokens.shape[1]
         layout = self.layout(step.num_rows, width, logits.device)
@@ -122,10 +127,14 @@ class TorchOps:
             logprobs = emitted_logprobs(logits, layout, verdict, batch.max_logprobs)
         emitting = torch.arange(width, device=logits.device) < verdict.num_emitted.unsqueeze(1)
         broken = (spread(~logits.amax(-1).isfinite(), layout) & emitting).any(1)
-        return Decision(verdict, broken, logprobs)
+        self._commit(step, verdict)
+        lines = report.view(step.num_rows, -1)
+        lines[:, :width].copy_(verdict.tokens)
+        for column, values in enumerate((verdict.num_emitted, drafts.num_valid, broken)):
+            lines[:, width + column].copy_(values)
+        return verdict, logprobs
 
-    def commit(self, step: DeviceStep, verdict: Verdict) -> None:
-        """See StepOps."""
+    def _commit(self, step: DeviceStep, verdict: Verdict) -> None:
         state = step.state
         known = state.num_tokens.index_select(0, step.slots)
         at = known.unsqueeze(1) + torch.arange(verdict.tokens.shape[1], device=known.device)

@@ -19,19 +19,17 @@ from server.core import Phase, StepPlan
 from server.engine.gpu.executor import Executor
 from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScores, StepTimer
-from server.engine.gpu.ops import StepOps
+from server.engine.gpu.ops import NUM_REPORTED, StepOps
 from server.engine.gpu.prefill import Chunks, pack
 from server.engine.gpu.staging import to_device
 from server.engine.gpu.state import make_pools, make_state
-from server.engine.gpu.step import NUM_RESULTS, TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
+from server.engine.gpu.step import TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
 from server.engine.gpu.tiers import tier_of
 from server.engine.prompt_logprobs import positions, to_score
 from server.engine.runner import RunnerShape
 from server.engine.sequence import Sequence
-from server.kernels.paged import PagedRows
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
-from server.spec.device import DeviceStep
 
 log = logging.getLogger("outpace.engine")
 
@@ -186,7 +184,7 @@ class GpuRunner:
         program = self.program
         kind = max(self._kinds[sequences[row].slot] for row in emitting)
         self.executor.verify(num_rows, k, kind)
-        report = program.results.fetch(num_rows * (1 + k + NUM_RESULTS))
+        report = program.results.fetch(num_rows * (1 + k + NUM_REPORTED))
         logprobs = None
         if any(sequences[row].request.sampling.logprobs is not None for row in emitting):
             count = num_rows * (1 + k)
@@ -227,7 +225,9 @@ class GpuRunner:
             self.program.feature_layers,
         )
         if self.drafter is not None and plan.num_draft_tokens > 0:
-            self.drafter.prefill_chunk(self._prefill_step(chunks.rows), chunks.token_ids, chunks.rows, features)
+            slots = chunks.rows.slots
+            step = self.state.step(slots, torch.zeros_like(slots), None)
+            self.drafter.prefill_chunk(step, chunks.token_ids, chunks.rows, features)
         scores = PromptScores(scored, logits[len(sampling) :]) if scored else None
         num_run = len(chunks.token_ids)
         if not sampling:
@@ -251,19 +251,3 @@ class GpuRunner:
         last = None if features is None else features[to_device(chunks.ends[sampling], self.device)]
         self.executor.stage_prompts(num_rows, logits[:count], last)
         return self._decide(num_rows, 0, sequences, sampling, timer, len(chunks.token_ids))
-
-    def _prefill_step(self, rows: PagedRows) -> DeviceStep:
-        batch = self.sampling.on_device(rows.slots, sampled=True, filtered=False, full=False)
-        return DeviceStep(
-            slots=rows.slots,
-            limits=torch.zeros_like(rows.slots),
-            state=self.state.slots,
-            block_tables=self.state.block_tables,
-            temperature=batch.temperature,
-            greedy=batch.greedy,
-            seeds=batch.seeds,
-            choices=batch.choices,
-            uploads=None,
-            max_context=self.state.max_context,
-            block_size=self.state.block_size,
-        )

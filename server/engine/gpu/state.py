@@ -10,6 +10,7 @@ from torch import Tensor
 from server.engine.runner import RunnerShape
 from server.models.base import TargetModel
 from server.sampling.state import SamplingState
+from server.spec.device import DeviceStep
 from server.spec.types import SlotState
 
 MAX_BIASES = 304
@@ -26,6 +27,21 @@ class DeviceState:
     pools: list[Tensor]
     block_size: int
     max_context: int
+
+    def step(self, slots: Tensor, limits: Tensor, uploads: Tensor | None) -> DeviceStep:
+        """A step of the rows in `slots` [R]."""
+        floats, ints, *_ = self.sampling.tables()
+        return DeviceStep(
+            slots,
+            limits,
+            self.slots,
+            self.block_tables,
+            floats,
+            ints,
+            uploads,
+            max_context=self.max_context,
+            block_size=self.block_size,
+        )
 
 
 def make_pools(model: TargetModel, shape: RunnerShape, dtype: torch.dtype | None = None) -> list[Tensor]:

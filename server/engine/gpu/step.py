@@ -16,30 +16,32 @@ from torch import Tensor
 
 from draft_models.protocol import DeviceDrafter
 from server.engine.gpu.kinds import SamplingClass
-from server.engine.gpu.ops import Decision, StepOps
+from server.engine.gpu.ops import NUM_REPORTED, StepOps
 from server.engine.gpu.staging import Download, Upload
 from server.engine.gpu.state import DeviceState
 from server.kernels.paged import PagedRows
 from server.models.paged_forward import PagedForward
 from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
-from server.spec.types import Drafts, Verdict
+from server.spec.types import Drafts
 
 UPDATES_PER_ROW = 2
 """Blocks a row may get in a verify step before its table is sent apart."""
 _PER_ROW = 2 + 3 * UPDATES_PER_ROW
-NUM_RESULTS = 3
-"""Integers a row besides its tokens: emitted, drafted, broken."""
 TOP_LOGPROBS = 20
 
 
 @dataclass(slots=True)
 class Staged:
-    """What half A leaves for half B: logits [R * (1 + k), V] and features [R * (1 + k), F]."""
+    """What half A leaves for half B: logits [R * (1 + k), V] and features [R * (1 + k), F].
+
+    `complete` False: the drafter has no part in it (kernels are warmed up).
+    """
 
     drafts: Drafts
     logits: Tensor
     features: Tensor | None
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,12 @@ class StepProgram:
         self.forward, self.drafter, self.ops, self.state = forward, drafter, ops, state
         self.feature_layers = drafter.feature_layers if drafter is not None else ()
         self.forced: int | None = None
+        self._no_drafts: dict[int, Drafts] = {}
         device = state.block_tables.device
         widest = max((self.upload_width(k) for k in range(1, max_drafts + 1)), default=0)
         self.inputs = Upload(Fields(max_rows, widest).size, device)
         self.results = Download(
-            torch.zeros(max_rows * (1 + max_drafts + NUM_RESULTS), dtype=torch.int64, device=device)
+            torch.zeros(max_rows * (1 + max_drafts + NUM_REPORTED), dtype=torch.int64, device=device)
         )
         num_positions = max_rows * (1 + max_drafts)
         self.chosen = Download(torch.zeros(num_positions, dtype=torch.float32, device=device))
@@ -103,41 +106,43 @@ class StepProgram:
     def fields(self, num_rows: int, k: int) -> Fields:
         return Fields(num_rows, self.upload_width(k))
 
-    def _device_step(self, num_rows: int, k: int, batch: SamplingBatch) -> DeviceStep:
+    def _device_step(self, num_rows: int, k: int) -> DeviceStep:
         fields, inputs = self.fields(num_rows, k), self.inputs.device
         width = fields.upload_width
-        return DeviceStep(
-            slots=inputs[fields.slots],
-            limits=inputs[fields.limits],
-            state=self.state.slots,
-            block_tables=self.state.block_tables,
-            temperature=batch.temperature,
-            greedy=batch.greedy,
-            seeds=batch.seeds,
-            choices=batch.choices,
-            uploads=inputs[fields.uploads].view(num_rows, width) if width else None,
-            max_context=self.state.max_context,
-            block_size=self.state.block_size,
-        )
+        uploads = inputs[fields.uploads].view(num_rows, width) if width else None
+        return self.state.step(inputs[fields.slots], inputs[fields.limits], uploads)
 
-    def _batch(self, num_rows: int, k: int, kind: SamplingClass) -> SamplingBatch:
+    def _batch(self, step: DeviceStep, kind: SamplingClass) -> SamplingBatch | None:
+        if kind is not SamplingClass.FULL and not self.ops.wants_batch:
+            return None
         return self.state.sampling.on_device(
-            self.inputs.device[self.fields(num_rows, k).slots],
+            step.slots,
             sampled=kind > SamplingClass.GREEDY,
             filtered=kind >= SamplingClass.FILTERED,
             full=kind is SamplingClass.FULL,
             num_logprobs=TOP_LOGPROBS,
         )
 
+    def no_drafts(self, num_rows: int) -> Drafts:
+        """What a step without drafts has of them.
+
+        Made once and never inside a graph, whose memory other graphs write to: prompts' first tokens are decided by
+        half B alone.
+        """
+        found = self._no_drafts.get(num_rows)
+        if found is None:
+            found = self._no_drafts[num_rows] = Drafts.none(num_rows, self.inputs.device.device)
+        return found
+
     def draft_and_forward(self, num_rows: int, k: int) -> Staged:
         """Half A."""
-        step = self._device_step(num_rows, k, self._batch(num_rows, k, SamplingClass.SAMPLED))
+        step = self._device_step(num_rows, k)
         fields = self.fields(num_rows, k)
         self.ops.update_tables(self.inputs.device[fields.updates].view(-1, 3), self.state.block_tables)
         if k > 0 and self.drafter is not None:
             drafts = self.drafter.draft(step, k)
         else:
-            drafts = Drafts.none(num_rows, step.slots.device)
+            drafts = self.no_drafts(num_rows)
         inputs = self.ops.gather(step, drafts)
         rows = PagedRows(
             slots=step.slots,
@@ -152,34 +157,20 @@ class StepProgram:
         )
         return Staged(drafts, logits, features)
 
-    def verify(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> tuple[DeviceStep, Decision]:
-        """Half B up to the decision: nothing outlives it."""
-        batch = self._batch(num_rows, k, kind)
-        step = self._device_step(num_rows, k, batch)
-        forced = self.forced if k else None
-        return step, self.ops.decide(step, staged.logits, staged.drafts, batch, kind, forced)
-
-    def decide(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> None:
+    def verify(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> None:
         """Half B."""
-        step, decision = self.verify(num_rows, k, kind, staged)
-        verdict = decision.verdict
-        self.ops.commit(step, verdict)
-        if self.drafter is not None:
+        step = self._device_step(num_rows, k)
+        report = self.results.source[: num_rows * (1 + k + NUM_REPORTED)]
+        verdict, logprobs = self.ops.finish(
+            step, staged.logits, staged.drafts, self._batch(step, kind), kind, self.forced if k else None, report
+        )
+        if self.drafter is not None and staged.complete:
             features = None if staged.features is None else staged.features.view(num_rows, 1 + k, -1)
             self.drafter.after_verify(step, staged.drafts, verdict, features)
-        self._report(num_rows, k, verdict, staged.drafts.num_valid, decision.broken)
-        if decision.logprobs is not None:
+        if logprobs is not None:
             for source, values in (
-                (self.chosen, decision.logprobs.chosen),
-                (self.top_ids, decision.logprobs.top_ids),
-                (self.top_logprobs, decision.logprobs.top_logprobs),
+                (self.chosen, logprobs.chosen),
+                (self.top_ids, logprobs.top_ids),
+                (self.top_logprobs, logprobs.top_logprobs),
             ):
                 source.source[: values.numel()].copy_(values.reshape(-1))
-
-    def _report(self, num_rows: int, k: int, verdict: Verdict, num_drafted: Tensor, broken: Tensor) -> None:
-        width = 1 + k
-        report = self.results.source[: num_rows * (width + NUM_RESULTS)].view(num_rows, -1)
-        report[:, :width].copy_(verdict.tokens)
-        report[:, width].copy_(verdict.num_emitted)
-        report[:, width + 1].copy_(num_drafted)
-        report[:, width + 2].copy_(broken)
