@@ -62,7 +62,7 @@ def test_all_greedy_is_argmax(device: torch.device, dtype: torch.dtype) -> None:
     assert q is None and torch.equal(tokens, expected(step, "ratio", ids)[0])
 
 
-NUM_ROWS, WORDS = (20_000, 6) if ON_GPU else (40, 3)
+NUM_ROWS, WORDS = (20_000, 6) if ON_GPU else (32, 3)
 RULES = ["coupled", "ratio", "ratio of point masses"] if ON_GPU else ["coupled", "ratio"]
 
 

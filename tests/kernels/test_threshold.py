@@ -21,7 +21,7 @@ FILTERS = [
     SamplingParams(temperature=3.0, top_p=0.8), SamplingParams(temperature=0.3, top_p=0.999999),
 ]  # fmt: skip
 WIDTH = 3 if ON_GPU else 1
-VOCABS = [1000, 49_152, 128_256] if ON_GPU else [77, 150]
+VOCABS = [1000, 49_152, 128_256] if ON_GPU else [150]
 
 
 def kept(logits: Tensor, temperature: Tensor, threshold: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def test_equal_logits_are_all_kept(device: torch.device, dtype: torch.dtype) -> 
 
 
 def test_keeps_what_the_sampler_keeps(device: torch.device) -> None:
-    step = random_step(FILTERS, WIDTH, VOCABS[1], torch.float32, device)
+    step = random_step(FILTERS, WIDTH, VOCABS[-1], torch.float32, device)
     processed = process(
         step.logits, step.layout, step.as_drafts(), step.batch, _no_state(len(FILTERS), device),
         torch.arange(len(FILTERS), device=device), 1,

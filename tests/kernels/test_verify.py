@@ -127,7 +127,7 @@ def test_forced_acceptance(device: torch.device, forced: int | str) -> None:
     assert torch.equal(tokens, greedy_verify(step.logits, step.drafts, step.num_valid)[0])
 
 
-@pytest.mark.parametrize("vocab_size", VOCABS)
+@pytest.mark.parametrize("vocab_size", VOCABS if ON_GPU else VOCABS[1:])
 @pytest.mark.parametrize(("params", "any_filter"), [(MIXED, False), (FILTERED, True)], ids=["plain", "filtered"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_sampled_equals_reference(
@@ -183,8 +183,8 @@ def test_the_best_may_share_a_lane(device: torch.device) -> None:
 
 
 def test_by_slot_equals_by_row(device: torch.device) -> None:
-    step = random_step(FILTERED, 2, VOCABS[-1], torch.float16, device)
-    num_slots = len(FILTERED) + 3
+    step = random_step(FILTERED[:4], 2, VOCABS[-1], torch.float16, device)
+    num_slots = 7
     tables, known = step.tables(num_slots), step.num_tokens_by_slot(num_slots)
     b, what = step.batch, (step.logits, step.drafts, step.num_valid)
     firsts = step.logits[::2].contiguous()

@@ -139,10 +139,7 @@ class StepProgram:
         step = self._device_step(num_rows, k)
         fields = self.fields(num_rows, k)
         self.ops.update_tables(self.inputs.device[fields.updates].view(-1, 3), self.state.block_tables)
-        if k > 0 and self.drafter is not None:
-            drafts = self.drafter.draft(step, k)
-        else:
-            drafts = self.no_drafts(num_rows)
+        drafts = self.drafter.draft(step, k) if k > 0 and self.drafter is not None else self.no_drafts(num_rows)
         inputs = self.ops.gather(step, drafts)
         rows = PagedRows(
             slots=step.slots,
