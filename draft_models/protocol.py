@@ -80,4 +80,8 @@ class DeviceDrafter(Drafter, Protocol):
         """The target ran prompt chunks: `token_ids` [N] int64 and `features` [N, F] of the ragged `rows`."""
 
     def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
-        """Drafting starts again after steps without it. The device is idle and `known` are all tokens of each slot."""
+        """Draft again for `slots`, which steps or chunks without drafts have left behind.
+
+        `known` are the tokens that the host knows of each; the step under way, which has no drafts, may emit one more.
+        May wait for the device.
+        """

@@ -146,4 +146,5 @@ class SmallLMDeviceDrafter(DeviceOnly):
         positions, at, last = chunk_positions(rows, token_ids.shape[0])
         # One row of logits that nobody reads: kernels want at least one.
         self.forward(token_ids, self.pools, rows, positions, at, last[:1], ())
-        self.valid[rows.slots] = positions[last] + 1
+        valid = self.valid[rows.slots]  # a chunk behind one that was skipped is right only once both have run
+        self.valid[rows.slots] = torch.where(valid >= rows.starts, positions[last] + 1, valid)

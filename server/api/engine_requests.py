@@ -13,6 +13,7 @@ from server.api.errors import invalid
 from server.api.options import Options
 from server.api.schemas import Common
 from server.core import Request, SamplingParams
+from server.engine.limits import MAX_BIASES
 from server.engine.messages import EngineInfo
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,11}")
@@ -70,6 +71,9 @@ def sampling_params(body: Common, vocab_size: int, seed: int, logprobs: int | No
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     parsed: dict[int, float] = {}
+    if len(bias) > MAX_BIASES:
+        message = f"'logit_bias' has {len(bias)} tokens; at most {MAX_BIASES} are allowed."
+        raise invalid(message, "logit_bias", "invalid_value")
     for key, value in bias.items():
         if not _TOKEN_ID.fullmatch(key):  # "07" is refused as well: it could be there beside "7"
             raise invalid(f"Invalid key {key!r} in 'logit_bias': expected a token id.", "logit_bias", "invalid_value")

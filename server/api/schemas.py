@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from server.engine.limits import MAX_BIASES
+
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -136,7 +138,7 @@ class Common(Struct, kw_only=True, forbid_unknown_fields=True):
         dict[str, Bias] | None,
         Meta(
             description="Token id to what its logit gains.",
-            extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,11})$"}},
+            extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,11})$"}, "maxProperties": MAX_BIASES},
         ),
     ] = None
     seed: Annotated[

@@ -82,7 +82,10 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
             f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: "
             "longer requests are refused"
         )
-    costs = load_or_measure(runner, source, say) if drafter is not None and config.adaptive else None
+    costs = None
+    if drafter is not None and config.adaptive:
+        settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
+        costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
     trims = runner.ragged and drafter is not None and not drafter.has_distribution
     speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0, trims)
     core = EngineCore(

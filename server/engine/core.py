@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
-from server.engine.limits import Limits
+from server.engine.limits import MAX_BIASES, MAX_ENDS, Limits
 from server.engine.messages import EngineStats
 from server.engine.result import LaunchedStep, StepResult
 from server.engine.runner import Runner, StepRunner
@@ -83,9 +83,13 @@ class EngineCore:
             return f"max_tokens: {request.max_tokens} is not valid; use 1 or more"
         if not 0 <= request.min_tokens <= request.max_tokens:
             return f"min_tokens: {request.min_tokens} is not valid; use 0 to max_tokens ({request.max_tokens})"
-        size = self.runner.model.vocab_size
-        if request.min_tokens and len(end_ids(request, self._eos)) >= size:
+        if len(request.sampling.logit_bias) > MAX_BIASES:
+            return f"logit_bias: {len(request.sampling.logit_bias)} tokens are too many; use at most {MAX_BIASES}"
+        size, num_ends = self.runner.model.vocab_size, len(end_ids(request, self._eos)) if request.min_tokens else 0
+        if num_ends >= size:
             return f"min_tokens: nothing could be sampled, since each of the {size} tokens ends the answer"
+        if num_ends > MAX_ENDS:
+            return f"min_tokens: {num_ends} tokens that end the answer are too many; use at most {MAX_ENDS}"
         return None
 
     def _bad_token(self, request: Request) -> str | None:
@@ -175,7 +179,8 @@ class EngineCore:
         plan, verifying = running.plan, running.plan.phase is Phase.VERIFY
         if verifying:
             context = sum(s.num_tokens for s in running.sequences) / len(running.sequences)
-            self.speculation.record(result, context)
+            counts = [s.tenure == t for s, t in zip(running.sequences, running.tenures, strict=True)]
+            self.speculation.record(result, context, counts)
         outputs: list[StepOutput] = []
         for i, (row, seq, tenure) in enumerate(zip(plan.rows, running.sequences, running.tenures, strict=True)):
             if seq.tenure != tenure:  # it ended or lost its slot since

@@ -21,8 +21,10 @@ from server.spec.cost_table import CostGrid, CostTable, cache_key, machine_ident
 BUDGET_S = 4.0
 
 
-def load_or_measure(runner: Runner | GpuRunner, source: ModelSource, say: Callable[[str], None]) -> CostTable:
-    """The cached table of this machine and model, or a new one.
+def load_or_measure(
+    runner: Runner | GpuRunner, source: ModelSource, say: Callable[[str], None], settings: str = ""
+) -> CostTable:
+    """The cached table of this machine and model, or a new one. `settings` name what else a step's cost depends on.
 
     A GPU's steps are timed whole, drafting included; on the CPU drafting is a cost of its own.
     """
@@ -32,8 +34,8 @@ def load_or_measure(runner: Runner | GpuRunner, source: ModelSource, say: Callab
     draft_model = getattr(runner.drafter, "model", None)
     if draft_model is not None:  # another draft model has other costs
         drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
-    path = runner.model.linear_path if isinstance(runner, Runner) else f"gpu|{runner.deterministic}"
-    artifact = f"{source.directory}|{runner.model.dtype}|{path}|{torch.__version__}|{drafter}"
+    path = runner.model.linear_path if isinstance(runner, Runner) else runner.linear_path
+    artifact = "|".join((str(source.directory), str(runner.model.dtype), path, torch.__version__, drafter, settings))
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
     cached = _read(file)
     if cached is not None:

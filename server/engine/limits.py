@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from server.core import Request
 
+MAX_BIASES = 300
+"""Most tokens that one request may bias: a GPU's steps gather that many for every row."""
+MAX_ENDS = 272
+"""Most tokens that may end an answer which has a least length."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

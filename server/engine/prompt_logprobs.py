@@ -67,5 +67,5 @@ def add_scores(result: StepResult, scored: list[Scored], sequences: list[Sequenc
             TokenLogprobs(*entry)
             for entry in zip(row, chosen[span], (i[:n] for i in ids[span]), (v[:n] for v in values[span]), strict=True)
         ]
-        result.broken[part.row] = not all(finite[span])
+        result.broken[part.row] |= not all(finite[span])
         at += len(row)

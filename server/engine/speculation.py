@@ -7,6 +7,7 @@ for all rows is chosen before anything is drafted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from server.engine.result import StepResult
@@ -75,15 +76,16 @@ class Speculation:
             probs=None if drafts.probs is None else drafts.probs[:, :width],
         )
 
-    def record(self, result: StepResult, context: float) -> None:
-        """Learns from a verify step of mean length `context`: what was accepted, what it cost without drafting."""
+    def record(self, result: StepResult, context: float, counts: Sequence[bool]) -> None:
+        """Learns from a verify step of mean length `context`: what it cost without drafting, and what was accepted in
+        the rows that count (the others' owners had gone before it was read)."""
         self._context = context
         if self.costs is not None:
             self.costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
         for row, (drafted, accepted) in enumerate(zip(result.num_drafted, result.num_accepted, strict=True)):
-            if drafted == 0:
+            if drafted == 0 or not counts[row]:
                 continue
             name = result.classes[row] if self.trims and result.classes is not None else ANY
             self.acceptance.update(name, drafted, accepted)

@@ -49,3 +49,13 @@ def test_what_it_computed_is_not_found_by_a_prefix_hit(poisoned: Any) -> None:
     (output,) = core.generate([request("bad", bad)])
     assert output.finish_reason is FinishReason.ERROR
     assert core.scheduler.cache.match(bad, len(bad) - 1) == ([], [])
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+def test_one_step_late_too(poisoned: Any, prompt_logprobs: int | None) -> None:
+    """Also where the prompt's own tokens are scored, and only what follows them is not a number."""
+    good = clean(prompts(1)[0])
+    core = engine(poisoned, overlapped=True)
+    outputs = list(core.generate([request("bad", [*good, POISON], prompt_logprobs=prompt_logprobs)]))
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+    assert run(core, [request("after", good)])["after"] == run(engine(poisoned), [request("good", good)])["good"]

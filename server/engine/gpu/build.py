@@ -8,7 +8,7 @@ import torch
 
 from draft_models.protocol import DeviceDrafter
 from server.config import ConfigError, EngineConfig
-from server.engine.gpu.kernel_forward import make_forward, num_threads
+from server.engine.gpu.kernel_forward import AttentionKernels, make_forward, num_threads
 from server.engine.gpu.kernel_ops import KernelOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
 from server.engine.runner import RunnerShape
@@ -25,6 +25,7 @@ def build_gpu_runner(
 ) -> GpuRunner:
     """A runner whose graphs are captured. Raises ConfigError for what this network's path can not do."""
     own = isinstance(model, LlamaModel)
+    capturable = own and not isinstance(getattr(drafter, "forward", None), AttentionKernels)
     if not own and (config.deterministic or config.kv_cache_dtype != "auto"):
         wanted = "deterministic" if config.deterministic else "kv_cache_dtype"
         raise ConfigError(f"{wanted}: {model.architecture} runs through transformers, which has no such path")
@@ -35,13 +36,17 @@ def build_gpu_runner(
         forward=forward,
         ops=KernelOps(shape.rule),
         drafter=drafter,
-        graphs=config.cuda_graphs and own,
+        graphs=config.cuda_graphs and capturable,
         deterministic=config.deterministic,
         kv_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else None,
+        linear_path=("triton-invariant" if config.deterministic else "triton+cublas") if own else "torch",
     )
     runner = GpuRunner(model, parts, shape, tuple(k for k in tiers if k > 0))
     if not parts.graphs:
-        say("steps run eagerly: " + ("CUDA graphs are off" if own else f"{model.architecture} is not captured"))
+        say(
+            "steps run eagerly: "
+            + ("a network that runs through transformers is not captured" if not capturable else "CUDA graphs are off")
+        )
         return runner
     compile_all(runner.executor.warm_up_jobs(), num_threads(), say)
     executor = runner.executor

@@ -72,6 +72,7 @@ class Executor:
         staged.logits[:count].copy_(logits)
         if features is not None and staged.features is not None:
             staged.features[:count].copy_(features)
+            staged.features[count:].zero_()  # other graphs write to this memory too
 
     def _forward(self, num_rows: int, k: int) -> None:
         self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)

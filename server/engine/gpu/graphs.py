@@ -51,6 +51,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
+        graph.replay()  # what is captured next runs eagerly on what this one leaves, which nothing has written yet
         self._graphs[key] = graph
         self.stats.num_graphs += 1
         self.stats.memory_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
@@ -71,7 +72,9 @@ class Graphs:
         eagerly()
 
     def clear(self) -> None:
-        """Forgets every graph."""
+        """Forgets every graph, once none of them runs any more."""
+        if self._graphs:
+            torch.cuda.synchronize(self._device)
         self._graphs.clear()
         self._pool = None
         self.stats = GraphStats()

@@ -7,7 +7,6 @@ graph B (k = 0). Runs on a CPU too, without graphs, which is how its logic is te
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +30,6 @@ from server.engine.sequence import Sequence
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
 
-log = logging.getLogger("outpace.engine")
-
 _TIMERS = 4
 
 
@@ -46,6 +43,7 @@ class GpuParts:
     graphs: bool = True
     deterministic: bool = False
     kv_dtype: torch.dtype | None = None
+    linear_path: str = "torch"
 
 
 class GpuRunner:
@@ -53,11 +51,11 @@ class GpuRunner:
 
     overlaps = True
     ragged = False
-    linear_path = "triton+cublas"
 
     def __init__(self, model: TargetModel, parts: GpuParts, shape: RunnerShape, k_tiers: tuple[int, ...]) -> None:
         self.model, self.drafter, self.shape = model, parts.drafter, shape
         self.device, self.deterministic = model.device, parts.deterministic
+        self.linear_path = parts.linear_path
         self.pools = make_pools(model, shape, parts.kv_dtype)
         self.state = make_state(self.pools, shape, model.vocab_size, self.device)
         self.sampling = self.state.sampling
@@ -65,11 +63,11 @@ class GpuRunner:
             parts.forward, parts.drafter, parts.ops, self.state, shape.max_num_seqs, shape.max_draft_tokens
         )
         self.executor = Executor(self.program, shape.max_num_seqs, k_tiers, parts.graphs)
-        self._tables = self.sampling.tables()
         self._kinds = [SamplingClass.GREEDY] * shape.max_num_seqs
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
         self._drafting = False
+        self._behind: set[int] = set()  # slots whose drafter has not seen every token
         bind = getattr(parts.drafter, "bind", None)
         if bind is not None:
             bind(self.state.block_tables)
@@ -86,7 +84,7 @@ class GpuRunner:
         early = seq.num_emitted < request.min_tokens and bool(seq.ends)
         self._kinds[slot] = class_of(request.sampling, early)
         self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
-        self._check_tables()
+        self._behind.discard(slot)
         if self.drafter is not None:
             prediction = request.prediction_ids[: self.shape.max_model_len]
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
@@ -148,20 +146,27 @@ class GpuRunner:
         limits = [row.max_drafts for row in plan.rows]
         k = plan.num_draft_tokens if self.drafter is not None and any(limits) else 0
         num_rows = tier_of(self.executor.tiers, len(sequences))
-        self._begin_drafting(k, sequences)
+        self._begin_drafting(k, plan.num_draft_tokens > 0, sequences)
         slots = [seq.slot for seq in sequences]
         self.executor.send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
         self.executor.forward(num_rows, k)
         return self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
 
-    def _begin_drafting(self, k: int, sequences: list[Sequence]) -> None:
+    def _begin_drafting(self, k: int, wanted: bool, sequences: list[Sequence]) -> None:
+        """Before a verify step: rows that steps without drafts have left behind catch up, if it drafts."""
         if self.drafter is None:
             return
-        if self._drafting and k == 0:
-            self.drafter.pause()
-        elif k > 0 and not self._drafting:
-            self.drafter.resume([seq.slot for seq in sequences], [seq.token_ids for seq in sequences])
-        self._drafting = k > 0
+        if k == 0:
+            if self._drafting and not wanted:
+                self.drafter.pause()
+            self._drafting = self._drafting and wanted
+            self._behind.update(seq.slot for seq in sequences)
+            return
+        self._drafting = True
+        late = [seq for seq in sequences if seq.slot in self._behind] if self._behind else []
+        if late:
+            self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late])
+            self._behind.difference_update(seq.slot for seq in late)
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
@@ -195,15 +200,6 @@ class GpuRunner:
             )
         return Launched(timer, sequences, num_run, emitting, report, 1 + k, logprobs)
 
-    def _check_tables(self) -> None:
-        """A request with more biases or ends than there was room for has moved the tables that graphs read."""
-        tables = self.sampling.tables()
-        if any(a is not b for a, b in zip(tables, self._tables, strict=True)):
-            self._tables = tables
-            if self.executor.graphs.stats.num_graphs:
-                log.warning("a request has more biases or stop tokens than any before: capturing CUDA graphs anew")
-                self.executor.capture()
-
     # -- prompt chunks -------------------------------------------------------------------------------------
 
     def _prefill(self, plan: StepPlan, sequences: list[Sequence], timer: StepTimer) -> Launched:
@@ -228,6 +224,8 @@ class GpuRunner:
             slots = chunks.rows.slots
             step = self.state.step(slots, torch.zeros_like(slots), None)
             self.drafter.prefill_chunk(step, chunks.token_ids, chunks.rows, features)
+        elif self.drafter is not None:
+            self._behind.update(row.slot for row in plan.rows)
         scores = PromptScores(scored, logits[len(sampling) :]) if scored else None
         num_run = len(chunks.token_ids)
         if not sampling:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.engine.limits import MAX_BIASES, MAX_ENDS
 from server.engine.runner import RunnerShape
 from server.models.base import TargetModel
 from server.sampling.state import SamplingState
 from server.spec.device import DeviceStep
 from server.spec.types import SlotState
-
-MAX_BIASES = 304
-MAX_ENDS = 16
 
 
 @dataclass(slots=True)
