@@ -33,6 +33,11 @@ COPY loadtest loadtest
 RUN pip install --no-deps . && outpace --help > /dev/null
 
 FROM python:${PYTHON}-slim
+ARG FLAVOUR=cpu
+# Triton builds the launcher of each kernel with a C compiler, at the first start on a machine.
+RUN if [ "$FLAVOUR" = cuda ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=build /opt/outpace /opt/outpace
 RUN useradd --uid 10001 --create-home outpace && install -d -o outpace -g outpace /cache
 ENV PATH=/opt/outpace/bin:$PATH OUTPACE_CACHE=/cache HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1

@@ -18,6 +18,8 @@ from server.kernels.runtime import INTERPRETED
 
 Say = Callable[[str], None]
 
+_PROGRESS_LINES = 5
+
 
 class _Collector(AsyncCompileMode):  # type: ignore[misc]
     """Notes what launches would have to compile. Nothing is compiled, and the launches do not happen."""
@@ -59,6 +61,7 @@ def compile_all(
 def _compile(collector: _Collector, num_threads: int, say: Say) -> None:
     wanted = list(collector.wanted.values())
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    step = -(-len(wanted) // _PROGRESS_LINES)
     with ThreadPoolExecutor(max(num_threads, 1), initializer=_use_device, initargs=(device,)) as pool:
         futures = {pool.submit(_compile_one, compile_fn): finalizers for compile_fn, finalizers in wanted}
         for done, future in enumerate(as_completed(futures), start=1):
@@ -68,7 +71,8 @@ def _compile(collector: _Collector, num_threads: int, say: Say) -> None:
             else:
                 for finalize in futures[future]:
                     finalize(future.result())
-            say(f"compiling kernels {done}/{len(wanted)}")
+            if done % step == 0 or done == len(wanted):
+                say(f"compiling kernels {done}/{len(wanted)}")
 
 
 def _use_device(device: int | None) -> None:

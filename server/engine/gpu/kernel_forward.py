@@ -61,7 +61,10 @@ def num_threads() -> int:
 
 
 class AttentionKernels:
-    """Implements PagedForward for a network whose attention alone is ours. Layers may differ in their heads."""
+    """Implements PagedForward for a network whose attention alone is ours. Layers may differ in their heads.
+
+    Its kernels are tested on a GPU, a whole network of transformers' has not been run on one.
+    """
 
     def __init__(self, model: TargetModel) -> None:
         self.model = model
