@@ -25,8 +25,9 @@ from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
 from server.engine.memory import plan_memory
 from server.engine.messages import EngineInfo
-from server.engine.runner import Runner, RunnerShape
+from server.engine.runner import Runner
 from server.engine.speculation import Speculation
+from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve

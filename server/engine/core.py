@@ -9,10 +9,11 @@ from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
 from server.engine.limits import MAX_BIASES, MAX_ENDS, Limits
 from server.engine.messages import EngineStats
 from server.engine.result import LaunchedStep, StepResult
-from server.engine.runner import Runner, StepRunner
+from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, end_ids
 from server.engine.speculation import Speculation
+from server.engine.step_runner import StepRunner
 
 
 @dataclass(slots=True)

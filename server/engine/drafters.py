@@ -10,7 +10,7 @@ from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
 from draft_models.suffix import SuffixDrafter
 from server.config import ConfigError, EngineConfig
-from server.engine.runner import RunnerShape
+from server.engine.step_runner import RunnerShape
 from server.models.base import KVLayer, TargetModel
 from server.models.llama import LlamaModel
 from server.models.loader import Checkpoint, load_source

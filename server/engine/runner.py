@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +17,9 @@ from torch import Tensor
 from draft_models.protocol import Drafter
 from server.core import Phase, StepPlan
 from server.engine.prompt_logprobs import add_scores, positions, to_score
-from server.engine.result import DoneStep, LaunchedStep, StepResult, to_host
+from server.engine.result import DoneStep, StepResult, to_host
 from server.engine.sequence import Sequence
+from server.engine.step_runner import RunnerShape
 from server.models.attention import AttentionBatch
 from server.models.base import TargetModel
 from server.models.paging import Span, padded_batch, ragged_batch
@@ -33,48 +32,6 @@ from server.spec.verify import verify
 
 Trim = Callable[[Drafts, Carry], Drafts]
 """Cuts drafts that are not worth verifying (ragged batches only)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerShape:
-    """Sizes of the per-slot state and the KV pool. `ragged` None picks by device."""
-
-    max_num_seqs: int
-    max_model_len: int
-    max_draft_tokens: int
-    block_size: int
-    num_blocks: int
-    rule: str = "coupled"
-    ragged: bool | None = None
-
-
-class StepRunner(Protocol):
-    """What the engine asks of whatever owns the device."""
-
-    model: TargetModel
-    shape: RunnerShape
-    overlaps: bool
-    """Whether a step may be launched before the last one is read."""
-
-    @property
-    def drafter(self) -> Drafter | None:
-        """Who drafts, if anybody does."""
-
-    @property
-    def num_graph_misses(self) -> int:
-        """Halves of steps that ran eagerly for want of a captured graph."""
-
-    def admit(self, seq: Sequence) -> None:
-        """`seq` took a slot."""
-
-    def release(self, slot: int, complete: bool = False) -> None:
-        """The slot is free; `complete`: its owner's answer came to its natural end."""
-
-    def scrub(self, blocks: list[int]) -> None:
-        """Zeroes blocks that may hold values which are not finite."""
-
-    def launch(self, plan: StepPlan, sequences: list[Sequence]) -> LaunchedStep:
-        """Starts `plan`; `sequences` are its rows' owners. The host state is not touched."""
 
 
 class Runner:

@@ -25,8 +25,8 @@ from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
 from server.engine.limits import Limits
-from server.engine.runner import RunnerShape
 from server.engine.speculation import Speculation
+from server.engine.step_runner import RunnerShape
 from server.models.loader import load_model
 from server.models.paged_forward import TorchForward
 from tests.engine.tiny import EOS_ID, VOCAB_SIZE, Answers, engine, make_drafter, request, run, save_loopy_llama

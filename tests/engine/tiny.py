@@ -18,8 +18,9 @@ from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
 from server.engine.limits import Limits
-from server.engine.runner import Runner, RunnerShape
+from server.engine.runner import Runner
 from server.engine.speculation import Speculation
+from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import TorchForward
 from server.sampling.state import SamplingBatch

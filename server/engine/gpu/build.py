@@ -11,8 +11,8 @@ from server.config import ConfigError, EngineConfig
 from server.engine.gpu.kernel_forward import AttentionKernels, make_forward, num_threads
 from server.engine.gpu.kernel_ops import KernelOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
-from server.engine.runner import RunnerShape
 from server.engine.speculation import draft_tiers
+from server.engine.step_runner import RunnerShape
 from server.kernels.compile import compile_all
 from server.models.base import TargetModel
 from server.models.llama import LlamaModel

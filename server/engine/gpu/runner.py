@@ -25,8 +25,8 @@ from server.engine.gpu.state import make_pools, make_state
 from server.engine.gpu.step import TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
 from server.engine.gpu.tiers import tier_of
 from server.engine.prompt_logprobs import positions, to_score
-from server.engine.runner import RunnerShape
 from server.engine.sequence import Sequence
+from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.engine.limits import MAX_BIASES, MAX_ENDS
-from server.engine.runner import RunnerShape
+from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.sampling.state import SamplingState
 from server.spec.device import DeviceStep
