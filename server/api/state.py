@@ -93,7 +93,8 @@ class ServerState:
         """Raises ApiError 429 where the queue is full; cheap enough to be asked before a body is read."""
         config = self.config.engine
         num_in_flight = self.counts.total()[0]
-        num_slots = self.engine.info.max_num_seqs if self.engine.info is not None else config.max_num_seqs or 1
+        info = self.engine.info
+        num_slots = config.max_num_seqs or (1 if info is None else info.max_num_seqs)
         if num_in_flight + num_choices > num_slots + config.max_waiting:
             num_waiting = max(0, num_in_flight - num_slots)
             raise queue_full(num_waiting, config.max_waiting, self.retry_after_s(num_waiting))
