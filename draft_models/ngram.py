@@ -129,25 +129,16 @@ class NgramDrafter:
     # -- on the host ---------------------------------------------------------------------------------------
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
-        """Drafts for every row; on the CPU they are as wide as the row that drafts most, on a GPU always `k` wide."""
+        """Drafts for every row, as wide as the row that drafts most; on the CPU, where looking costs nothing."""
         num_drafts = min(k, max(carry.limits, default=0))
-        device = carry.state.history.device
         if num_drafts <= 0:
-            return Drafts.none(len(carry.slots), device)
+            return Drafts.none(len(carry.slots), carry.state.history.device)
         history = carry.state.history[:, : carry.max_tokens_host].index_select(0, carry.slot_ids)
         num_tokens = carry.state.num_tokens.index_select(0, carry.slot_ids)
         tokens, matched_n = lookup(history, num_tokens, num_drafts, self._min_ngram, self._max_ngram)
-        if device.type == "cpu":
-            return self._on_host(carry.limits, tokens, matched_n)
-        # Copying through pinned memory keeps the step free of a sync; the matched n stays unknown to the host.
-        limits = torch.tensor(carry.limits, pin_memory=True).to(device, non_blocking=True).clamp(max=num_drafts)
-        num_valid = torch.where(matched_n > 0, limits, 0)
-        return Drafts(tokens, num_valid, classes=[self.name] * len(carry.slots))
-
-    def _on_host(self, limits: Sequence[int], tokens: Tensor, matched_n: Tensor) -> Drafts:
         matched_host: list[int] = matched_n.tolist()
         width = tokens.shape[1]
-        valid_host = [min(limit, width) if n else 0 for n, limit in zip(matched_host, limits, strict=True)]
+        valid_host = [min(limit, width) if n else 0 for n, limit in zip(matched_host, carry.limits, strict=True)]
         return Drafts(
             tokens=tokens,
             num_valid=torch.tensor(valid_host),

@@ -172,12 +172,9 @@ class SuffixDrafter:
         return tokens, names[min(length, 9)]
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
-        """Drafts for every row; on the CPU they are as wide as the longest one, on a GPU always `k` wide."""
-        device = carry.state.history.device
+        """Drafts for every row, as wide as the longest one; on the CPU, where the host knows every token."""
         if k <= 0 or not any(carry.limits):
-            return Drafts.none(len(carry.slots), device)
-        if device.type != "cpu":
-            return self._propose_late(carry, k, device)
+            return Drafts.none(len(carry.slots), carry.state.history.device)
         rows: list[list[int]] = []
         classes: list[str] = []
         for slot, limit in zip(carry.slots, carry.limits, strict=True):
@@ -231,21 +228,3 @@ class SuffixDrafter:
 
     def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
         """Nothing to do."""
-
-    # -- one step late, without graphs -----------------------------------------------------------------------
-
-    def _propose_late(self, carry: Carry, k: int, device: torch.device) -> Drafts:
-        """The host may miss up to one step, k + 1 tokens: predict twice that and let the device align it."""
-        width = 2 * (k + 1)
-        rows: list[list[int]] = []
-        classes: list[str] = []
-        for slot, limit in zip(carry.slots, carry.limits, strict=True):
-            tokens, name = self._draft(slot, width) if limit > 0 else ([], _NO_MATCH)
-            seen = len(self._sequences[slot].tokens)
-            rows.append([seen, min(limit, k), *tokens] + [-1] * (width - len(tokens)))
-            classes.append(name)
-        # One pinned buffer a step: the caching host allocator keeps it until the copy has been read.
-        uploaded = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        drafts, valid = align(uploaded[:, 2:], uploaded[:, 0], carry.state, carry.slot_ids, k)
-        num_valid = torch.minimum(valid.sum(1), uploaded[:, 1])
-        return Drafts(drafts, num_valid, classes=classes)

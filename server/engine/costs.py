@@ -34,8 +34,8 @@ def load_or_measure(
     draft_model = getattr(runner.drafter, "model", None)
     if draft_model is not None:  # another draft model has other costs
         drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
-    path = runner.model.linear_path if isinstance(runner, Runner) else runner.linear_path
-    artifact = "|".join((str(source.directory), str(runner.model.dtype), path, torch.__version__, drafter, settings))
+    parts = (source.directory, runner.model.dtype, runner.linear_path, torch.__version__, drafter, settings)
+    artifact = "|".join(map(str, parts))
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
     cached = _read(file)
     if cached is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Find = Callable[[str], ModelSource]
 
+NETWORK_DRAFTERS = ("small-lm", "eagle3")
 RANDOM_HEAD_VOCABULARY = 32_000
 
 
@@ -108,14 +109,19 @@ def draft_values_per_block(network: TargetModel | Eagle3Network | None) -> int:
     return int(network.config.hidden_size)
 
 
-def make_drafter(config: EngineConfig, shape: RunnerShape, network: TargetModel | None) -> Drafter | None:
-    """A drafter of the CPU's runner; None for `none` or no draft tokens."""
-    if config.drafter == "none" or config.max_draft_tokens == 0:
+def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter | None:
+    """The drafters that serve any device; None for `none` or no draft tokens."""
+    if config.max_draft_tokens == 0:
         return None
     if config.drafter == "ngram":
         return NgramDrafter()
-    if config.drafter == "suffix":
-        return SuffixDrafter(recent_outputs=config.recent_outputs)
+    return SuffixDrafter(recent_outputs=config.recent_outputs) if config.drafter == "suffix" else None
+
+
+def make_drafter(config: EngineConfig, shape: RunnerShape, network: TargetModel | None) -> Drafter | None:
+    """A drafter of the CPU's runner; None for `none` or no draft tokens."""
+    if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
+        return _make_without_network(config)
     assert network is not None
     return SmallLMDrafter(network, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
 
@@ -124,12 +130,8 @@ def make_device_drafter(
     config: EngineConfig, shape: RunnerShape, target: TargetModel, network: TargetModel | Eagle3Network | None, say: Say
 ) -> DeviceDrafter | None:
     """A drafter whose part of a step runs inside the GPU's graphs; None for `none` or no draft tokens."""
-    if config.drafter == "none" or config.max_draft_tokens == 0:
-        return None
-    if config.drafter == "ngram":
-        return NgramDrafter()
-    if config.drafter == "suffix":
-        return SuffixDrafter(recent_outputs=config.recent_outputs)
+    if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
+        return _make_without_network(config)
     from draft_models.eagle3 import Eagle3Drafter
     from draft_models.eagle3_chain import ChainShape
     from draft_models.eagle3_network import Eagle3Network

@@ -42,7 +42,7 @@ class Runner:
 
     def __init__(self, model: TargetModel, drafter: Drafter | None, shape: RunnerShape) -> None:
         self.model, self.drafter, self.shape = model, drafter, shape
-        self.device = model.device
+        self.device, self.linear_path = model.device, model.linear_path
         self.ragged = self.device.type == "cpu" if shape.ragged is None else shape.ragged
         self.trim: Trim | None = None
         places = shape.num_blocks * shape.block_size

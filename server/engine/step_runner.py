@@ -34,6 +34,10 @@ class StepRunner(Protocol):
     """Whether a step may be launched before the last one is read."""
 
     @property
+    def linear_path(self) -> str:
+        """How linear layers compute."""
+
+    @property
     def drafter(self) -> Drafter | None:
         """Who drafts, if anybody does."""
 

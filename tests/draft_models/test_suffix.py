@@ -6,7 +6,9 @@ import torch
 from draft_models.suffix import SuffixDrafter, align
 from server.core import SamplingParams
 from server.sampling.state import SamplingBatch
+from server.spec.device import DeviceStep
 from server.spec.types import Carry, SlotState
+from tests.draft_models.sampling_tables import sampling_tables
 
 SAMPLING = SamplingBatch.of([SamplingParams()], 8)
 
@@ -26,6 +28,20 @@ def carry_of(slots: list[int], limits: list[int], device: str = "cpu") -> Carry:
         block_tables=torch.zeros(len(slots), 1, dtype=torch.int64, device=device),
         blocks=[[0] for _ in slots],
         tokens_host=[1 for _ in slots],
+    )
+
+
+def late_step(drafter: SuffixDrafter, carry: Carry, k: int) -> DeviceStep:
+    """The step as the device sees it, with what the host sends."""
+    return DeviceStep(
+        slots=carry.slot_ids,
+        limits=torch.tensor(carry.limits),
+        state=carry.state,
+        block_tables=carry.block_tables,
+        **sampling_tables(8, 0.0),
+        uploads=torch.tensor(drafter.upload(carry.slots, carry.limits, k)),
+        max_context=16,
+        block_size=4,
     )
 
 
@@ -150,7 +166,7 @@ def test_off_the_cpu_the_drafts_are_aligned_and_masked_on_the_device() -> None:
     history[1, :2] = torch.tensor([7, 8])
     carry = carry_of([0, 1], [2, 3])
     carry.state.history, carry.state.num_tokens = history, torch.tensor([9, 2])
-    drafts = drafter._propose_late(carry, 3, torch.device("cpu"))
+    drafts = drafter.draft(late_step(drafter, carry, 3), 3)
     assert drafts.num_valid.tolist() == [2, 0]
     assert drafts.num_valid_host is None
     assert drafts.tokens.shape == (2, 3)
@@ -231,7 +247,7 @@ def test_off_the_cpu_a_prediction_is_aligned_by_real_tokens_only() -> None:
     history[0, :4] = torch.tensor([1, 2, 10, 11])  # the host has not seen the last two yet
     carry = carry_of([0], [3])
     carry.state.history, carry.state.num_tokens = history, torch.tensor([4])
-    drafts = drafter._propose_late(carry, 3, torch.device("cpu"))
+    drafts = drafter.draft(late_step(drafter, carry, 3), 3)
     assert drafts.num_valid.tolist() == [2]
     assert drafts.tokens[0, :2].tolist() == [12, 13]
     assert bool((drafts.tokens >= 0).all())
