@@ -197,9 +197,20 @@ class LlamaKernels:
 
     def plain_rest(self, layer: Layer, x: Tensor, mixed: Tensor, norm: RMSNorm) -> Tensor:
         """What follows attention's result in a layer; x [N, H] in place. Returns `norm`, the next layer's, of it."""
-        normed = add_rms_norm_(x, self._linear(mixed, layer.out), layer.post_norm.weight, layer.post_norm.eps)
-        delta = self._linear(silu_mul(self._linear(normed, layer.gate_up)), layer.down)
-        return add_rms_norm_(x, delta, norm.weight, norm.eps)
+        normed = self._residual_normed(x, mixed, layer.out, layer.post_norm)
+        return self._residual_normed(x, silu_mul(self._linear(normed, layer.gate_up)), layer.down, norm)
+
+    def _residual_normed(self, x: Tensor, inner: Tensor, linear: Linear, norm: RMSNorm) -> Tensor:
+        """Adds linear(inner) to x [N, H] in place; `norm` of the sum.
+
+        The product itself adds to x: with the sum in the norm, large steps move 4 units of N * H there instead of 2.
+        """
+        if self.deterministic:
+            return add_rms_norm_(x, self._linear(inner, linear), norm.weight, norm.eps)
+        x.addmm_(inner, linear.weight.t())
+        if linear.bias is not None:
+            x.add_(linear.bias)
+        return rms_norm(x, norm.weight, norm.eps)
 
     def _rotated(self, layer: Layer, qkv: Tensor, pool: Tensor, positions: Tensor, places: Tensor) -> Tensor:
         """Queries [N, heads, head_dim] of qkv, normed and rotated; keys and values go to the pool."""
