@@ -15,7 +15,7 @@ from server.bench.options import Load
 from server.bench.report import BenchError, Row, Table, number
 from server.bench.trace import DEVICE_KINDS, HOST_KINDS, Gaps, Span, Total, gaps, read_spans, totals
 
-_SHOWN, _NAME_WIDTH = 12, 60
+_SHOWN, _NAME_WIDTH, _FULL_NAME_WIDTH = 12, 60, 160
 
 
 def profile(bench: Bench, directory: Path) -> Iterator[tuple[Table, list[Row]]]:
@@ -48,7 +48,7 @@ def _profile_batch(bench: Bench, load: Load, directory: Path) -> tuple[Table, li
         raise BenchError(f"profile: the profiler saw nothing run on {bench.device}")
     kernels = totals(spans)
     table = _table(bench, load, kernels, spans)
-    whole = Table(table.title, table.columns, [_cells(k, len(k.name)) for k in kernels], num_names=1)
+    whole = Table(table.title, table.columns, [_cells(k, _FULL_NAME_WIDTH) for k in kernels], num_names=1)
     (directory / f"b{load.rows}.txt").write_text(f"{whole}\n", encoding="utf-8")
     return table, _rows(bench, load, gaps(spans), len(spans))
 
