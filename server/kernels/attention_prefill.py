@@ -165,8 +165,8 @@ def prefill_attention(
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,
         out if sinks is None else sinks, out, factor, cap, v_scale, q.stride(0), rows.block_tables.stride(0),
         rows.num_rows, q.shape[0], W=rows.width, G=group, KVH=kv_heads, QT=per_tile, D=dim,
-        BLOCK_D=next_power_of_2(dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=rows.block_size, WINDOW=window or 0,
-        CAPPED=softcap is not None, SINKS=sinks is not None, PRECISION=dot_precision(q.dtype),
+        BLOCK_D=next_power_of_2(dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=rows.block_size,
+        WINDOW=window or 0, CAPPED=softcap is not None, SINKS=sinks is not None, PRECISION=dot_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
