@@ -283,13 +283,12 @@ def test_padded_prompt_chunks(way: str, monkeypatch: pytest.MonkeyPatch) -> None
     def pad(values: Tensor, count: int, value: int = 0) -> Tensor:
         return torch.cat((values, values.new_full((count,), value)))
 
-    padded = PagedRows(
-        pad(rows.slots, 2, 3), pad(rows.starts, 2), tables, BLOCK_SIZE, 32, offsets=pad(rows.offsets, 2, 15)
-    )
+    offsets = pad(rows.offsets, 2, 15)
+    padded = PagedRows(pad(rows.slots, 2, 3), pad(rows.starts, 2), tables, BLOCK_SIZE, 32, offsets=offsets)
     for empty in (False, True):
         expected_pools, pools = make_pools(model, 25), make_pools(model, 25)
         if empty:
-            padded.offsets = torch.zeros_like(padded.offsets)
+            padded.offsets = torch.zeros_like(offsets)
             places = torch.zeros_like(places)
         with torch.inference_mode():
             logits, _ = kernels(

@@ -133,6 +133,7 @@ class PromptGraphs:
 
     def capture(self) -> None:
         """Captures the graphs of `tiers`, largest first; nothing runs on a real slot."""
+        self._logits = self._features = None  # made again for the largest, which comes first
         for tier in reversed(self.tiers):
             self._stand_in(tier, 0)
             self.graphs.capture(("prompts", tier), partial(self._forward, tier))
