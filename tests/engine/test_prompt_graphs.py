@@ -86,11 +86,12 @@ def test_more_rows_than_a_graph_has(model: Any, greedy: Any, padded: list[int]) 
     assert padded == []
 
 
-def test_scored_prompts_run_eagerly(model: Any, padded: list[int]) -> None:
-    """Their logits are read when the next chunks may have run."""
-    batch = [prompt[:2] for prompt in prompts(3)]  # one logit a row and one more: no more than a graph could hold
-    core = late(model, max_num_seqs=4)
-    answers = run(core, [request(f"r{i}", p, 4, prompt_logprobs=1 if i == 0 else None) for i, p in enumerate(batch)])
+@pytest.mark.parametrize("budget", [1, 64])
+def test_scored_prompts_run_eagerly(model: Any, padded: list[int], budget: int) -> None:
+    """Their logits are read when the next chunks may have run, even where they are no more than a graph could hold."""
+    core = late(model, budget=budget)
+    batch = [prompt[:6] for prompt in prompts(3)]
+    answers = run(core, [request(f"r{i}", p, 4, prompt_logprobs=1) for i, p in enumerate(batch)])
     assert padded == []
     assert any(o.prompt_logprobs for o in answers.outputs)
 
