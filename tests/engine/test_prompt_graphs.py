@@ -176,3 +176,33 @@ def test_only_tiers_that_pay_are_taken(model: Any, monkeypatch: pytest.MonkeyPat
         found.choose()
         assert found.tiers == tuple(tier for tier in found.candidates if tier <= most)
         assert len(asked) <= 4
+
+
+@pytest.mark.parametrize(
+    ("free", "launch_ms", "pays"), [(10_000, 1.0, True), (10_000, 0.0, False), (4_000, 1.0, False), (None, 1.0, False)]
+)
+def test_a_tier_must_be_fast_and_leave_room(
+    model: Any, monkeypatch: pytest.MonkeyPatch, free: int | None, launch_ms: float, pays: bool
+) -> None:
+    """A graph of 16 tokens takes 1000 bytes, so a step of 64 takes 4000; a replay takes no time here."""
+    runner = gpu(late(model))
+    found, reserved = runner.executor.prompts, [0]
+    forward = found._forward
+
+    def greedy_for_memory(tier: int) -> None:
+        if free is None:
+            raise torch.cuda.OutOfMemoryError
+        reserved[0] += 1000
+        with torch.no_grad():
+            forward(tier)
+
+    monkeypatch.setattr(found, "_forward", greedy_for_memory)
+    monkeypatch.setattr(found, "_launch_ms", lambda run: launch_ms)
+    for name, value in {
+        "empty_cache": None,
+        "synchronize": None,
+        "mem_get_info": (free, 1 << 30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: reserved[0])
+    assert found._pays(16) is pays
