@@ -76,7 +76,7 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     )
     runner = _runner(config, model, draft_network, shape, say)
     drafter = runner.drafter
-    budget = config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
+    budget = config.max_num_batched_tokens or 1
     limits = Limits(shape.max_num_seqs, budget, max_len, config.block_size, memory.num_blocks, config.prefix_cache)
     if limits.kv_tokens < max_len:
         say(
@@ -131,6 +131,7 @@ def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
     return replace(
         config,
         max_num_seqs=config.max_num_seqs or (GPU_NUM_SEQS if on_gpu else CPU_NUM_SEQS),
+        max_num_batched_tokens=config.max_num_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS),
         kv_memory_share=config.kv_memory_share or (GPU_KV_SHARE if on_gpu else CPU_KV_SHARE),
     )
 

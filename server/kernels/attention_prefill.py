@@ -26,27 +26,50 @@ from server.kernels.paged import PagedRows
 from server.kernels.runtime import ceil_div, dot_precision, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_tokens"])
+@triton.jit
+def row_of_tile(offsets, num_rows, tile, QT: tl.constexpr, BLOCK: tl.constexpr):
+    """(row, its tile) of query tile `tile` of ragged rows; for a tile that is nobody's, one that the row has not.
+
+    Row r's tiles begin at offsets[r] // QT + r. That leaves each row room for all of its tiles: n tokens from a on are
+    at most (a + n) // QT - a // QT + 1. So a tile's row is the number of rows that begin no later, less one, whatever
+    the lengths are.
+    """
+    begun = 0
+    for first in tl.range(0, num_rows, BLOCK):
+        r = first + tl.arange(0, BLOCK)
+        begins = tl.load(offsets + r, mask=r < num_rows, other=0) // QT + r
+        begun += tl.sum(((begins <= tile) & (r < num_rows)).to(tl.int32), 0)
+    row = begun - 1
+    return row, tile - (tl.load(offsets + row) // QT + row)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "num_tokens"])
 def prefill_kernel(
     q, pool, slots, starts, offsets, tables, sinks, out,
-    scale, softcap, v_scale, q_stride, table_stride, num_tokens,
+    scale, softcap, v_scale, q_stride, table_stride, num_rows, num_tokens,
     W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, key heads, rows): a row's last query tile, which sees most, comes first."""
-    row = tl.program_id(2)
+    """Grid (query tiles of all rows, key heads): a row's last query tile, which sees most, comes first.
+
+    There may be more programs than tiles: those that have none only help with the padding's zeros.
+    """
+    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     if W > 0:
+        row = tile // ((W + QT - 1) // QT)
+        tile = tile % ((W + QT - 1) // QT)
         token = row * W
         width = W
+        behind = num_rows * W
     else:
+        row, tile = row_of_tile(offsets, num_rows, tile, QT, 128)
         token = tl.load(offsets + row)
         width = tl.load(offsets + row + 1) - token
-    if row == tl.num_programs(2) - 1:
-        shares = tl.num_programs(0)
-        zero_tail(out, token + width, num_tokens, tl.program_id(0), shares, kv_head, G, KVH, D, BLOCK_D, 16)
-    query = (tl.cdiv(width, QT) - 1 - tl.program_id(0)) * QT
+        behind = tl.load(offsets + num_rows)
+    zero_tail(out, behind, num_tokens, tl.program_id(0), tl.num_programs(0), kv_head, G, KVH, D, BLOCK_D, 16)
+    query = (tl.cdiv(width, QT) - 1 - tile) * QT
     if query < 0:
         return
     start = tl.load(starts + row).to(tl.int32) + query
@@ -93,6 +116,13 @@ def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 64, 4, 2)
 
 
+def _num_tiles(rows: PagedRows, num_tokens: int, per_tile: int) -> int:
+    """Query tiles of `per_tile` tokens that the rows can have at most: of ragged rows the host knows no lengths."""
+    if rows.width:
+        return rows.num_rows * ceil_div(rows.width, per_tile)
+    return num_tokens // per_tile + rows.num_rows
+
+
 def prefill_attention(
     q: Tensor,
     pool: Tensor,
@@ -110,8 +140,10 @@ def prefill_attention(
 ) -> Tensor:
     """Causal attention of q [N, heads, head_dim], ragged `rows`, over the paged pool -> [N, heads * head_dim], as q.
 
-    As `decode_attention`, for rows of any length; tokens behind the last row's give zeros.
-    `deterministic`: the bits that `decode_attention` gives with deterministic splits.
+    As `decode_attention`, for rows of any length, none included; tokens behind the last row's give zeros. How many
+    programs run follows from N and R alone, so that a CUDA graph of it serves rows of other lengths.
+    `deterministic`: the bits that `decode_attention` gives with deterministic splits. Its programs follow from
+    `rows.max_width`: not for a graph whose rows change.
 
     Raises ValueError for operands that do not fit each other or the kernel.
     """
@@ -129,12 +161,12 @@ def prefill_attention(
     tile = tile or prefill_tile(dim, q.dtype)
     per_tile = queries_a_tile(rows.width, group, tile.block_m)
     factor, cap = scales(scale, softcap, k_scale)
-    prefill_kernel[(ceil_div(rows.width or rows.max_width, per_tile), kv_heads, rows.num_rows)](
+    prefill_kernel[(_num_tiles(rows, q.shape[0], per_tile), kv_heads)](
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,
         out if sinks is None else sinks, out, factor, cap, v_scale, q.stride(0), rows.block_tables.stride(0),
-        q.shape[0], W=rows.width, G=group, KVH=kv_heads, QT=per_tile, D=dim, BLOCK_D=next_power_of_2(dim),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=rows.block_size, WINDOW=window or 0,
-        CAPPED=softcap is not None, SINKS=sinks is not None, PRECISION=dot_precision(q.dtype),
+        rows.num_rows, q.shape[0], W=rows.width, G=group, KVH=kv_heads, QT=per_tile, D=dim,
+        BLOCK_D=next_power_of_2(dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=rows.block_size,
+        WINDOW=window or 0, CAPPED=softcap is not None, SINKS=sinks is not None, PRECISION=dot_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

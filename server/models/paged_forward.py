@@ -75,5 +75,7 @@ class TorchForward:
             for start, begin, end, blocks in zip(
                 rows.starts.tolist(), rows.offsets.tolist(), rows.offsets[1:].tolist(), tables.tolist(), strict=False
             )
+            if begin < end
         ]
+        padding += places.shape[0] - int(rows.offsets[-1])
         return ragged_batch(spans, rows.block_size, padding).to(rows.slots.device)

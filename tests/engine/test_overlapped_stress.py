@@ -39,6 +39,8 @@ SAMPLING: list[SamplingParams] = [
     SamplingParams(temperature=1.0, seed=3, frequency_penalty=0.3, repetition_penalty=1.1),
     SamplingParams(temperature=0.0, logit_bias={7: 2.0}, logprobs=2),
 ]
+PROMPT_TIERS: list[tuple[int, ...]] = [(), (16, 32, 64), (2, 5, 13), (30,)]
+"""Prompt chunks that fit are padded to these, as for CUDA graphs."""
 SPECULATION = [SpeculationParams(), SpeculationParams(), SpeculationParams(False), SpeculationParams(True, 1)]
 
 
@@ -89,7 +91,9 @@ def build(model: Any, name: str, draw: random.Random, seed: int) -> EngineCore:
     else:
         drafter = make_drafter(name, k, None, shape)
     tiers = (1, k) if k > 1 else (1,)
-    runner = GpuRunner(model, GpuParts(TorchForward(model), TorchOps("coupled"), drafter), shape, tiers)
+    parts = GpuParts(TorchForward(model), TorchOps("coupled"), drafter, prompt_tokens=64)
+    runner = GpuRunner(model, parts, shape, tiers)
+    runner.executor.prompts.tiers = PROMPT_TIERS[seed % len(PROMPT_TIERS)]
     for pool in [*runner.pools, *getattr(drafter, "pools", [])]:
         pool[size:].normal_()
     most = k if drafter is not None else 0

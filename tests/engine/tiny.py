@@ -106,17 +106,21 @@ def engine(
     max_waiting_tokens: int | None = None,
     eos: Sequence[int] = (EOS_ID,),
     overlapped: bool = False,
+    prompt_tiers: tuple[int, ...] = (),
 ) -> EngineCore:
     """An engine without a process. Without `costs` every step drafts `k` tokens.
 
-    `overlapped`: the GPU's runner in torch operations, which reads each step one step late.
+    `overlapped`: the GPU's runner in torch operations, which reads each step one step late; prompt chunks are padded to
+    `prompt_tiers`, as for CUDA graphs.
     """
     shape = RunnerShape(max_num_seqs, max_model_len, k, BLOCK_SIZE, num_blocks, rule, ragged)
     made = make_drafter(drafter, k, draft_model, shape) if isinstance(drafter, str) else drafter
     runner: Runner | GpuRunner
     if overlapped:
-        parts = GpuParts(TorchForward(model), TorchOps(rule), cast("DeviceDrafter | None", made))
+        drafts = cast("DeviceDrafter | None", made)
+        parts = GpuParts(TorchForward(model), TorchOps(rule), drafts, prompt_tokens=max(prompt_tiers, default=0))
         runner = GpuRunner(model, parts, shape, (k,))
+        runner.executor.prompts.tiers = prompt_tiers
     else:
         runner = Runner(model, made, shape)
     limits = Limits(max_num_seqs, budget, max_model_len, BLOCK_SIZE, num_blocks, prefix_cache)

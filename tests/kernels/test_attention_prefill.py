@@ -54,6 +54,38 @@ def test_scores(
     check(case, torch.float16, window=window, softcap=softcap, sinks=sinks, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("widths", [[33], [0, 33, 0, 0, 5], [16, 8, 1], [0, 0]], ids=str)
+@pytest.mark.parametrize("num_nobodys", [0, 3])
+def test_padding_rows(device: torch.device, widths: list[int], num_nobodys: int) -> None:
+    """Rows behind the last one, as a CUDA graph of fixed shapes has them; where they start is nobody's business."""
+    padding = 21
+    case = contexts(Shape(), widths, [7 * (i + 1) for i in range(len(widths))], device, torch.float16, padding)
+    rows = case.rows
+    assert rows.offsets is not None
+    padded = replace(
+        rows,
+        slots=torch.cat((rows.slots, rows.slots.new_full((num_nobodys,), rows.block_tables.shape[0] - 1))),
+        starts=torch.cat((rows.starts, rows.starts.new_full((num_nobodys,), 1 << 30))),
+        offsets=torch.cat((rows.offsets, rows.offsets[-1:].expand(num_nobodys))),
+        max_width=sum(widths) + padding,
+    )
+    expected = case.reference()
+    for tile in (None, Tile(16, 16, 4, 2)):
+        out = torch.full_like(expected, float("nan"))
+        found = prefill_attention(case.q, case.pool, padded, scale=case.scale, out=out, tile=tile)
+        assert_close(found, expected, torch.float16)
+
+
+def test_many_rows(device: torch.device) -> None:
+    """More than a program looks at in one go, some of them empty, some of several tiles."""
+    generator = torch.Generator().manual_seed(5)
+    widths = torch.randint(0, 4, (150,), generator=generator).tolist()
+    widths[10], widths[127], widths[128], widths[149] = 19, 9, 20, 17
+    starts = torch.randint(0, 20, (150,), generator=generator).tolist()
+    case = contexts(Shape(2, 1), widths, starts, device, torch.float16, 5)
+    check(case, torch.float16, 5, tile=Tile(16, 16, 4, 2))
+
+
 def test_rows_of_one_width(device: torch.device) -> None:
     case = contexts(Shape(), [35, 35], [3, 90], device, torch.float16)
     case = replace(case, rows=replace(case.rows, width=35, offsets=None, max_width=0))

@@ -265,3 +265,39 @@ def test_packed_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model.linear_path = "onednn-packed"
     with pytest.raises(ValueError, match="onednn-packed"):
         LlamaKernels(model)
+
+
+@pytest.mark.parametrize("way", ["fused", "cublas"])
+def test_padded_prompt_chunks(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph runs them: rows and tokens of nobody's behind the real ones, which write to block 0 only."""
+    model = build("llama", torch.float32, monkeypatch)
+    kernels = LlamaKernels(model)
+    kernels.plans = {64: WAYS[way]}
+    rows, lengths = prompt_rows([5, 1, 9], [4, 11, 0])
+    positions, places = places_of(rows, lengths)
+    ids = torch.randint(0, model.vocab_size, (15,), device=DEVICE)
+    ends = torch.tensor([4, 5, 14], device=DEVICE)
+    tables = torch.cat((rows.block_tables, torch.zeros_like(rows.block_tables[:1])))
+    assert rows.offsets is not None
+
+    def pad(values: Tensor, count: int, value: int = 0) -> Tensor:
+        return torch.cat((values, values.new_full((count,), value)))
+
+    offsets = pad(rows.offsets, 2, 15)
+    padded = PagedRows(pad(rows.slots, 2, 3), pad(rows.starts, 2), tables, BLOCK_SIZE, 32, offsets=offsets)
+    for empty in (False, True):
+        expected_pools, pools = make_pools(model, 25), make_pools(model, 25)
+        if empty:
+            padded.offsets = torch.zeros_like(offsets)
+            places = torch.zeros_like(places)
+        with torch.inference_mode():
+            logits, _ = kernels(
+                pad(ids, 6), pools, padded, pad(positions, 6), pad(places, 6), pad(ends, 2), feature_layers=()
+            )
+            assert logits.shape[0] == 5 and bool(logits.isfinite().all())
+            if not empty:
+                expected, _ = kernels(ids, expected_pools, rows, positions, places, ends, feature_layers=())
+                close(logits[:3], expected)
+        for pool, other in zip(pools, expected_pools, strict=True):
+            assert bool(pool[:BLOCK_SIZE].isfinite().all())
+            torch.testing.assert_close(pool[BLOCK_SIZE:], other[BLOCK_SIZE:])

@@ -40,6 +40,7 @@ def build_gpu_runner(
         deterministic=config.deterministic,
         kv_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else None,
         linear_path=("triton-invariant" if config.deterministic else "triton+cublas") if own else "torch",
+        prompt_tokens=0 if config.deterministic else config.max_num_batched_tokens or 0,
     )
     runner = GpuRunner(model, parts, shape, tuple(k for k in tiers if k > 0))
     if not parts.graphs:
@@ -50,8 +51,11 @@ def build_gpu_runner(
         return runner
     compile_all(runner.executor.warm_up_jobs(), num_threads(), say)
     executor = runner.executor
+    executor.prompts.choose()
     say(f"capturing CUDA graphs for {len(executor.tiers)} batch sizes and k of {executor.k_tiers}")
     executor.capture()
     stats = executor.graphs.stats
     say(f"captured {stats.num_graphs} CUDA graphs, {stats.memory_bytes >> 20} MiB")
+    tiers = executor.prompts.tiers
+    say(f"prompt chunks of up to {tiers[-1]} tokens run from graphs" if tiers else "prompt chunks run eagerly")
     return runner

@@ -13,6 +13,7 @@ from torch import Tensor
 from server.engine.gpu.graphs import Graphs
 from server.engine.gpu.kinds import SamplingClass
 from server.engine.gpu.launched import StepTimer
+from server.engine.gpu.prompt_graphs import PromptGraphs
 from server.engine.gpu.step import Staged, StepProgram
 from server.engine.gpu.tiers import batch_tiers, tier_of
 from server.kernels.paged import PagedRows
@@ -22,13 +23,24 @@ GREEDY = SamplingClass.GREEDY
 
 
 class Executor:
-    """One `StepProgram` for every (batch tier, k) of `tiers` and `k_tiers`."""
+    """One `StepProgram` for every (batch tier, k) of `tiers` and `k_tiers`, and its network on prompt chunks.
 
-    def __init__(self, program: StepProgram, max_num_seqs: int, k_tiers: tuple[int, ...], use_graphs: bool) -> None:
+    `prompt_tokens`: the most tokens of a prefill step, where small ones are to run from graphs; else 0.
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        max_num_seqs: int,
+        k_tiers: tuple[int, ...],
+        use_graphs: bool,
+        prompt_tokens: int = 0,
+    ) -> None:
         self.program = program
         self.tiers, self.k_tiers = batch_tiers(max_num_seqs), (0, *k_tiers)
         self.device = program.state.block_tables.device
         self.graphs = Graphs(self.device, use_graphs)
+        self.prompts = PromptGraphs(program, self.graphs, max_num_seqs, prompt_tokens)
         self._nobody = max_num_seqs
         self._staged: dict[tuple[int, int], Staged] = {}
 
@@ -86,6 +98,7 @@ class Executor:
         """Captures every graph that a step can need, largest first; nothing runs on a real slot."""
         self.graphs.clear()
         self._staged.clear()
+        self.prompts.capture()
         for num_rows in reversed(self.tiers):
             for k in reversed(self.k_tiers):
                 self._capture_pair(num_rows, k, kinds)
@@ -100,7 +113,8 @@ class Executor:
 
     def warm_up_jobs(self) -> list[Callable[[], object]]:
         """Launches of every kernel of a step but the drafter's own, on nothing: to be compiled side by side."""
-        return [partial(self._warm_up, num_rows, k) for num_rows in self.tiers for k in self.k_tiers]
+        steps = [partial(self._warm_up, num_rows, k) for num_rows in self.tiers for k in self.k_tiers]
+        return [*steps, *self.prompts.warm_up_jobs()]
 
     def _warm_up(self, num_rows: int, k: int) -> None:
         self.send(num_rows, k, [], [], [])

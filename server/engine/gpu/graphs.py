@@ -45,6 +45,7 @@ class Graphs:
             return
         run()
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # as capturing does: what `run` has left in the cache is not to be counted off
         before = torch.cuda.memory_reserved(self._device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

@@ -1,8 +1,10 @@
 """Launches steps on a GPU and never waits for one: what a step needs of the last is on the device.
 
 The host knows upper bounds (`Sequence.most_tokens`), the device the truth. A verify step is one upload, graph A, graph
-B and one download; a prompt chunk runs eagerly, and if it ends prompts, their first tokens are decided by the same
-graph B (k = 0). Runs on a CPU too, without graphs, which is how its logic is tested there.
+B and one download. A prompt chunk is one upload and a graph of its own, or runs eagerly where that costs nothing
+(prompt_graphs); if it ends prompts, their first tokens are decided by the same graph B (k = 0).
+
+Runs on a CPU too, without graphs, which is how its logic is tested there.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from server.engine.gpu.executor import Executor
 from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScores, StepTimer
 from server.engine.gpu.ops import NUM_REPORTED, StepOps
-from server.engine.gpu.prefill import Chunks, pack
+from server.engine.gpu.prefill import Chunks
 from server.engine.gpu.staging import to_device
 from server.engine.gpu.state import make_pools, make_state
 from server.engine.gpu.step import TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
@@ -35,7 +37,10 @@ _TIMERS = 4
 
 @dataclass(frozen=True, slots=True)
 class GpuParts:
-    """What a GpuRunner is made of besides the network: how it runs, decides and drafts."""
+    """What a GpuRunner is made of besides the network: how it runs, decides and drafts.
+
+    `prompt_tokens`: the most tokens of a prefill step, where small prompt chunks may run from graphs; else 0.
+    """
 
     forward: PagedForward
     ops: StepOps
@@ -44,6 +49,7 @@ class GpuParts:
     deterministic: bool = False
     kv_dtype: torch.dtype | None = None
     linear_path: str = "torch"
+    prompt_tokens: int = 0
 
 
 class GpuRunner:
@@ -62,7 +68,7 @@ class GpuRunner:
         self.program = StepProgram(
             parts.forward, parts.drafter, parts.ops, self.state, shape.max_num_seqs, shape.max_draft_tokens
         )
-        self.executor = Executor(self.program, shape.max_num_seqs, k_tiers, parts.graphs)
+        self.executor = Executor(self.program, shape.max_num_seqs, k_tiers, parts.graphs, parts.prompt_tokens)
         self._kinds = [SamplingClass.GREEDY] * shape.max_num_seqs
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
@@ -205,32 +211,24 @@ class GpuRunner:
     def _prefill(self, plan: StepPlan, sequences: list[Sequence], timer: StepTimer) -> Launched:
         updates = self._table_updates(sequences, 0)
         assert not updates
-        chunks = pack(plan, sequences, self.state.block_tables, self.shape.block_size, self.device)
+        chunks = Chunks.of(plan.rows, sequences)
         sampling = [i for i, row in enumerate(plan.rows) if row.samples]
         scored = to_score(plan.rows, sequences)
-        at = chunks.ends[sampling]
         if scored:
-            at = np.concatenate([at, positions(scored, plan.rows, torch.from_numpy(chunks.ends)).numpy()])
-        logits, features = self.program.forward(
-            chunks.token_ids,
-            self.pools,
-            chunks.rows,
-            chunks.positions,
-            chunks.places,
-            to_device(at, self.device),
-            self.program.feature_layers,
-        )
+            at = positions(scored, plan.rows, torch.from_numpy(chunks.ends)).numpy()
+            chunks.logits_at = np.concatenate([chunks.logits_at, at])
+        inputs, logits, features = self.executor.prompts.run(chunks, lasting=bool(scored))
         if self.drafter is not None and plan.num_draft_tokens > 0:
-            slots = chunks.rows.slots
+            slots = inputs.rows.slots
             step = self.state.step(slots, torch.zeros_like(slots), None)
-            self.drafter.prefill_chunk(step, chunks.token_ids, chunks.rows, features)
+            self.drafter.prefill_chunk(step, inputs.token_ids, inputs.rows, features)
         elif self.drafter is not None:
             self._behind.update(row.slot for row in plan.rows)
         scores = PromptScores(scored, logits[len(sampling) :]) if scored else None
-        num_run = len(chunks.token_ids)
         if not sampling:
-            return Launched(timer, sequences, num_run, [], None, 1, scores=scores)
-        launched = self._decide_prompts(sequences, sampling, logits, features, chunks, timer)
+            return Launched(timer, sequences, chunks.num_tokens, [], None, 1, scores=scores)
+        last = None if features is None else features[inputs.logits_at[: len(sampling)]]
+        launched = self._decide_prompts(sequences, sampling, logits[: len(sampling)], last, timer, chunks.num_tokens)
         launched.scores = scores
         return launched
 
@@ -240,12 +238,11 @@ class GpuRunner:
         sampling: list[int],
         logits: Tensor,
         features: Tensor | None,
-        chunks: Chunks,
         timer: StepTimer,
+        num_run: int,
     ) -> Launched:
-        """The first tokens of prompts that end: half B of a step without drafts, on these logits."""
+        """The first tokens of prompts that end: half B of a step without drafts, on these logits and features."""
         num_rows, count = tier_of(self.executor.tiers, len(sampling)), len(sampling)
         self.executor.send(num_rows, 0, [sequences[row].slot for row in sampling], [0] * count, [])
-        last = None if features is None else features[to_device(chunks.ends[sampling], self.device)]
-        self.executor.stage_prompts(num_rows, logits[:count], last)
-        return self._decide(num_rows, 0, sequences, sampling, timer, len(chunks.token_ids))
+        self.executor.stage_prompts(num_rows, logits, features)
+        return self._decide(num_rows, 0, sequences, sampling, timer, num_run)
