@@ -193,6 +193,9 @@ class SuffixDrafter:
 
     # -- inside graphs -------------------------------------------------------------------------------------
 
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """Nothing to do."""
+
     def upload_width(self, k: int) -> int:
         """How many tokens the host knew, the row's limit, and a continuation.
 

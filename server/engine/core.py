@@ -162,13 +162,15 @@ class EngineCore:
         for slot, complete in self.scheduler.released.items():
             self.runner.release(slot, complete)
         self.scheduler.released.clear()
-        for seq in self.scheduler.admitted:
-            if seq.running:
-                self.runner.admit(seq)
-                if not seq.started:
-                    seq.started = True
-                    self._started.append(seq.request.request_id)
+        admitted = [seq for seq in self.scheduler.admitted if seq.running]
         self.scheduler.admitted.clear()
+        if not admitted:
+            return
+        self.runner.admit(admitted)
+        for seq in admitted:
+            if not seq.started:
+                seq.started = True
+                self._started.append(seq.request.request_id)
 
     def _tell_started(self) -> None:
         if self._started:
