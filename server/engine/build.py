@@ -23,7 +23,7 @@ from server.engine.drafters import (
 )
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
-from server.engine.memory import plan_memory
+from server.engine.memory import explained, plan_memory
 from server.engine.messages import EngineInfo
 from server.engine.runner import Runner
 from server.engine.speculation import Speculation
@@ -74,10 +74,11 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
         memory.num_blocks,
         config.verification,
     )
-    runner = _runner(config, model, draft_network, shape, say)
-    drafter = runner.drafter
-    budget = config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
+    budget = config.max_num_batched_tokens or 1
     limits = Limits(shape.max_num_seqs, budget, max_len, config.block_size, memory.num_blocks, config.prefix_cache)
+    with explained(limits.kv_tokens):
+        runner = _runner(config, model, draft_network, shape, say)
+    drafter = runner.drafter
     if limits.kv_tokens < max_len:
         say(
             f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: "
@@ -131,6 +132,7 @@ def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
     return replace(
         config,
         max_num_seqs=config.max_num_seqs or (GPU_NUM_SEQS if on_gpu else CPU_NUM_SEQS),
+        max_num_batched_tokens=config.max_num_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS),
         kv_memory_share=config.kv_memory_share or (GPU_KV_SHARE if on_gpu else CPU_KV_SHARE),
     )
 

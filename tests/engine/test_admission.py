@@ -36,9 +36,7 @@ def sequences(seed: int, slots: list[int]) -> list[Sequence]:
     made = []
     for i, slot in enumerate(slots):
         prompt = draw.choices(range(VOCAB_SIZE), k=draw.randint(1, 40))
-        request = Request(
-            f"{seed}.{i}", prompt, KINDS[(i + seed) % 4], choice=i, max_tokens=20, min_tokens=5 * (i % 2)
-        )
+        request = Request(f"{seed}.{i}", prompt, KINDS[(i + seed) % 4], choice=i, max_tokens=20, min_tokens=5 * (i % 2))
         seq = Sequence.of(request, frozenset({2, 11}))
         seq.token_ids += draw.choices(range(VOCAB_SIZE), k=draw.choice([0, 0, 7]))  # it was preempted
         seq.slot = slot
