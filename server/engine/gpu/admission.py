@@ -75,6 +75,7 @@ class Admission:
         lines: list[tuple[int, ...]] = []
         floats: list[tuple[float, ...]] = []
         at = first = count * _HEAD
+        memory = room.data
         for seq in sequences:
             request, slot, num_tokens = seq.request, seq.slot, seq.num_tokens
             ends = seq.ends if seq.num_emitted < request.min_tokens else ()
@@ -83,7 +84,7 @@ class Admission:
             )
             lines.append((slot, num_tokens, seq.prompt_len, slot * width - (at - first), *ints))
             floats.append(fractions)
-            pack_into(f"{num_tokens}q", room, 8 * at, *seq.token_ids)  # half of what numpy takes for a list
+            pack_into(f"{num_tokens}q", memory, 8 * at, *seq.token_ids)  # half of what numpy takes for a list
             at += num_tokens
         head = room[:first].reshape(count, _HEAD)
         found = np.array(lines, dtype=np.int64)

@@ -83,13 +83,14 @@ class GpuRunner:
             early = seq.num_emitted < request.min_tokens and bool(seq.ends)
             self._kinds[seq.slot] = class_of(request.sampling, early)
             self._behind.discard(seq.slot)
-        drafter = self.drafter
         for slots, num_tokens in self._admission.fill(sequences):
-            if drafter is not None:
-                drafter.admit_slots(slots, num_tokens)
-        for seq in sequences if drafter is not None else ():
+            if self.drafter is not None:
+                self.drafter.admit_slots(slots, num_tokens)
+        if self.drafter is None:
+            return
+        for seq in sequences:
             prediction = seq.request.prediction_ids[: self.shape.max_model_len]
-            drafter.admit(seq.slot, seq.token_ids, seq.prompt_len, prediction)
+            self.drafter.admit(seq.slot, seq.token_ids, seq.prompt_len, prediction)
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN.
