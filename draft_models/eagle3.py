@@ -48,9 +48,9 @@ class Eagle3Drafter(DeviceOnly):
             network.embedding,
         )
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
         """Blocks of a prefix hit carry keys, values and features; the rest of the prompt comes by `prefill_chunk`."""
-        self.ring.admit(slot, len(token_ids))
+        self.ring.admit(slots, num_tokens)
 
     def draft(self, step: DeviceStep, k: int) -> Drafts:
         """See DeviceDrafter. ValueError: k is not 1 to the shape's `max_draft_tokens`."""

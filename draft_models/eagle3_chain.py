@@ -110,7 +110,7 @@ class DeviceOnly:
     name = "device"
 
     def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
-        """The slot's tokens are in the step's history; a `prediction` is ignored."""
+        """`admit_slots` does it for the device; a `prediction` is ignored."""
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """The step's history holds them already."""

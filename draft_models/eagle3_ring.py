@@ -61,12 +61,13 @@ class FeatureRing:
         self.valid_from = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._iota = torch.arange(width, device=device)
 
-    def admit(self, slot: int, num_tokens: int) -> None:
-        """`slot` has a new owner whose first `num_tokens` come as prompt chunks or with a prefix hit."""
-        self.ring[slot].zero_()  # what is not written to its own place goes to the null block, which has to be finite
-        self.known_from[slot].fill_(num_tokens)
-        self.written[slot].fill_(0)
-        self.valid_from[slot].fill_(0)
+    def admit(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """`slots` [A] have new owners whose first `num_tokens` [A] come as prompt chunks or with a prefix hit."""
+        # What is not written to its own place goes to the null block, which has to be finite.
+        self.ring.index_fill_(0, slots, 0.0)
+        self.known_from.index_copy_(0, slots, num_tokens)
+        self.written.index_fill_(0, slots, 0)
+        self.valid_from.index_fill_(0, slots, 0)
 
     def resume(self, slots: Sequence[int], known: Sequence[int]) -> None:
         """`slots` now have `known` tokens; what a window cannot rewrite of those a pause passed over is lost."""

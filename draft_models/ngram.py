@@ -93,6 +93,9 @@ class NgramDrafter:
 
     # -- inside graphs -------------------------------------------------------------------------------------
 
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """Nothing to do."""
+
     def upload_width(self, k: int) -> int:
         """Nothing: all it reads is on the device."""
         return 0

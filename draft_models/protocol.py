@@ -64,6 +64,13 @@ class DeviceDrafter(Drafter, Protocol):
     yet. `prefill` of the base protocol is replaced by `prefill_chunk`, which runs eagerly behind the target's.
     """
 
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """The device's part of `admit`, for all sequences that came together and before it is called for each.
+
+        Sequences with `num_tokens` [A] known tokens took `slots` [A], each once; both int64. May be called more than
+        once for the sequences of one step, and must not synchronise.
+        """
+
     def upload_width(self, k: int) -> int:
         """Integers a row that the host sends with every step of `k` drafts; 0 for drafters that live on the device."""
 

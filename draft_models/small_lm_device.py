@@ -64,9 +64,9 @@ class SmallLMDeviceDrafter(DeviceOnly):
         """The runner's `block_tables` [S, NB], which `resume` needs before the first step has shown them."""
         self._block_tables = block_tables
 
-    def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
-        """Nothing of the slot is computed yet, but what a prefix hit brings."""
-        self.valid[slot] = 0
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """Nothing of the slots is computed yet, but what a prefix hit brings."""
+        self.valid.index_fill_(0, slots, 0)
 
     # -- in the step ---------------------------------------------------------------------------------------
 

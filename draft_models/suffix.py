@@ -61,22 +61,31 @@ class _Sequence:
     output repeats of the prediction later finds back into it. "No token" occurs once: nothing matches across it.
     """
 
-    __slots__ = ("automaton", "offset", "prompt_len", "tokens")
+    __slots__ = ("_automaton", "_prediction", "offset", "prompt_len", "tokens")
 
     def __init__(self, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int]) -> None:
         self.tokens = list(token_ids)
         self.prompt_len = prompt_len
-        self.automaton = SuffixAutomaton()
-        if prediction:
-            self.automaton.extend(self.tokens[max(0, prompt_len - _PREDICTION_CONTEXT) : prompt_len])
-            self.automaton.extend(prediction)
-            self.automaton.extend((_NO_TOKEN,))
-        self.offset = len(self.automaton)
-        self.automaton.extend(self.tokens)
+        self.offset = 0
+        self._prediction = prediction
+        self._automaton: SuffixAutomaton | None = None
+
+    @property
+    def automaton(self) -> SuffixAutomaton:
+        """Made when it is first asked for: on a GPU the prompt runs by then, and nobody waits for the host."""
+        if self._automaton is None:
+            made = self._automaton = SuffixAutomaton()
+            if self._prediction:
+                made.extend(self.tokens[max(0, self.prompt_len - _PREDICTION_CONTEXT) : self.prompt_len])
+                made.extend(self._prediction)
+                made.extend((_NO_TOKEN,))
+            self.offset = len(made)
+            made.extend(self.tokens)
+        return self._automaton
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        self.tokens.extend(token_ids)
         self.automaton.extend(token_ids)
+        self.tokens.extend(token_ids)
 
     def follow(self, num_tokens: int) -> tuple[list[int], int, str, bool]:
         """Continuation of the text: tokens, length of the match, where it lies, and whether a majority follows it."""
@@ -125,7 +134,7 @@ class SuffixDrafter:
         self._min_match = min_match
 
     def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
-        """Index all known tokens and the prediction: about 2 µs each, once per admission."""
+        """All known tokens and the prediction will be indexed, about 2 µs each, when they are first needed."""
         self._sequences[slot] = _Sequence(token_ids, prompt_len, prediction)
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
@@ -192,6 +201,9 @@ class SuffixDrafter:
         )
 
     # -- inside graphs -------------------------------------------------------------------------------------
+
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """Nothing to do."""
 
     def upload_width(self, k: int) -> int:
         """How many tokens the host knew, the row's limit, and a continuation.

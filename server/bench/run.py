@@ -16,6 +16,7 @@ from server.bench.profile import profile
 from server.bench.report import BenchError, Report, Row, Table
 from server.bench.start import start
 from server.bench.subjects import latency, prefill, speculative, throughput
+from server.engine.collector import frozen_start
 from server.models.config import UnsupportedModelError
 from server.models.loader import WeightsError, pick_device
 
@@ -63,12 +64,13 @@ def _measure(
     bench = start_engine(options, plan, names, say)
     report.detail = {"engine": asdict(bench.info), "repeats": options.repeats}
     print(describe(bench), flush=True)
-    for name in options.subjects:
-        if name == "profile":
-            assert options.profile is not None
-            yield from profile(bench, options.profile)
-        elif name in SUBJECTS:
-            yield SUBJECTS[name](bench)
+    with frozen_start():  # as in the engine's own process
+        for name in options.subjects:
+            if name == "profile":
+                assert options.profile is not None
+                yield from profile(bench, options.profile)
+            elif name in SUBJECTS:
+                yield SUBJECTS[name](bench)
 
 
 def describe(bench: Bench) -> str:

@@ -23,7 +23,7 @@ from server.engine.drafters import (
 )
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
-from server.engine.memory import plan_memory
+from server.engine.memory import explained, plan_memory
 from server.engine.messages import EngineInfo
 from server.engine.runner import Runner
 from server.engine.speculation import Speculation
@@ -74,10 +74,11 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
         memory.num_blocks,
         config.verification,
     )
-    runner = _runner(config, model, draft_network, shape, say)
-    drafter = runner.drafter
     budget = config.max_num_batched_tokens or 1
     limits = Limits(shape.max_num_seqs, budget, max_len, config.block_size, memory.num_blocks, config.prefix_cache)
+    with explained(limits.kv_tokens):
+        runner = _runner(config, model, draft_network, shape, say)
+    drafter = runner.drafter
     if limits.kv_tokens < max_len:
         say(
             f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: "

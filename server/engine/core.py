@@ -162,13 +162,15 @@ class EngineCore:
         for slot, complete in self.scheduler.released.items():
             self.runner.release(slot, complete)
         self.scheduler.released.clear()
-        for seq in self.scheduler.admitted:
-            if seq.running:
-                self.runner.admit(seq)
-                if not seq.started:
-                    seq.started = True
-                    self._started.append(seq.request.request_id)
+        admitted = [seq for seq in self.scheduler.admitted if seq.running]
         self.scheduler.admitted.clear()
+        if not admitted:
+            return
+        self.runner.admit(admitted)
+        for seq in admitted:
+            if not seq.started:
+                seq.started = True
+                self._started.append(seq.request.request_id)
 
     def _tell_started(self) -> None:
         if self._started:
@@ -179,10 +181,11 @@ class EngineCore:
     def _publish(self, running: _Running, result: StepResult) -> list[StepOutput]:
         plan, verifying = running.plan, running.plan.phase is Phase.VERIFY
         if verifying:
-            context = sum(s.num_tokens for s in running.sequences) / len(running.sequences)
+            context = sum(len(s.token_ids) for s in running.sequences) / len(running.sequences)
             counts = [s.tenure == t for s, t in zip(running.sequences, running.tenures, strict=True)]
             self.speculation.record(result, context, counts)
         outputs: list[StepOutput] = []
+        observe = self.runner.drafter.observe if self.runner.drafter is not None else None
         for i, (row, seq, tenure) in enumerate(zip(plan.rows, running.sequences, running.tenures, strict=True)):
             if seq.tenure != tenure:  # it ended or lost its slot since
                 continue
@@ -198,8 +201,8 @@ class EngineCore:
                 continue
             self._num_emitted += len(emitted)
             outputs.append(self._output(seq, emitted, reason, result, i))
-            if self.runner.drafter is not None:
-                self.runner.drafter.observe(seq.slot, emitted)
+            if observe is not None:
+                observe(seq.slot, emitted)
             if reason is not None:
                 self.scheduler.finish(seq, complete=True)
         return outputs
@@ -216,10 +219,13 @@ class EngineCore:
     def _cut(self, seq: Sequence, emitted: list[int]) -> tuple[list[int], FinishReason | None]:
         """What of the emitted tokens stands: up to the first stop token, at most what is left to emit."""
         ends, left = seq.ends, seq.num_left
-        for i, token in enumerate(emitted[:left]):
-            if token in ends:
-                return emitted[: i + 1], FinishReason.STOP
-        return emitted[:left], FinishReason.LENGTH if len(emitted) >= left else None
+        if len(emitted) > left:
+            emitted = emitted[:left]
+        if ends:
+            for i, token in enumerate(emitted):
+                if token in ends:
+                    return emitted[: i + 1], FinishReason.STOP
+        return emitted, FinishReason.LENGTH if len(emitted) == left else None
 
     def _output(
         self, seq: Sequence, emitted: list[int], reason: FinishReason | None, result: StepResult, i: int

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from server.config import ConfigError, EngineConfig
+from server.engine.working_memory import StepSizes, hidden_size, working_bytes
 from server.models.base import KVLayer, TargetModel
+
+SMALLER_STEPS = "max_num_seqs, max_draft_tokens or max_num_batched_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ def plan_memory(
 ) -> Memory:
     """How many blocks fit the stated share of what is free now, weights being loaded. One block is the null block.
 
+    On a GPU the share is of what steps leave (`working_memory`); on a CPU it is small enough to leave them room.
     `config` has its defaults settled; `draft_layers` are the drafter's, in the network's own dtype, as are
     `draft_values_per_block`, what else it keeps with a block.
     """
@@ -35,18 +41,60 @@ def plan_memory(
     per_block = per_token * config.block_size + draft_values_per_block * item
     if config.kv_cache_tokens is not None:
         return Memory(1 + -(-config.kv_cache_tokens // config.block_size), per_block)
-    free = free_memory(model.device)
+    found = free_memory(model.device)
+    reserved = working_bytes(_step_sizes(config, model, item)) if model.device.type == "cuda" else 0
+    free = max(0, found - reserved)
     # More than every sequence at full context can never be used.
     useful = (config.max_num_seqs or 1) * -(
         -(config.max_model_len or model.max_position_embeddings) // config.block_size
     )
     num_blocks = min(int(free * (config.kv_memory_share or 1.0)) // per_block, useful)
     if num_blocks < 1:
+        steps = f" less {reserved >> 20} MiB for steps" if reserved else ""
+        remedy = "; free memory or raise the share" + (f", or lower {SMALLER_STEPS}" if reserved else "")
         raise ConfigError(
-            f"kv_memory_share: {config.kv_memory_share} of {free >> 20} MiB free holds not one block of "
-            f"{per_block >> 10} KiB; free memory or raise the share"
+            f"kv_memory_share: {config.kv_memory_share} of {found >> 20} MiB free{steps} holds not one block of "
+            f"{per_block >> 10} KiB{remedy}"
         )
     return Memory(1 + num_blocks, per_block)
+
+
+def _step_sizes(config: EngineConfig, model: TargetModel, item: int) -> StepSizes:
+    drafts = config.max_draft_tokens if config.drafter != "none" else 0
+    return StepSizes(
+        num_rows=config.max_num_seqs or 1,
+        num_drafts=drafts,
+        num_tokens=config.max_num_batched_tokens or 1,
+        context=config.max_model_len or model.max_position_embeddings,
+        vocab_size=model.vocab_size,
+        hidden_size=hidden_size(model.num_parameters, max(1, len(model.kv_layers))),
+        item=item,
+        graphs=config.cuda_graphs,
+        ratio=config.verification == "ratio",
+    )
+
+
+@contextmanager
+def explained(kv_tokens: int) -> Iterator[None]:
+    """Within, a GPU is made ready; if its memory does not suffice that is a ConfigError naming what would help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"the GPU's memory is full: it does not hold a KV cache of {kv_tokens} tokens, the activations of steps "
+            f"and CUDA graphs; lower kv_memory_share (or kv_cache_tokens), {SMALLER_STEPS}, or switch cuda_graphs off"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what began it: a capture that is broken off fails once more when it is closed."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def free_memory(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from typing import TextIO
 import msgspec
 
 from server.config import ConfigError, EngineConfig
+from server.engine.collector import frozen_start
 from server.engine.wire import Hub
 
 MAX_REASON = 2000
@@ -48,11 +49,12 @@ def main() -> int:
             reason = f"{type(e).__name__}: {reason}"
         print(json.dumps({"failure": reason[:MAX_REASON]}), file=verdict, flush=True)
         return 1
-    hub = Hub(endpoint)
-    print(json.dumps({"ready": True}), file=verdict, flush=True)
     from server.engine.loop import EngineLoop
 
-    EngineLoop(core, info, hub, parent).run()
+    hub = Hub(endpoint)
+    with frozen_start():
+        print(json.dumps({"ready": True}), file=verdict, flush=True)
+        EngineLoop(core, info, hub, parent).run()
     hub.close()
     return 0
 

@@ -66,8 +66,12 @@ class Runner:
 
     # -- host events ---------------------------------------------------------------------------------------
 
-    def admit(self, seq: Sequence) -> None:
-        """Fills the slot that the scheduler gave to `seq`."""
+    def admit(self, sequences: list[Sequence]) -> None:
+        """Fills the slots that the scheduler gave to `sequences`."""
+        for seq in sequences:
+            self._admit(seq)
+
+    def _admit(self, seq: Sequence) -> None:
         slot, tokens = seq.slot, torch.tensor(seq.token_ids, dtype=torch.int64)
         self.state.history[slot, : seq.num_tokens] = tokens.to(self.device, non_blocking=True)
         self.state.num_tokens[slot] = seq.num_tokens

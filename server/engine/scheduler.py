@@ -215,11 +215,11 @@ class Scheduler:
                 sequences.append(seq)
         if not sequences:
             return None
-        eligible = sum(self._draft_limit(seq, 1) > 0 for seq in sequences) if self._drafts else 0
-        k = self._last_drafts = draft_tokens(len(sequences), eligible)
+        limits = [_most_drafts(seq) for seq in sequences] if self._drafts else [0] * len(sequences)
+        k = self._last_drafts = draft_tokens(len(sequences), sum(most > 0 for most in limits))
         rows = [
-            RowPlan(seq.slot, len(seq.token_ids) - 1, 1, True, self._reserve_drafts(seq, k) if k else 0)
-            for seq in sequences
+            RowPlan(seq.slot, len(seq.token_ids) - 1, 1, True, self._reserve_drafts(seq, min(most, k)) if k else 0)
+            for seq, most in zip(sequences, limits, strict=True)
         ]
         return StepPlan(Phase.VERIFY, rows, k), sequences
 
@@ -229,20 +229,11 @@ class Scheduler:
         """
         return seq.slot >= 0 and seq.decoding and seq.num_left > seq.due
 
-    def _reserve_drafts(self, seq: Sequence, k: int) -> int:
+    def _reserve_drafts(self, seq: Sequence, drafts: int) -> int:
         """Blocks for as many drafts as there is room for, once every row has room for its own token."""
-        drafts = self._draft_limit(seq, k)
         while drafts and not self._try_reserve(seq, seq.most_tokens + drafts):
             drafts -= 1
         return drafts
-
-    def _draft_limit(self, seq: Sequence, k: int) -> int:
-        """The bonus token always follows the drafts, so one of the tokens left is not worth drafting."""
-        spec = seq.request.speculation
-        if not spec.enabled:
-            return 0
-        own = k if spec.max_draft_tokens is None else min(k, spec.max_draft_tokens)
-        return max(0, min(own, seq.num_left - seq.due - 1))
 
     def commit(self, seq: Sequence, num_run: int, emitted: list[int]) -> None:
         """A step ran `num_run` committed tokens of `seq` (chunk, or last token and accepted drafts) and emitted
@@ -317,3 +308,12 @@ class Scheduler:
         if len(places) != len(self.by_id) or set(self.by_id.values()) != set(places):
             raise AssertionError("a sequence is neither waiting, running nor held, or more than one of them")
         self.waiting.check_integrity()
+
+
+def _most_drafts(seq: Sequence) -> int:
+    """The bonus token always follows the drafts, so one of the tokens left is not worth drafting."""
+    spec = seq.request.speculation
+    if not spec.enabled:
+        return 0
+    left = max(0, seq.num_left - seq.due - 1)
+    return left if spec.max_draft_tokens is None else min(left, spec.max_draft_tokens)

@@ -23,9 +23,10 @@ class Sequence:
         token_ids   |---------- prompt ----------|-- emitted --|
         computed    |-------- num_computed --------->          .    last token: input of the next verify step
 
-    `ends` are the tokens that end it. `admitted`: it held a slot before, so its prompt is charged and `num_cached` is
-    settled; `started`: the runner has seen it; `announced`: its first output is out. `prompt_logprobs` are those of the
-    prompt tokens from the second on, as far as they are computed (None: not asked for, or handed over).
+    It may grow to `max_len` tokens. `ends` are the tokens that end it. `admitted`: it held a slot before, so its prompt
+    is charged and `num_cached` is settled; `started`: the runner has seen it; `announced`: its first output is out.
+    `prompt_logprobs` are those of the prompt tokens from the second on, as far as they are computed (None: not asked
+    for, or handed over).
 
     While a step runs that was launched and not read yet, `num_launched` is how many prompt tokens it computes, and it
     emits `due` to `ahead` tokens. `tenure` counts the slots the sequence has lost: what a step says of an earlier
@@ -50,6 +51,12 @@ class Sequence:
     ahead: int = 0
     tenure: int = 0
     num_synced: int = 0
+    prompt_len: int = field(init=False)
+    max_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_ids)
+        self.max_len = self.prompt_len + self.request.max_tokens
 
     @staticmethod
     def of(request: Request, eos_token_ids: frozenset[int] = frozenset()) -> Sequence:
@@ -63,17 +70,13 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
     def num_emitted(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return len(self.token_ids) - self.prompt_len
 
     @property
     def num_left(self) -> int:
         """Tokens it may still emit."""
-        return self.request.max_tokens + len(self.request.prompt_ids) - len(self.token_ids)
+        return self.max_len - len(self.token_ids)
 
     @property
     def running(self) -> bool:
@@ -115,18 +118,19 @@ class Sequence:
 
     def launched(self, row: RowPlan, phase: Phase) -> None:
         """A step with `row` of this sequence runs; `settled` undoes it when its result is read."""
-        self._note(row, phase, 1)
+        if phase is Phase.PREFILL:
+            self.num_launched += row.num_tokens
+        if row.samples:
+            self.due += 1
+            self.ahead += 1 + row.max_drafts
 
     def settled(self, row: RowPlan, phase: Phase) -> None:
         """The result of a step that `launched` told of is known."""
-        self._note(row, phase, -1)
-
-    def _note(self, row: RowPlan, phase: Phase, sign: int) -> None:
         if phase is Phase.PREFILL:
-            self.num_launched += sign * row.num_tokens
+            self.num_launched -= row.num_tokens
         if row.samples:
-            self.due += sign
-            self.ahead += sign * (1 + row.max_drafts)
+            self.due -= 1
+            self.ahead -= 1 + row.max_drafts
 
     def forget_launched(self) -> None:
         """It lost its slot: whatever step still runs, its result is void."""

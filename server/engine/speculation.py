@@ -7,6 +7,7 @@ for all rows is chosen before anything is drafted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -84,13 +85,17 @@ class Speculation:
             self.costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
+        lengths: Counter[int] = Counter()
+        hits: Counter[int] = Counter()
         for row, (drafted, accepted) in enumerate(zip(result.num_drafted, result.num_accepted, strict=True)):
             if drafted == 0 or not counts[row]:
                 continue
             name = result.classes[row] if self.trims and result.classes is not None else ANY
             self.acceptance.update(name, drafted, accepted)
             self._state = record_probe(self._state, name if self.trims else None, accepted)
-            for j in range(drafted):
-                self.drafted_per_position[j] += 1
-            for j in range(accepted):
-                self.accepted_per_position[j] += 1
+            lengths[drafted] += 1
+            hits[accepted] += 1
+        for counts_by_length, positions in ((lengths, self.drafted_per_position), (hits, self.accepted_per_position)):
+            for length, count in counts_by_length.items():
+                for j in range(length):
+                    positions[j] += count

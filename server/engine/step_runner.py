@@ -45,8 +45,8 @@ class StepRunner(Protocol):
     def num_graph_misses(self) -> int:
         """Halves of steps that ran eagerly for want of a captured graph."""
 
-    def admit(self, seq: Sequence) -> None:
-        """`seq` took a slot."""
+    def admit(self, sequences: list[Sequence]) -> None:
+        """Each of `sequences` took a slot."""
 
     def release(self, slot: int, complete: bool = False) -> None:
         """The slot is free; `complete`: its owner's answer came to its natural end."""

@@ -14,6 +14,10 @@ MIN_TEMPERATURE = 1e-5
 """Smaller positive temperatures act like this one: the quotient must stay within float32."""
 
 
+NUM_FLOATS, NUM_INTS = 6, 5
+"""Values of a slot's lines in SamplingState."""
+
+
 @dataclass(slots=True)
 class SamplingBatch:
     """How the R rows of a step sample. Tensors are [R]; flags are known to the host without a sync.
@@ -71,7 +75,11 @@ class SamplingBatch:
 
 
 class SamplingState:
-    """Slot-resident sampling parameters: S slots, two small tensor writes to admit a request."""
+    """Slot-resident sampling parameters: S slots, a line of floats and one of integers each.
+
+    `set` fills a slot. Where many are filled at once, `prepare` does the host's part of each, and the lines it returns
+    go to the device together (`write`).
+    """
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
@@ -83,6 +91,7 @@ class SamplingState:
         self._bias_values = torch.zeros(max_slots, 0, dtype=torch.float32, device=device)
         self._end_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
         self._num_ends: dict[int, int] = {}
+        self._biased: set[int] = set()
         self._params: list[SamplingParams | None] = [None] * max_slots
         self._cached: tuple[tuple[int, ...], SamplingBatch] | None = None
 
@@ -93,33 +102,40 @@ class SamplingState:
 
         ValueError: a biased token or an end is not in the vocabulary.
         """
-        for name, ids in (("logit_bias", params.logit_bias), ("end_ids", end_ids)):
-            bad = [token for token in ids if not 0 <= token < self.vocab_size]
-            if bad:
-                raise ValueError(f"{name}: token id {bad[0]} is not valid; use 0 to {self.vocab_size - 1}")
-        greedy = params.greedy
-        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
-        floats = (
-            1.0 if greedy else max(params.temperature, MIN_TEMPERATURE),
-            1.0 if greedy else params.top_p,
-            0.0 if greedy else params.min_p,
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-        )
-        seed = (params.seed + 2**63) % 2**64 - 2**63
-        ints = (1 if greedy else top_k, seed, choice, int(greedy), min_tokens if end_ids else 0)
+        floats, ints = self.prepare(slot, params, choice, min_tokens, end_ids)
         self._write(self._floats, slot, floats)
         self._write(self._ints, slot, ints)
+
+    def prepare(
+        self, slot: int, params: SamplingParams, choice: int, min_tokens: int = 0, end_ids: Collection[int] = ()
+    ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """All of `set` but the slot's lines of NUM_FLOATS and NUM_INTS values, which are still to be written.
+
+        Biases and ends are rare, so they go to the device one by one.
+        """
+        for name, ids in (("logit_bias", params.logit_bias), ("end_ids", end_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                bad = next(token for token in ids if not 0 <= token < self.vocab_size)
+                raise ValueError(f"{name}: token id {bad} is not valid; use 0 to {self.vocab_size - 1}")
         if params.logit_bias:
             self._set_bias(slot, params.logit_bias)
-        elif self._bias_values.shape[1]:
+        elif slot in self._biased:
             self._bias_values[slot].zero_()  # its predecessor's; captured graphs gather without asking
+            self._biased.remove(slot)
         self._num_ends.pop(slot, None)
         if min_tokens > 0 and end_ids:
             self._set_ends(slot, list(end_ids))
         self._params[slot] = params
         self._cached = None
+        return _floats_of(params), _ints_of(params, choice, min_tokens if end_ids else 0, self.vocab_size)
+
+    def write(self, slots: Tensor, floats: Tensor, ints: Tensor) -> None:
+        """Lines that `prepare` returned: `floats` [A, NUM_FLOATS] and `ints` [A, NUM_INTS] of `slots` [A], each once.
+
+        All on the device, `slots` and `ints` int64, `floats` float32.
+        """
+        self._floats.index_copy_(0, slots, floats)
+        self._ints.index_copy_(0, slots, ints)
 
     def _write(self, table: Tensor, slot: int, values: Sequence[float]) -> None:
         """One slot's line, through pinned memory where that spares waiting for the device."""
@@ -129,6 +145,7 @@ class SamplingState:
     def reserve(self, num_biases: int, num_ends: int) -> None:
         """Makes room for requests of that many biased tokens and ends, so that the tables stay where they are."""
         slots = self._floats.shape[0]
+        self._biased.clear()
         self._bias_ids = torch.zeros(slots, num_biases, dtype=torch.int64, device=self.device)
         self._bias_values = torch.zeros(slots, num_biases, dtype=torch.float32, device=self.device)
         self._end_ids = torch.zeros(slots, num_ends, dtype=torch.int64, device=self.device)
@@ -191,6 +208,7 @@ class SamplingState:
         self._cached = None
 
     def _set_bias(self, slot: int, bias: dict[int, float]) -> None:
+        self._biased.add(slot)
         width = self._bias_ids.shape[1]
         if len(bias) > width:
             grow = max(8, len(bias), 2 * width) - width
@@ -274,3 +292,21 @@ class SamplingState:
         if params is None:
             raise KeyError(f"slot {slot} has no sampling parameters")
         return params
+
+
+def _floats_of(params: SamplingParams) -> tuple[float, ...]:
+    greedy = params.greedy
+    return (
+        1.0 if greedy else max(params.temperature, MIN_TEMPERATURE),
+        1.0 if greedy else params.top_p,
+        0.0 if greedy else params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+
+
+def _ints_of(params: SamplingParams, choice: int, min_tokens: int, vocab_size: int) -> tuple[int, ...]:
+    top_k = params.top_k if 0 < params.top_k < vocab_size else vocab_size
+    seed = (params.seed + 2**63) % 2**64 - 2**63
+    return (1 if params.greedy else top_k, seed, choice, int(params.greedy), min_tokens)

@@ -62,10 +62,15 @@ class AcceptanceTracker:
         while len(trials) < num_drafted:
             trials.append(0.0)
             accepted.append(0.0)
-        num_reached = min(num_drafted, num_accepted + 1)
-        for position in range(num_reached):
-            trials[position] = trials[position] * self._keep + 1.0
-            accepted[position] = accepted[position] * self._keep + (position < num_accepted)
+        keep = self._keep
+        for position in range(num_accepted):
+            trials[position] = trials[position] * keep + 1.0
+            accepted[position] = accepted[position] * keep + 1.0
+        num_reached = num_accepted
+        if num_accepted < num_drafted:
+            trials[num_accepted] = trials[num_accepted] * keep + 1.0
+            accepted[num_accepted] *= keep
+            num_reached += 1
         for position in range(num_reached, len(trials)):
             trials[position] *= self._keep_stale
             accepted[position] *= self._keep_stale

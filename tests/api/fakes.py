@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from server.core import FinishReason, Request, StepOutput, TokenLogprobs
 from server.engine.connection import Sink

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from server.core import FinishReason, Request, StepOutput, TokenLogprobs
 from tests.api.conftest import Serve

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from server.api.app import create_app
 from server.api.openapi import document

@@ -71,7 +71,7 @@ class World:
     def admit(self, slot: int, length: int) -> None:
         self.tokens[slot] = torch.randint(0, self.config.vocab_size, (length,), generator=self.random).tolist()
         self.features[slot] = torch.zeros(0, 3 * self.config.hidden_size)
-        self.drafter.admit(slot, self.tokens[slot], length)
+        self.drafter.admit_slots(torch.tensor([slot]), torch.tensor([length]))
 
     def step(self, slots: list[int], limits: list[int] | None = None, temperature: float = 0.0) -> DeviceStep:
         rows = len(slots)

@@ -95,8 +95,8 @@ def test_window(k: int, known: dict[int, int]) -> None:
     step = make_step(known, [k, 0, 1][: len(known)])
     found, expected = (make(ops) for ops in (KernelOps(), TorchOps()))
     for drafter in (found, expected):
-        for slot, count in known.items():
-            drafter.ring.admit(slot, max(1, count - 3 - slot))
+        lengths = [max(1, count - 3 - slot) for slot, count in known.items()]
+        drafter.ring.admit(torch.tensor(list(known), device=DEVICE), torch.tensor(lengths, device=DEVICE))
         drafter.ring.valid_from[0] = 3
     a = found.network.ops.window(found.ring, step, k)
     b = expected.network.ops.window(expected.ring, step, k)
@@ -152,8 +152,7 @@ def test_a_chain() -> None:
     accepted = torch.tensor([3, 1, 2], device=DEVICE)
     drafts = []
     for drafter in (found, expected):
-        drafter.admit(0, [0] * 8, 8)
-        drafter.admit(2, [0] * 13, 13)
+        drafter.admit_slots(torch.tensor([0, 2], device=DEVICE), torch.tensor([8, 13], device=DEVICE))
         drafter.prefill_chunk(step, ids, rows, random(21, 3 * CONFIG.hidden_size, seed=1))
         first = drafter.draft(step, 4)
         state = SlotState(step.state.history.clone(), step.state.num_tokens.clone(), step.state.prompt_len)

@@ -78,7 +78,7 @@ class World:
     def admit(self, slot: int, length: int) -> None:
         self.tokens[slot] = torch.randint(3, 288, (length,), generator=self.random).tolist()
         self.run[slot] = 0
-        self.drafter.admit(slot, self.tokens[slot], length)
+        self.drafter.admit_slots(torch.tensor([slot]), torch.tensor([length]))
 
     def step(self, slots: list[int], limits: list[int] | None = None, temperature: float = 0.0) -> DeviceStep:
         rows = len(slots)

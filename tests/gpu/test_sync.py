@@ -111,3 +111,28 @@ def test_the_host_is_done_while_the_device_is_still_busy(engines: Engines, draft
         outputs = core.step()
         assert not busy.query(), "the step waited for work that was queued before it"
     assert len(outputs) == NUM_ROWS
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_admission_waits_for_nothing(engines: Engines, drafter: str) -> None:
+    core = engines.get(drafter)
+    for attempt in range(2):  # the first one may still make what is kept
+        names = [f"row-{next(_names)}" for _ in range(NUM_ROWS)]
+        for name, prompt, params in zip(names, prompts(NUM_ROWS, seed=6), KINDS["mixed"], strict=True):
+            assert core.submit(request(name, prompt, 20, sampling=params)) is None
+        assert core.scheduler.schedule(core.speculation.num_draft_tokens) is not None
+        assert len(core.scheduler.admitted) == NUM_ROWS
+        torch.cuda.synchronize()
+        busy = torch.cuda.Event()
+        if attempt == 0:
+            core.runner.admit(core.scheduler.admitted)
+        else:
+            torch.cuda._sleep(SLEEP_CYCLES)
+            busy.record()
+            with nothing_synchronises():
+                core.runner.admit(core.scheduler.admitted)
+            assert not busy.query(), "admission waited for work that was queued before it"
+        core.scheduler.admitted.clear()
+        for name in names:
+            core.abort(name)
+    core.check_integrity()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from draft_models.protocol import DeviceDrafter
 from server.core import Phase, StepPlan
+from server.engine.gpu.admission import Admission
 from server.engine.gpu.executor import Executor
 from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScores, StepTimer
@@ -69,6 +70,7 @@ class GpuRunner:
             parts.forward, parts.drafter, parts.ops, self.state, shape.max_num_seqs, shape.max_draft_tokens
         )
         self.executor = Executor(self.program, shape.max_num_seqs, k_tiers, parts.graphs, parts.prompt_tokens)
+        self._admission = Admission(self.state)
         self._kinds = [SamplingClass.GREEDY] * shape.max_num_seqs
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
@@ -80,20 +82,21 @@ class GpuRunner:
 
     # -- host events ---------------------------------------------------------------------------------------
 
-    def admit(self, seq: Sequence) -> None:
-        """Fills the slot that the scheduler gave to `seq`."""
-        slot, request = seq.slot, seq.request
-        slots = self.state.slots
-        slots.history[slot, : seq.num_tokens].copy_(to_device(seq.token_ids, self.device))
-        slots.num_tokens[slot].fill_(seq.num_tokens)
-        slots.prompt_len[slot].fill_(seq.prompt_len)
-        early = seq.num_emitted < request.min_tokens and bool(seq.ends)
-        self._kinds[slot] = class_of(request.sampling, early)
-        self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
-        self._behind.discard(slot)
-        if self.drafter is not None:
-            prediction = request.prediction_ids[: self.shape.max_model_len]
-            self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
+    def admit(self, sequences: list[Sequence]) -> None:
+        """Fills the slots that the scheduler gave to `sequences`."""
+        for seq in sequences:
+            request = seq.request
+            early = seq.num_emitted < request.min_tokens and bool(seq.ends)
+            self._kinds[seq.slot] = class_of(request.sampling, early)
+            self._behind.discard(seq.slot)
+        for slots, num_tokens in self._admission.fill(sequences):
+            if self.drafter is not None:
+                self.drafter.admit_slots(slots, num_tokens)
+        if self.drafter is None:
+            return
+        for seq in sequences:
+            prediction = seq.request.prediction_ids[: self.shape.max_model_len]
+            self.drafter.admit(seq.slot, seq.token_ids, seq.prompt_len, prediction)
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN.

@@ -38,6 +38,38 @@ class Upload:
         self._next = (self._next + 1) % _RING
 
 
+class BulkUpload:
+    """Up to `size` int64 at a time, any number of times a step; `device` holds the last ones sent.
+
+    Pinned once: memory of a size that the caching host allocator has not seen costs a `cudaHostAlloc`, which takes
+    long and may wait for the device. `begin` waits where all buffers are under way.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.size = size
+        self.device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._ring = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(_RING)]
+        self._views = [buffer.numpy() for buffer in self._ring]
+        self._read = [torch.cuda.Event() for _ in range(_RING)] if pinned else []
+        self._next = 0
+
+    def begin(self) -> NDArray[np.int64]:
+        """The next buffer, with whatever it held before."""
+        if self._read:
+            self._read[self._next].synchronize()  # at once if it was never recorded
+        return self._views[self._next]
+
+    def send(self, size: int) -> Tensor:
+        """The first `size` integers of the buffer that `begin` gave, on the device until the next `send`."""
+        sent = self.device[:size]
+        sent.copy_(self._ring[self._next][:size], non_blocking=True)
+        if self._read:
+            self._read[self._next].record()
+        self._next = (self._next + 1) % _RING
+        return sent
+
+
 class Download:
     """`source` is a static device tensor; `fetch` copies its beginning into the next pinned buffer."""
 
