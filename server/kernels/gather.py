@@ -1,4 +1,4 @@
-"""The edges of a step on the device: what every row feeds the network, and what it committed.
+"""The beginning of a step on the device: changes of the block tables, and what every row feeds the network.
 
 Padding rows name the last slot, which is nobody's: it holds one token, and its block table is all 0.
 """
@@ -134,82 +134,6 @@ def gather_inputs_reference(
     table = block_tables[slots.unsqueeze(1), block.clamp(max=block_tables.shape[1] - 1)].long() * known
     places = table * block_size + positions % block_size
     return tokens.reshape(-1), starts, positions.reshape(-1), places.reshape(-1)
-
-
-@triton.jit
-def _scatter_commit_kernel(
-    tokens_ptr: tl.tensor,
-    num_emitted_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    history_ptr: tl.tensor,
-    num_tokens_ptr: tl.tensor,
-    tokens_stride: tl.tensor,
-    history_stride: tl.tensor,
-    history_len: tl.tensor,
-    last_slot: tl.tensor,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    real = slot < last_slot
-    known = tl.load(num_tokens_ptr + slot).to(tl.int64)
-    emitted = tl.load(num_emitted_ptr + row).to(tl.int64)
-    tokens = tl.load(tokens_ptr + row * tokens_stride + column, mask=column < WIDTH, other=0).to(tl.int64)
-    at = known + column
-    tl.store(
-        history_ptr + slot * history_stride + at,
-        tokens,
-        mask=(column < WIDTH) & (column < emitted) & (at < history_len) & real,
-    )
-    tl.store(num_tokens_ptr + slot, tl.minimum(known + emitted, history_len), mask=real)
-
-
-def scatter_commit(
-    tokens: Tensor, num_emitted: Tensor, slots: Tensor, history: Tensor, num_tokens: Tensor, num_slots: int
-) -> None:
-    """Writes row r's emitted tokens `tokens[r, : num_emitted[r]]` behind its slot's known ones and counts them.
-
-    `tokens` [R, W] int64, `num_emitted` [R], `slots` [R] int64, `history` [S, L] and `num_tokens` [S] int64 in place.
-    Slot `num_slots` - 1 is nobody's and stays as it is. Tokens past L are dropped (a row that ended runs one more
-    step), and `num_tokens` stops at L.
-    """
-    num_rows, width = tokens.shape
-    if num_rows == 0:
-        return
-    _scatter_commit_kernel[(num_rows,)](
-        tokens,
-        num_emitted,
-        slots,
-        history,
-        num_tokens,
-        tokens.stride(0),
-        history.stride(0),
-        history.shape[1],
-        num_slots - 1,
-        WIDTH=width,
-        BLOCK=next_power_of_2(width),
-        num_warps=1,  # one warp reads num_tokens before any of its threads writes it
-        **pdl_options(tokens.device),
-    )
-
-
-def scatter_commit_reference(
-    tokens: Tensor, num_emitted: Tensor, slots: Tensor, history: Tensor, num_tokens: Tensor, num_slots: int
-) -> None:
-    """`scatter_commit` row by row, on the host."""
-    for r, slot in enumerate(slots.tolist()):
-        if slot == num_slots - 1:
-            continue
-        start = int(num_tokens[slot])
-        end = min(start + int(num_emitted[r]), history.shape[1])
-        history[slot, start:end] = tokens[r, : end - start]
-        num_tokens[slot] = end
 
 
 @triton.jit

@@ -9,8 +9,6 @@ from server.kernels.gather import (
     apply_block_updates_reference,
     gather_inputs,
     gather_inputs_reference,
-    scatter_commit,
-    scatter_commit_reference,
 )
 from tests.kernels.conftest import ON_GPU
 
@@ -64,36 +62,6 @@ def test_inputs_by_hand(device: torch.device) -> None:
     assert positions.tolist() == [3, 4, 5, 47, 48, 49]
     assert places.tolist()[:3] == [7 * 4 + 3, 2**22, 2**22 + 1]
     assert places.tolist()[4:] == [0, 1]  # past the table's end: block 0, not the next slot's
-
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("width", [1, 3, 5])
-def test_commit_equals_reference(rows: list[int], width: int, device: torch.device) -> None:
-    tokens = torch.randint(1000, (len(rows), width), device=device)
-    emitted = torch.randint(0, width + 1, (len(rows),), device=device)
-    slots = torch.tensor(rows, device=device)
-    results = []
-    for function in (scatter_commit, scatter_commit_reference):
-        torch.manual_seed(1)
-        history, num_tokens, _ = state(device)
-        function(tokens, emitted, slots, history, num_tokens, SLOTS)
-        assert int(num_tokens[-1]) == 1
-        results.append((history, num_tokens))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
-def test_a_full_row_overflows_nowhere(device: torch.device) -> None:
-    history, num_tokens, _ = state(device)
-    num_tokens[4] = LENGTH - 1
-    before = history.clone()
-    tokens = torch.tensor([[1, 2, 3]], device=device)
-    scatter_commit(
-        tokens, torch.tensor([3], device=device), torch.tensor([4], device=device), history, num_tokens, SLOTS
-    )
-    before[4, LENGTH - 1] = 1
-    assert torch.equal(history, before)
-    assert int(num_tokens[4]) == LENGTH
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
