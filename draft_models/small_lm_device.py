@@ -138,7 +138,6 @@ class SmallLMDeviceDrafter(DeviceOnly):
             max_context=start + len(tokens),
             offsets=to_device([0, len(tokens)], torch.int32),
             max_width=len(tokens),
-            fresh=start == 0,
         )
         self._run(to_device(tokens), rows)
 

@@ -22,7 +22,6 @@ class PagedRows:
     `width` > 0: every row has that many query tokens (verify). `width` 0: rows are ragged (prompt chunks), row r's
     queries are tokens `offsets[r] … offsets[r + 1]` with `offsets` [R + 1] int32, and `max_width` is the longest
     (host). `max_context` is a host bound of the tokens any query sees. Tokens behind the last row's are padding.
-    `fresh`: every row's queries are all it sees (whole prompts: nothing earlier is in the pool).
     """
 
     slots: Tensor
@@ -33,7 +32,6 @@ class PagedRows:
     width: int = 0
     offsets: Tensor | None = None
     max_width: int = 0
-    fresh: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -160,11 +160,11 @@ def test_sampled_equals_reference(
 def test_result_does_not_depend_on_the_batch(device: torch.device) -> None:
     step = random_step(FILTERED, 3, VOCABS[-1], torch.float32, device)
     together = sampled_verify_by_slot(step.logits, step.drafts, step.num_valid, *step.by_slot, True)
-    slots, *others = step.by_slot
+    slots, floats, ints, known = step.by_slot
     for row in range(len(FILTERED)) if ON_GPU else (2, 5):
         one = slice(row, row + 1)
         what = (step.logits[3 * row : 3 * row + 3], step.drafts[one], step.num_valid[one])
-        alone = sampled_verify_by_slot(*what, slots[one], *others, True)
+        alone = sampled_verify_by_slot(*what, slots[one], floats, ints, known, True)
         for found, wanted in zip(alone, together, strict=True):
             assert torch.equal(found, wanted[one])
 

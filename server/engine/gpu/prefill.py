@@ -58,6 +58,5 @@ def pack(
         max_context=int((starts + lengths).max()),
         offsets=offsets_d.to(torch.int32),
         max_width=int(lengths.max()),
-        fresh=not starts.any(),
     )
     return Chunks(token_ids, positions_d, places_d, rows, offsets[1:] - 1)
