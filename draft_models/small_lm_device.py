@@ -16,12 +16,10 @@ from draft_models.eagle3_chain import (
     DeviceOnly,
     Sampler,
     as_drafts,
-    chain_ends,
     chunk_positions,
-    places,
     rows_from,
 )
-from server.kernels.paged import PagedRows
+from server.kernels.paged import PagedRows, chain_ends, places
 from server.models.base import KVLayer
 from server.models.paged_forward import PagedForward
 from server.spec.device import DeviceStep
@@ -76,7 +74,7 @@ class SmallLMDeviceDrafter(DeviceOnly):
             raise ValueError(f"k: {k!r} is not valid; use 1 to {self.shape.max_draft_tokens}")
         self.bind(step.block_tables)
         known = step.state.num_tokens[step.slots]
-        ends, end_places = chain_ends(step, known, k)
+        ends, end_places = chain_ends(step.block_tables, step.slots, known, step.limits, step.block_size, k)
         self.valid[step.slots] = known
         tokens: list[Tensor] = []
         probs: list[Tensor] = []

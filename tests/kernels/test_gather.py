@@ -9,6 +9,8 @@ from server.kernels.gather import (
     apply_block_updates_reference,
     gather_inputs,
     gather_inputs_reference,
+    select_rows,
+    select_rows_reference,
 )
 from tests.kernels.conftest import ON_GPU
 
@@ -77,3 +79,14 @@ def test_updates_equal_reference(count: int, device: torch.device) -> None:
     apply_block_updates(both, tables)
     assert torch.equal(tables, expected)
     assert int(tables[-1].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 48), (3, 16, 100), *([(32, 128, 4096)] if ON_GPU else [])])
+def test_selected_rows_equal_reference(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    heads, dim, hidden = shape
+    qkv = torch.randn(7, heads * dim + 40, device=device).to(dtype)
+    x = torch.randn(7, 2 * hidden, device=device).to(dtype)[:, hidden:]
+    queries, at = qkv[:, : heads * dim].unflatten(1, (heads, dim)), torch.tensor([6, 0, 3], device=device)
+    qkv[1] = torch.nan
+    for found, expected in zip(select_rows(queries, x, at), select_rows_reference(queries, x, at), strict=True):
+        assert torch.equal(found, expected) and found.is_contiguous()
