@@ -22,6 +22,7 @@ from draft_models.eagle3_chain import (
 from server.kernels.paged import PagedRows, chain_ends, places
 from server.models.base import KVLayer
 from server.models.paged_forward import PagedForward
+from server.models.paging import make_pools
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Verdict
 
@@ -51,10 +52,7 @@ class SmallLMDeviceDrafter(DeviceOnly):
         sampler: Sampler,
     ) -> None:
         self.forward, self.shape, self.sampler, self.device = forward, shape, sampler, device
-        num_places = shape.num_blocks * shape.block_size
-        self.pools = [
-            torch.zeros(num_places, 2 * kv.num_kv_heads, kv.head_dim, dtype=dtype, device=device) for kv in kv_layers
-        ]
+        self.pools = make_pools(kv_layers, shape.num_blocks * shape.block_size, dtype, device)
         self.valid = torch.zeros(shape.num_slots, dtype=torch.int64, device=device)
         self._block_tables: Tensor | None = None
 

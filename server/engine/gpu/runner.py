@@ -21,7 +21,7 @@ from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScore
 from server.engine.gpu.ops import NUM_REPORTED, StepOps
 from server.engine.gpu.prefill import Chunks, pack
 from server.engine.gpu.staging import to_device
-from server.engine.gpu.state import make_pools, make_state
+from server.engine.gpu.state import make_state
 from server.engine.gpu.step import TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
 from server.engine.gpu.tiers import tier_of
 from server.engine.prompt_logprobs import positions, to_score
@@ -29,6 +29,7 @@ from server.engine.sequence import Sequence
 from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
+from server.models.paging import make_pools
 
 _TIMERS = 4
 
@@ -56,7 +57,8 @@ class GpuRunner:
         self.model, self.drafter, self.shape = model, parts.drafter, shape
         self.device, self.deterministic = model.device, parts.deterministic
         self.linear_path = parts.linear_path
-        self.pools = make_pools(model, shape, parts.kv_dtype)
+        places = shape.num_blocks * shape.block_size
+        self.pools = make_pools(model.kv_layers, places, parts.kv_dtype or model.dtype, self.device)
         self.state = make_state(self.pools, shape, model.vocab_size, self.device)
         self.sampling = self.state.sampling
         self.program = StepProgram(
