@@ -90,7 +90,7 @@ class Eagle3Drafter(DeviceOnly):
         self.network.remember(token_ids, shifted, positions, places, self.pools[0])
         self.ring.store_chunk(rows, fused)
 
-    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
         """Keys and values of the tokens in between were not written: chains see what a window still reaches."""
         if slots:
             self.ring.resume(slots, [len(tokens) for tokens in known])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.paged import PagedRows
+from server.spec.upload import to_device
 
 NEVER = 1 << 60
 
@@ -46,7 +47,7 @@ class FeatureRing:
 
     def resume(self, slots: Sequence[int], known: Sequence[int]) -> None:
         """`slots` now have `known` tokens; what a window cannot rewrite of those a pause passed over is lost."""
-        at, ends = (torch.tensor(values, device=self.ring.device) for values in (slots, known))
+        at, ends = to_device([*slots, *known], self.ring.device).view(2, -1)
         reach = torch.maximum(ends - self.width, self.known_from[at]).clamp(max=ends - 1)
         self.valid_from[at] = torch.where(self.written[at] >= reach, self.valid_from[at], reach)
 

@@ -184,44 +184,79 @@ def test_drafts_past_a_rows_limit_write_nothing(model: Any) -> None:
         assert all(torch.equal(a[part], b[part]) for a, b in zip(world.drafter.pools, before, strict=True))
 
 
-def test_a_pause_leaves_a_gap_that_resume_closes(model: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_lm_device, "CATCH_UP_CHUNK", 5)
+@pytest.mark.parametrize("size", [5, 16, 2048])
+def test_a_pause_leaves_a_gap_that_resume_closes(
+    model: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Slot by slot, several in a pass or all in one."""
+    monkeypatch.setattr(small_lm_device, "CATCH_UP_CHUNK", size)
     world = ready(model, {0: 9, 1: 7})
     world.drafter.draft(world.step([0, 1]), 2)
+    seen = [len(world.tokens[slot]) for slot in (0, 1)]
     world.drafter.pause()
     for slot in (0, 1):
         world.emit(slot, [9, 8, 7, 6, 5, 4, 3, 99 + slot])
     world.admit(2, 14)  # its prompt was never shown to the drafter
     world.emit(2, [11])
-    world.drafter.resume([0, 1, 2], [world.tokens[s] for s in (0, 1, 2)])
+    world.drafter.resume([0, 1, 2], [world.tokens[s] for s in (0, 1, 2)], [*seen, 0])
     drafts = world.drafter.draft(world.step([0, 1, 2]), 3)
     assert drafts.tokens.tolist() == [greedy(reference, world.tokens[s], 3) for s in (0, 1, 2)]
 
 
-def test_only_what_is_missing_is_computed_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("accepted", range(6))
+def test_what_a_chain_left_is_taken_for_right_only_where_it_is(model: Any, reference: Any, accepted: int) -> None:
+    """The host knows what was accepted, and says that all of it was seen; the last draft was never fed."""
     world = ready(model, {0: 9})
-    world.drafter.draft(world.step([0]), 2)
+    drafts = world.drafter.draft(world.step([0]), 5)
+    world.emit(0, [*drafts.tokens[0, :accepted].tolist(), 77])
+    seen = len(world.tokens[0])
+    world.emit(0, [5, 6, 7])
+    world.drafter.resume([0], [world.tokens[0]], [seen])
+    assert world.drafter.draft(world.step([0]), 3).tokens.tolist() == [greedy(reference, world.tokens[0], 3)]
+
+
+def test_the_step_under_way_may_emit_a_token_that_resume_did_not_know(model: Any, reference: Any) -> None:
+    world = ready(model, {0: 9})
+    seen = len(world.tokens[0])
+    world.emit(0, [5, 6, 7])
+    known = world.tokens[0]
+    world.emit(0, [8])
+    world.drafter.resume([0], [known], [seen])
+    assert world.drafter.draft(world.step([0]), 3).tokens.tolist() == [greedy(reference, world.tokens[0], 3)]
+
+
+def test_only_what_is_missing_is_computed_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged rows of all slots, as many as fit a pass."""
+    monkeypatch.setattr(small_lm_device, "CATCH_UP_CHUNK", 10)
+    world = ready(model, {0: 9, 1: 5})
+    seen = [len(world.tokens[slot]) for slot in (0, 1)]
     world.emit(0, [5, 6])
-    sizes: list[int] = []
+    world.emit(1, [7, 8, 9])
+    world.admit(2, 4)
+    passes: list[list[tuple[int, int]]] = []
     run = world.drafter.forward
 
-    def counted(token_ids: Any, *rest: Any) -> Any:
-        sizes.append(token_ids.shape[0])
-        return run(token_ids, *rest)
+    def counted(token_ids: Any, pools: Any, rows: PagedRows, *rest: Any) -> Any:
+        assert rows.offsets is not None
+        passes.append(list(zip(rows.slots.tolist(), rows.offsets.diff().tolist(), strict=True)))
+        assert rows.max_width == max(width for _, width in passes[-1])
+        return run(token_ids, pools, rows, *rest)
 
     monkeypatch.setattr(world.drafter, "forward", counted)
-    world.drafter.resume([0], [world.tokens[0]])
-    assert sizes == [2]
+    world.drafter.resume([0, 1, 2], [world.tokens[slot] for slot in (0, 1, 2)], [*seen, 0])
+    assert passes == [[(0, 4), (1, 5), (2, 1)], [(2, 3)]]
+    world.drafter.resume([], [], [])
+    assert len(passes) == 2
 
 
 def test_resume_before_any_step_needs_the_tables(model: Any, reference: Any) -> None:
     world = World(model)
     world.admit(0, 8)
     with pytest.raises(RuntimeError, match="bind the block tables first"):
-        world.drafter.resume([0], [world.tokens[0]])
+        world.drafter.resume([0], [world.tokens[0]], [0])
     world.drafter.bind(world.tables)
     world.emit(0, [12])
-    world.drafter.resume([0], [world.tokens[0]])
+    world.drafter.resume([0], [world.tokens[0]], [0])
     assert world.drafter.draft(world.step([0]), 2).tokens.tolist() == [greedy(reference, world.tokens[0], 2)]
 
 
@@ -299,6 +334,7 @@ def test_nothing_in_a_step_synchronises(model: Any, monkeypatch: pytest.MonkeyPa
         drafts = world.drafter.draft(step, 3)
         world.drafter.after_verify(step, drafts, Verdict(drafts.tokens, one, one), None)
         world.drafter.prefill_chunk(step, ids, rows, None)
+        world.drafter.resume([0, 1], [world.tokens[slot] for slot in (0, 1)], [4, 0])
 
 
 def test_chains_have_a_bound(model: Any) -> None:

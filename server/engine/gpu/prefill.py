@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.core import StepPlan
-from server.engine.gpu.staging import to_device
 from server.engine.sequence import Sequence
 from server.kernels.paged import PagedRows
+from server.spec.upload import to_device
 
 
 @dataclass(slots=True)

@@ -20,7 +20,6 @@ from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScores, StepTimer
 from server.engine.gpu.ops import NUM_REPORTED, StepOps
 from server.engine.gpu.prefill import Chunks, pack
-from server.engine.gpu.staging import to_device
 from server.engine.gpu.state import make_state
 from server.engine.gpu.step import TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
 from server.engine.gpu.tiers import tier_of
@@ -30,6 +29,7 @@ from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
 from server.models.paging import make_pools
+from server.spec.upload import to_device
 
 _TIMERS = 4
 
@@ -69,7 +69,7 @@ class GpuRunner:
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
         self._drafting = False
-        self._behind: set[int] = set()  # slots whose drafter has not seen every token
+        self._behind: dict[int, int] = {}  # slots whose drafter has not seen every token: how many it has seen
         bind = getattr(parts.drafter, "bind", None)
         if bind is not None:
             bind(self.state.block_tables)
@@ -86,7 +86,7 @@ class GpuRunner:
         early = seq.num_emitted < request.min_tokens and bool(seq.ends)
         self._kinds[slot] = class_of(request.sampling, early)
         self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
-        self._behind.discard(slot)
+        self._behind.pop(slot, None)
         if self.drafter is not None:
             prediction = request.prediction_ids[: self.shape.max_model_len]
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
@@ -162,13 +162,14 @@ class GpuRunner:
             if self._drafting and not wanted:
                 self.drafter.pause()
             self._drafting = self._drafting and wanted
-            self._behind.update(seq.slot for seq in sequences)
+            for seq in sequences:
+                self._behind.setdefault(seq.slot, seq.num_tokens)
             return
         self._drafting = True
         late = [seq for seq in sequences if seq.slot in self._behind] if self._behind else []
         if late:
-            self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late])
-            self._behind.difference_update(seq.slot for seq in late)
+            seen = [self._behind.pop(seq.slot) for seq in late]
+            self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late], seen)
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
@@ -227,7 +228,8 @@ class GpuRunner:
             step = self.state.step(slots, torch.zeros_like(slots), None)
             self.drafter.prefill_chunk(step, chunks.token_ids, chunks.rows, features)
         elif self.drafter is not None:
-            self._behind.update(row.slot for row in plan.rows)
+            for row in plan.rows:  # what a prefix hit brought may come from a pause too
+                self._behind.setdefault(row.slot, 0)
         scores = PromptScores(scored, logits[len(sampling) :]) if scored else None
         num_run = len(chunks.token_ids)
         if not sampling:
