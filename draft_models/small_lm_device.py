@@ -35,22 +35,22 @@ CATCH_UP_CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens of `slot` from position `start` on; `known` are all of its tokens up to the span's end."""
+class Gap:
+    """What `slot` lacks from position `start` on; `known` are all of its tokens up to the gap's end."""
 
     slot: int
     start: int
     known: Sequence[int]
 
 
-def in_chunks(spans: Sequence[Span], size: int) -> Iterator[list[Span]]:
+def in_chunks(gaps: Sequence[Gap], size: int) -> Iterator[list[Gap]]:
     """The same tokens in the same order, `size` at a time; a slot is in a chunk once at most."""
-    chunk: list[Span] = []
+    chunk: list[Gap] = []
     room = size
-    for span in spans:
-        start = span.start
-        while start < len(span.known):
-            part = Span(span.slot, start, span.known[: start + room])
+    for gap in gaps:
+        start = gap.start
+        while start < len(gap.known):
+            part = Gap(gap.slot, start, gap.known[: start + room])
             chunk.append(part)
             room -= len(part.known) - start
             start = len(part.known)
@@ -140,16 +140,16 @@ class SmallLMDeviceDrafter(DeviceOnly):
         """
         if self._block_tables is None:
             raise RuntimeError("resume came before any step: bind the block tables first")
-        spans = [Span(*row) for row in zip(slots, (max(0, n - WINDOW) for n in seen), known, strict=True)]
-        for chunk in in_chunks(spans, CATCH_UP_CHUNK):
+        gaps = [Gap(*row) for row in zip(slots, (max(0, n - WINDOW) for n in seen), known, strict=True)]
+        for chunk in in_chunks(gaps, CATCH_UP_CHUNK):
             self._catch_up(chunk, self._block_tables)
 
     # -- prompt chunks -------------------------------------------------------------------------------------
 
-    def _catch_up(self, spans: list[Span], block_tables: Tensor) -> None:
-        tokens = [token for span in spans for token in span.known[span.start :]]
-        ends = list(accumulate((len(span.known) - span.start for span in spans), initial=0))
-        numbers = (tokens, [span.slot for span in spans], [span.start for span in spans], ends)
+    def _catch_up(self, gaps: list[Gap], block_tables: Tensor) -> None:
+        tokens = [token for gap in gaps for token in gap.known[gap.start :]]
+        ends = list(accumulate((len(gap.known) - gap.start for gap in gaps), initial=0))
+        numbers = (tokens, [gap.slot for gap in gaps], [gap.start for gap in gaps], ends)
         uploaded = to_device([number for part in numbers for number in part], self.device)
         token_ids, slots, starts, offsets = uploaded.split([len(part) for part in numbers])
         rows = PagedRows(
@@ -157,9 +157,9 @@ class SmallLMDeviceDrafter(DeviceOnly):
             starts=starts,
             block_tables=block_tables,
             block_size=self.shape.block_size,
-            max_context=max(len(span.known) for span in spans),
+            max_context=max(len(gap.known) for gap in gaps),
             offsets=offsets.to(torch.int32),
-            max_width=max(len(span.known) - span.start for span in spans),
+            max_width=max(len(gap.known) - gap.start for gap in gaps),
         )
         self._run(token_ids, rows)
 
