@@ -42,22 +42,14 @@ class Window:
 
 
 @triton.jit
-def _block_of(
-    table: tl.tensor, position: tl.tensor, wanted: tl.tensor, num_blocks: tl.tensor, BLOCK_SIZE: tl.constexpr
-):
-    """The block that holds `position` (int64): block 0, nobody's, unless `wanted` and within the table."""
-    index = position // BLOCK_SIZE
-    return tl.load(table + index, mask=wanted & (index < num_blocks), other=0).to(tl.int64)
-
-
-@triton.jit
 def _place_of(
     table: tl.tensor, position: tl.tensor, wanted: tl.tensor, num_blocks: tl.tensor, BLOCK_SIZE: tl.constexpr
 ):
-    """The place of `position` in the pool; that of the null block's first token where `_block_of` has none."""
-    wanted = wanted & (position // BLOCK_SIZE < num_blocks)
-    block = _block_of(table, position, wanted, num_blocks, BLOCK_SIZE)
-    return tl.where(wanted, block * BLOCK_SIZE + position % BLOCK_SIZE, 0)
+    """The place of `position` (int64) in the pool, and whether it has one: 0 unless `wanted` and within the table."""
+    index = position // BLOCK_SIZE
+    wanted = wanted & (index < num_blocks)
+    block = tl.load(table + index, mask=wanted, other=0).to(tl.int64)
+    return tl.where(wanted, block * BLOCK_SIZE + position % BLOCK_SIZE, 0), wanted
 
 
 @triton.jit
@@ -104,7 +96,8 @@ def _window_kernel(
     writable = (position >= tl.load(known_from_ptr + slot)) & (position < known)
     table = tables_ptr + slot * tables_stride
     out = row * W + column
-    tl.store(places_ptr + out, _place_of(table, position, writable, num_blocks, BLOCK_SIZE))
+    place, writable = _place_of(table, position, writable, num_blocks, BLOCK_SIZE)
+    tl.store(places_ptr + out, place)
     tl.store(positions_ptr + out, position)
     tl.store(token_ids_ptr + out, tl.load(history_ptr + slot * history_stride + position))
     copy_values(ring_ptr + (slot * RING + position % RING) * HIDDEN, features_ptr + out * HIDDEN, True, HIDDEN, BLOCK)
@@ -112,7 +105,7 @@ def _window_kernel(
         draft = tl.arange(0, BLOCK_K)
         end = known - 1 + draft
         fed = (draft < K) & (draft <= tl.load(limits_ptr + row))
-        end_place = _place_of(table, end, fed, num_blocks, BLOCK_SIZE)
+        end_place, fed = _place_of(table, end, fed, num_blocks, BLOCK_SIZE)
         tl.store(ends_ptr + draft * num_rows + row, end, mask=draft <= K)
         tl.store(end_places_ptr + draft * num_rows + row, end_place, mask=draft < K)
         tl.store(last_ptr + row, row * W + known - 1 - start)
@@ -151,9 +144,8 @@ def _store_kernel(
     copy_values(source, ring_ptr + (slot * RING + position % RING) * HIDDEN, True, HIDDEN, BLOCK)
     before = tl.maximum(position - 1, 0)
     full = (position % BLOCK_SIZE == 0) & (position > 0) & (column <= tl.load(limits_ptr + row))
-    full = full & (before // BLOCK_SIZE < num_blocks)
-    owner = _block_of(tables_ptr + slot * tables_stride, before, full, num_blocks, BLOCK_SIZE)
-    copy_values(source, by_block_ptr + owner * HIDDEN, full, HIDDEN, BLOCK)
+    kept, full = _place_of(tables_ptr + slot * tables_stride, before, full, num_blocks, BLOCK_SIZE)
+    copy_values(source, by_block_ptr + kept // BLOCK_SIZE * HIDDEN, full, HIDDEN, BLOCK)
 
 
 def _sizes(ring: Tensor, block_size: int) -> dict[str, Any]:
