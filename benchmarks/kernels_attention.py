@@ -1,14 +1,13 @@
-"""Attention kernels on one GPU: correct, how near to the bandwidth bound, and whether the defaults are the best.
+"""Attention of decode and verify on one GPU: correct, how near to the bandwidth bound, whether the defaults are best.
 
-    python benchmarks/kernels_attention.py [--quick] [--threads 12] [--no-prefill]
+    python benchmarks/kernels_attention.py [--quick] [--threads 12]
 
 Decode and verify (W query tokens a row) at contexts of 256 to 32k, batch 1 to 64, for the heads of Llama-3.1-8B and
 SmolLM2-135M: microseconds a launch inside a CUDA graph of many launches, each with blocks of its own, so that the
 second-level cache holds what it would hold in a step: nothing. Share: least bytes / time / 3.02 TB/s. `default` is what
 `decode_tile` and `plan_splits` choose, `best` the fastest of a few alternatives, `exact` deterministic mode. `planned`:
 the default again, with splits planned for 131,072 tokens. Then a chain of 30 pairs as in a step: a stand-in for the qkv
-projection, which lets attention start early, and attention; its time less that of the stand-ins alone. Last, prefill of
-16 x 2048 tokens: TFLOP/s of causal attention (half the square) for the paged kernel and for `fresh_attention`.
+projection, which lets attention start early, and attention; its time less that of the stand-ins alone.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,6 @@ from torch import Tensor
 
 from server.kernels.attention import Splits, Tile, Workspace, attention_reference, decode_attention, plan_splits
 from server.kernels.attention_plan import bytes_moved, decode_tile
-from server.kernels.attention_prefill import fresh_attention, prefill_attention, prefill_tile
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import num_sms
 
@@ -160,19 +157,6 @@ def graph_microseconds(launch: Callable[[int], object], launches: int, repeats: 
     return float(min(times))
 
 
-def microseconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """The fastest of `repeats`, without a graph: for calls that are long beside a launch."""
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return float(min(times))
-
-
 def compile_all(cases: list[Case], threads: int) -> None:
     """Every kernel once, several at a time: compiling lets go of the interpreter's lock."""
     jobs: dict[str, tuple[Case, Way]] = {}
@@ -266,76 +250,10 @@ def chain(shape: Heads, batch: int, context: int, pool: Tensor, workspace: Works
     print(f"chain {shape.name:4} {context} x{batch}  {'  '.join(line)}  (stand-in {alone:.2f})", flush=True)
 
 
-def prompt_rows(batch: int, length: int) -> PagedRows:
-    tables = (torch.randperm(batch * length // BLOCK, device=DEVICE) + 1).int().view(batch, -1)
-    offsets = torch.arange(batch + 1, device=DEVICE).int() * length
-    starts = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    slots = torch.arange(batch, device=DEVICE)
-    return PagedRows(slots, starts, tables, BLOCK, length, offsets=offsets, max_width=length, fresh=True)
-
-
-def prefill(shape: Heads, pool: Tensor, batch: int = 16, length: int = 2048) -> None:
-    """TFLOP/s, 4 D flops a visible pair of tokens and head; and that all ways agree."""
-    rows = prompt_rows(batch, length)
-    kv = torch.randn(batch * length, shape.heads + 2 * shape.kv_heads, shape.dim, device=DEVICE, dtype=DTYPE)
-    q, k, v = kv.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
-    at = torch.arange(length, device=DEVICE)
-    places = rows.block_tables.long()[:, at // BLOCK] * BLOCK + at % BLOCK
-    pool[places.flatten()] = kv[:, shape.heads :]
-    flops = 4 * shape.dim * shape.heads * batch * length * (length + 1) / 2
-    scale = shape.dim**-0.5
-
-    def paged(tile: Tile | None = None, deterministic: bool = False) -> Tensor:
-        return prefill_attention(q, pool, rows, scale=scale, tile=tile, deterministic=deterministic)
-
-    first = prefill_tile(shape.dim, DTYPE)
-    knobs = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
-    options = [first, *(t for t in (Tile(*k) for k in knobs) if t != first)]
-    named: dict[str, Callable[[], Tensor]] = {str(t): partial(paged, t) for t in options}
-    named["deterministic"] = lambda: paged(deterministic=True)
-    named["fresh_attention"] = lambda: fresh_attention(q, k, v, rows, scale=scale)
-
-    def compiled(tile: Tile) -> None:
-        with suppress(Exception):  # reported when its turn comes
-            paged(tile)
-
-    with ThreadPoolExecutor(8) as compiling:
-        list(compiling.map(compiled, options))
-    expected = None
-    for name, call in named.items():
-        try:
-            found = call().float()
-            us = microseconds(call)
-        except Exception as refused:  # noqa: BLE001  one refused configuration must not end the run
-            print(f"prefill {shape.name} {name}: {type(refused).__name__}: {str(refused)[:200]}")
-            continue
-        expected = found if expected is None else expected
-        error = float((found - expected).norm() / expected.norm())
-        print(f"prefill {shape.name} {us:9.1f} us {flops / us / 1e6:6.1f} TFLOP/s  {name}  (differs {error:.1e})")
-
-
-def bits(shape: Heads, pool: Tensor) -> None:
-    """Deterministic mode: a prompt's last tokens, decoded and verified, have the prompt's bits."""
-    rows = prompt_rows(2, 2048)
-    q = torch.randn(4096, shape.heads, shape.dim, device=DEVICE, dtype=DTYPE)
-    how = {"scale": shape.dim**-0.5}
-    whole = prefill_attention(q, pool, rows, deterministic=True, **how)
-    workspace = Workspace.allocate(DEVICE, 1 << 14, shape.dim, 4096)
-    for width in (1, 3, 5, 16):
-        for last in (600, 1537, 2048):
-            few = replace(rows, starts=rows.starts + last - width, offsets=None, fresh=False, width=width)
-            index = (torch.arange(2)[:, None] * 2048 + torch.arange(last - width, last)).flatten().to(DEVICE)
-            splits = plan_splits(2, width, shape.heads, shape.kv_heads, last, num_sms(DEVICE), deterministic=True)
-            found = decode_attention(q[index], pool, few, splits=splits, workspace=workspace, **how)
-            if not torch.equal(found, whole[index]):
-                print(f"BITS DIFFER {shape.name} W={width} context {last}: {int((found != whole[index]).sum())} values")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="contexts 1k and 32k, W 1 only")
     parser.add_argument("--threads", type=int, default=12, help="kernels compiled at a time")
-    parser.add_argument("--no-prefill", action="store_true")
     given = parser.parse_args()
     begin = time.perf_counter()
     contexts, widths = ((1024, 32768), (1,)) if given.quick else ((256, 1024, 8192, 32768), (1, 5))
@@ -351,9 +269,6 @@ def main() -> None:
             sweep(Case(shape, width, batch, context, pool, workspace))
         for batch in (1, 8):
             chain(shape, batch, 256, pool, workspace)
-        bits(shape, pool)
-        if not given.no_prefill:
-            prefill(shape, pool)
         del pool
         print(f"{shape.name}: {time.perf_counter() - begin:.1f} s so far", flush=True)
 

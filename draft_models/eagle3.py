@@ -21,6 +21,8 @@ from draft_models.eagle3_chain import ChainShape, DeviceOnly, Sampler, as_drafts
 from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_ring import FeatureRing
 from server.kernels.paged import PagedRows
+from server.models.base import KVLayer
+from server.models.paging import make_pools
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Verdict
 
@@ -35,10 +37,9 @@ class Eagle3Drafter(DeviceOnly):
         self.network, self.shape, self.sampler = network, shape, sampler
         c = network.config
         self.feature_layers = c.feature_layers
-        num_places = shape.num_blocks * shape.block_size
-        self.pools = [
-            torch.zeros(num_places, 2 * c.num_kv_heads, c.head_dim, dtype=network.dtype, device=network.device)
-        ]
+        self.pools = make_pools(
+            [KVLayer(c.num_kv_heads, c.head_dim)], shape.num_blocks * shape.block_size, network.dtype, network.device
+        )
         self.ring = FeatureRing(
             shape.num_slots,
             shape.num_blocks,
@@ -89,7 +90,7 @@ class Eagle3Drafter(DeviceOnly):
         self.network.remember(token_ids, shifted, positions, places, self.pools[0])
         self.ring.store_chunk(rows, fused)
 
-    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
         """Keys and values of the tokens in between were not written: chains see what a window still reaches."""
         if slots:
             self.ring.resume(slots, [len(tokens) for tokens in known])

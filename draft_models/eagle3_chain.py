@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.kernels.paged import PagedRows
+from server.kernels.paged import PagedRows, places
 from server.sampling.distribution import Processed
 from server.sampling.rng import DRAFT, TARGET, noise_keys
 from server.sampling.state import SamplingBatch
@@ -55,30 +55,6 @@ class TorchSampler:
         return tokens, None if self.rule == "coupled" else processed.probs(step.greedy)
 
 
-def places(block_tables: Tensor, slots: Tensor, positions: Tensor, block_size: int, inside: Tensor) -> Tensor:
-    """Places in the pool of `positions` [R] or [R, W] int64 of the rows in `slots` [R]; the same shape, int64.
-
-    Where `inside` (bool, that shape) is false, and past the end of the table, it is place 0 of the null block.
-    """
-    rows = slots if positions.dim() == 1 else slots[:, None]
-    blocks = positions // block_size
-    inside = inside & (blocks < block_tables.shape[1])
-    found = block_tables[rows, blocks.clamp(max=block_tables.shape[1] - 1)] * block_size + positions % block_size
-    return found * inside
-
-
-def chain_ends(step: DeviceStep, known: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Where a chain of k drafts goes: positions [k + 1, R] and, but for the last, places in the pool [k, R].
-
-    First those of each row's last known token, then those of its drafts; nothing is written past a row's limit.
-    """
-    offsets = torch.arange(k + 1, device=known.device)
-    ends = (known - 1)[:, None] + offsets
-    fed = offsets[:k] <= step.limits[:, None]
-    at = places(step.block_tables, step.slots, ends[:, :k], step.block_size, fed)
-    return ends.t().contiguous(), at.t().contiguous()
-
-
 def rows_from(step: DeviceStep, starts: Tensor, width: int, extra: int) -> PagedRows:
     """`width` query tokens a row from `starts` [R] on; `extra` tokens may lie behind the known ones."""
     return PagedRows(
@@ -111,6 +87,9 @@ class DeviceOnly:
 
     def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
         """`admit_slots` does it for the device; a `prediction` is ignored."""
+
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+        """Nothing on the device outlives a slot's owner."""
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """The step's history holds them already."""

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draft_models.eagle3_ring import FeatureRing, Window
+from draft_models.eagle3_ring import FeatureRing
 from server.kernels.paged import PagedRows
 from server.spec.device import DeviceStep
+
+if TYPE_CHECKING:  # a kernel module: imported where one runs
+    from server.kernels.eagle3_carry import Window
 
 
 class Eagle3Ops(Protocol):
     """N tokens, H hidden, D head_dim. Everything stays on the device."""
 
     def window(self, ring: FeatureRing, step: DeviceStep, k: int) -> Window:
-        """See FeatureRing.window."""
+        """What the first pass of a chain of k drafts runs; the ring's `written` counts it as written."""
 
     def store(self, ring: FeatureRing, step: DeviceStep, num_emitted: Tensor, fused: Tensor) -> None:
-        """See FeatureRing.store."""
+        """Keeps `fused` [R, 1 + k, H] of the tokens that were just verified; `step.state` holds the verdict."""
 
     def embed_norm(self, ids: Tensor, table: Tensor, norm: Tensor, x: Tensor, x_norm: Tensor, eps: float) -> Tensor:
         """[N, 2 H]: the norm of rows `ids` [N] of `table` [V, H], then that of x [N, H]."""
@@ -43,16 +46,36 @@ class Eagle3Ops(Protocol):
         """Queries q [R, heads, D], one a row -> [R, heads * D]; row r sees positions `first[r]` … `rows.starts[r]`."""
 
 
+def window_arguments(
+    ring: FeatureRing, step: DeviceStep
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+    """What `read_window` takes before k."""
+    rows = (step.slots, step.limits, step.state.history, step.state.num_tokens, step.block_tables)
+    return *rows, ring.ring, ring.known_from, ring.valid_from, ring.written, ring.block_size, ring.width
+
+
+def store_arguments(
+    ring: FeatureRing, step: DeviceStep, num_emitted: Tensor, fused: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """What `store_features` takes."""
+    rows = (step.slots, step.limits, step.state.num_tokens, num_emitted, step.block_tables)
+    return *rows, fused, ring.ring, ring.by_block, ring.block_size
+
+
 class TorchOps:
     """Any device, any dtype: the reference."""
 
     def window(self, ring: FeatureRing, step: DeviceStep, k: int) -> Window:
         """See Eagle3Ops."""
-        return ring.window(step, k)
+        from server.kernels.eagle3_carry import read_window_reference
+
+        return read_window_reference(*window_arguments(ring, step), k)
 
     def store(self, ring: FeatureRing, step: DeviceStep, num_emitted: Tensor, fused: Tensor) -> None:
         """See Eagle3Ops."""
-        ring.store(step, num_emitted, fused)
+        from server.kernels.eagle3_carry import store_features_reference
+
+        store_features_reference(*store_arguments(ring, step, num_emitted, fused))
 
     def embed_norm(self, ids: Tensor, table: Tensor, norm: Tensor, x: Tensor, x_norm: Tensor, eps: float) -> Tensor:
         """See Eagle3Ops."""

@@ -1,4 +1,4 @@
-"""The last fused target features of every slot, and what the first pass of a chain reads.
+"""The last fused target features of every slot (read and written in steps by `server.kernels.eagle3_carry`).
 
 EAGLE position p holds token p and the features of token p - 1. `ring[s, p % C]` keeps the latter, for the last C
 positions of slot s. Features of rejected drafts are written too, past the committed end, and overwritten when a token
@@ -10,36 +10,14 @@ Entries of a block table behind the row's last block are stale, so nothing is wr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from draft_models.eagle3_chain import chain_ends, places
 from server.kernels.paged import PagedRows
-from server.spec.device import DeviceStep
+from server.spec.upload import to_device
 
 NEVER = 1 << 60
-
-
-@dataclass(slots=True)
-class Window:
-    """The last W known tokens of each row, and where the chain goes on.
-
-    Row-major, [R * W] each: `token_ids`, `positions`, `places` (the null block where keys and values must stay as they
-    are); `features` [R * W, H]. `last` [R] is the index among these of the last known token. `ends` [k + 1, R] are
-    positions: the last known token's, then those of the k drafts; `end_places` [k, R] are the former ones in the pool
-    (the null block past a row's limit). `first` [R] is the first position that attention should see.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    places: Tensor
-    features: Tensor
-    last: Tensor
-    ends: Tensor
-    end_places: Tensor
-    first: Tensor
 
 
 class FeatureRing:
@@ -59,7 +37,6 @@ class FeatureRing:
         self.known_from = torch.full((num_slots,), NEVER, dtype=torch.int64, device=device)
         self.written = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.valid_from = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._iota = torch.arange(width, device=device)
 
     def admit(self, slots: Tensor, num_tokens: Tensor) -> None:
         """`slots` [A] have new owners whose first `num_tokens` [A] come as prompt chunks or with a prefix hit."""
@@ -71,42 +48,9 @@ class FeatureRing:
 
     def resume(self, slots: Sequence[int], known: Sequence[int]) -> None:
         """`slots` now have `known` tokens; what a window cannot rewrite of those a pause passed over is lost."""
-        at, ends = (torch.tensor(values, device=self.ring.device) for values in (slots, known))
+        at, ends = to_device([*slots, *known], self.ring.device).view(2, -1)
         reach = torch.maximum(ends - self.width, self.known_from[at]).clamp(max=ends - 1)
         self.valid_from[at] = torch.where(self.written[at] >= reach, self.valid_from[at], reach)
-
-    def window(self, step: DeviceStep, k: int) -> Window:
-        """What the first pass of a chain of k drafts runs. Rows with fewer tokens than the window start at 0."""
-        slots, width = step.slots, self.width
-        known = step.state.num_tokens[slots]
-        starts = (known - width).clamp_(min=0)
-        positions = starts[:, None] + self._iota
-        writable = (positions >= self.known_from[slots][:, None]) & (positions < known[:, None])
-        ends, end_places = chain_ends(step, known, k)
-        by_row = slots[:, None]
-        self.written[slots] = known
-        each = torch.arange(width - 1, width * step.num_rows, width, device=slots.device)
-        return Window(
-            token_ids=step.state.history[by_row, positions].view(-1),
-            positions=positions.view(-1),
-            places=places(step.block_tables, slots, positions, self.block_size, writable).view(-1),
-            features=self.ring[by_row, positions % self.size].flatten(0, 1),
-            last=each - (width - known).clamp(min=0),
-            ends=ends,
-            end_places=end_places,
-            first=self.valid_from[slots],
-        )
-
-    def store(self, step: DeviceStep, num_emitted: Tensor, fused: Tensor) -> None:
-        """`fused` [R, 1 + k, H] are of the tokens that the target has just verified; `step.state` holds the verdict."""
-        slots = step.slots
-        first = step.state.num_tokens[slots] - num_emitted  # the position that reads the features of the one before
-        offsets = torch.arange(fused.shape[1], device=slots.device)
-        positions = (first[:, None] + offsets).clamp_(min=0)
-        self.ring[slots[:, None], positions % self.size] = fused
-        ends_block = (positions % self.block_size == 0) & (positions > 0) & (offsets <= step.limits[:, None])
-        before = places(step.block_tables, slots, (positions - 1).clamp(min=0), self.block_size, ends_block)
-        self.by_block[before // self.block_size] = fused
 
     def store_chunk(self, rows: PagedRows, fused: Tensor) -> None:
         """`fused` [N, H] are of the tokens of ragged prompt chunks."""

@@ -126,7 +126,7 @@ class NgramDrafter:
     def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
         """Nothing to do."""
 
-    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
         """Nothing to do."""
 
     # -- on the host ---------------------------------------------------------------------------------------

@@ -86,9 +86,9 @@ class DeviceDrafter(Drafter, Protocol):
     def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
         """The target ran prompt chunks: `token_ids` [N] int64 and `features` [N, F] of the ragged `rows`."""
 
-    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
         """Draft again for `slots`, which steps or chunks without drafts have left behind.
 
         `known` are the tokens that the host knows of each; the step under way, which has no drafts, may emit one more.
-        May wait for the device.
+        The first `seen` tokens of each were known when it fell behind; 0: part of its prompt was not shown.
         """

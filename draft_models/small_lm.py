@@ -16,7 +16,7 @@ from torch import Tensor
 
 from server.models.attention import AttentionBatch
 from server.models.base import TargetModel
-from server.models.paging import Span, ragged_batch
+from server.models.paging import Span, make_pools, ragged_batch
 from server.sampling.process import process
 from server.sampling.state import SamplingBatch
 from server.spec.types import Carry, Drafts, Layout, Verdict
@@ -36,12 +36,7 @@ class SmallLMDrafter:
 
     def __init__(self, model: TargetModel, max_num_seqs: int, num_blocks: int, block_size: int, rule: str) -> None:
         self.model, self.block_size, self.rule = model, block_size, rule
-        self.pools = [
-            torch.zeros(
-                num_blocks * block_size, 2 * kv.num_kv_heads, kv.head_dim, dtype=model.dtype, device=model.device
-            )
-            for kv in model.kv_layers
-        ]
+        self.pools = make_pools(model.kv_layers, num_blocks * block_size, model.dtype, model.device)
         self._valid = [0] * max_num_seqs
         self._tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
 

@@ -6,7 +6,9 @@ never fed. Keys and values of other accepted drafts are right already; those of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,27 +18,54 @@ from draft_models.eagle3_chain import (
     DeviceOnly,
     Sampler,
     as_drafts,
-    chain_ends,
     chunk_positions,
-    places,
     rows_from,
 )
-from server.kernels.paged import PagedRows
+from server.kernels.paged import PagedRows, chain_ends, places
 from server.models.base import KVLayer
 from server.models.paged_forward import PagedForward
+from server.models.paging import make_pools
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Verdict
+from server.spec.upload import to_device
 
 WINDOW = 2
 CATCH_UP_CHUNK = 2048
 """Tokens a pass when a long gap has to be computed, so that its activations stay small."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What `slot` lacks from position `start` on; `known` are all of its tokens up to the gap's end."""
+
+    slot: int
+    start: int
+    known: Sequence[int]
+
+
+def in_chunks(gaps: Sequence[Gap], size: int) -> Iterator[list[Gap]]:
+    """The same tokens in the same order, `size` at a time; a slot is in a chunk once at most."""
+    chunk: list[Gap] = []
+    room = size
+    for gap in gaps:
+        start = gap.start
+        while start < len(gap.known):
+            part = Gap(gap.slot, start, gap.known[: start + room])
+            chunk.append(part)
+            room -= len(part.known) - start
+            start = len(part.known)
+            if room == 0:
+                yield chunk
+                chunk, room = [], size
+    if chunk:
+        yield chunk
+
+
 class SmallLMDeviceDrafter(DeviceOnly):
     """Implements draft_models.protocol.DeviceDrafter.
 
-    `valid` [S]: keys and values of a slot's first `valid` tokens are right, unless a prefix hit brought blocks that
-    were filled while drafting was paused.
+    Blocks that a prefix hit brings are taken as they are, though drafting may have been paused when they were filled:
+    drafts may be worse for it, output is not.
     """
 
     name = "small-lm"
@@ -53,20 +82,12 @@ class SmallLMDeviceDrafter(DeviceOnly):
         sampler: Sampler,
     ) -> None:
         self.forward, self.shape, self.sampler, self.device = forward, shape, sampler, device
-        num_places = shape.num_blocks * shape.block_size
-        self.pools = [
-            torch.zeros(num_places, 2 * kv.num_kv_heads, kv.head_dim, dtype=dtype, device=device) for kv in kv_layers
-        ]
-        self.valid = torch.zeros(shape.num_slots, dtype=torch.int64, device=device)
+        self.pools = make_pools(kv_layers, shape.num_blocks * shape.block_size, dtype, device)
         self._block_tables: Tensor | None = None
 
     def bind(self, block_tables: Tensor) -> None:
         """The runner's `block_tables` [S, NB], which `resume` needs before the first step has shown them."""
         self._block_tables = block_tables
-
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
-        """Nothing of the slots is computed yet, but what a prefix hit brings."""
-        self.valid.index_fill_(0, slots, 0)
 
     # -- in the step ---------------------------------------------------------------------------------------
 
@@ -76,8 +97,7 @@ class SmallLMDeviceDrafter(DeviceOnly):
             raise ValueError(f"k: {k!r} is not valid; use 1 to {self.shape.max_draft_tokens}")
         self.bind(step.block_tables)
         known = step.state.num_tokens[step.slots]
-        ends, end_places = chain_ends(step, known, k)
-        self.valid[step.slots] = known
+        ends, end_places = chain_ends(step.block_tables, step.slots, known, step.limits, step.block_size, k)
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         logits = self._first(step, known, k)
@@ -113,38 +133,37 @@ class SmallLMDeviceDrafter(DeviceOnly):
         self.bind(rows.block_tables)
         self._run(token_ids, rows)
 
-    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
-        """Computes what each slot lacks, slot by slot. RuntimeError: the block tables were never seen (see `bind`)."""
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
+        """Computes what the slots lack, together. RuntimeError: the block tables were never seen (see `bind`).
+
+        Of the tokens known behind a chain, all but the last two certainly lie where it has been.
+        """
         if self._block_tables is None:
             raise RuntimeError("resume came before any step: bind the block tables first")
-        valid = self.valid.tolist()
-        for slot, tokens in zip(slots, known, strict=True):
-            for start in range(min(valid[slot], len(tokens)), len(tokens), CATCH_UP_CHUNK):
-                self._catch_up(slot, start, tokens[start : start + CATCH_UP_CHUNK])
+        gaps = [Gap(*row) for row in zip(slots, (max(0, n - WINDOW) for n in seen), known, strict=True)]
+        for chunk in in_chunks(gaps, CATCH_UP_CHUNK):
+            self._catch_up(chunk, self._block_tables)
 
     # -- prompt chunks -------------------------------------------------------------------------------------
 
-    def _catch_up(self, slot: int, start: int, tokens: Sequence[int]) -> None:
-        assert self._block_tables is not None
-
-        def to_device(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
-
+    def _catch_up(self, gaps: list[Gap], block_tables: Tensor) -> None:
+        tokens = [token for gap in gaps for token in gap.known[gap.start :]]
+        ends = list(accumulate((len(gap.known) - gap.start for gap in gaps), initial=0))
+        numbers = (tokens, [gap.slot for gap in gaps], [gap.start for gap in gaps], ends)
+        uploaded = to_device([number for part in numbers for number in part], self.device)
+        token_ids, slots, starts, offsets = uploaded.split([len(part) for part in numbers])
         rows = PagedRows(
-            slots=to_device([slot]),
-            starts=to_device([start]),
-            block_tables=self._block_tables,
+            slots=slots,
+            starts=starts,
+            block_tables=block_tables,
             block_size=self.shape.block_size,
-            max_context=start + len(tokens),
-            offsets=to_device([0, len(tokens)], torch.int32),
-            max_width=len(tokens),
-            fresh=start == 0,
+            max_context=max(len(gap.known) for gap in gaps),
+            offsets=offsets.to(torch.int32),
+            max_width=max(len(gap.known) - gap.start for gap in gaps),
         )
-        self._run(to_device(tokens), rows)
+        self._run(token_ids, rows)
 
     def _run(self, token_ids: Tensor, rows: PagedRows) -> None:
         positions, at, last = chunk_positions(rows, token_ids.shape[0])
         # One row of logits that nobody reads: kernels want at least one.
         self.forward(token_ids, self.pools, rows, positions, at, last[:1], ())
-        valid = self.valid[rows.slots]  # a chunk behind one that was skipped is right only once both have run
-        self.valid[rows.slots] = torch.where(valid >= rows.starts, positions[last] + 1, valid)

@@ -238,5 +238,5 @@ class SuffixDrafter:
     def prefill_chunk(self, step: DeviceStep, token_ids: Tensor, rows: PagedRows, features: Tensor | None) -> None:
         """Nothing to do: `admit` told the prompt."""
 
-    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+    def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
         """Nothing to do."""

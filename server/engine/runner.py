@@ -22,7 +22,7 @@ from server.engine.sequence import Sequence
 from server.engine.step_runner import RunnerShape
 from server.models.attention import AttentionBatch
 from server.models.base import TargetModel
-from server.models.paging import Span, padded_batch, ragged_batch
+from server.models.paging import Span, make_pools, padded_batch, ragged_batch
 from server.sampling.logprobs import emitted_logprobs
 from server.sampling.process import process
 from server.sampling.rows import spread
@@ -46,10 +46,7 @@ class Runner:
         self.ragged = self.device.type == "cpu" if shape.ragged is None else shape.ragged
         self.trim: Trim | None = None
         places = shape.num_blocks * shape.block_size
-        self.pools = [
-            torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=model.dtype, device=self.device)
-            for kv in model.kv_layers
-        ]
+        self.pools = make_pools(model.kv_layers, places, model.dtype, self.device)
         slots, length = shape.max_num_seqs, shape.max_model_len + shape.max_draft_tokens + 2
         self.state = SlotState(
             history=torch.zeros(slots, length, dtype=torch.int64, device=self.device),

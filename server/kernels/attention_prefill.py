@@ -1,4 +1,4 @@
-"""Attention of prompt chunks: ragged rows of query tokens over the paged pool, or whole prompts over contiguous keys.
+"""Attention of prompt chunks: ragged rows of query tokens over the paged pool.
 
 Here arithmetic decides. Tiles of BLOCK_M packed queries (FlashAttention-2, arXiv 2307.08691) walk the tokens they see:
 without masks where every query sees every token, with masks at the diagonal and at a window's edge. In deterministic
@@ -8,13 +8,7 @@ has the bits that decoding would have given it.
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -170,58 +164,3 @@ def prefill_attention(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
-def tail_kernel(out, offsets, num_rows, num_tokens, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (heads, parts): zeros for the tokens behind the last row."""
-    token = tl.load(offsets + num_rows)
-    zero_tail(out, token, num_tokens, tl.program_id(1), tl.num_programs(1), tl.program_id(0), 1, H, D, BLOCK_D, 16)
-
-
-@lru_cache(maxsize=1)
-def _grouped_heads_option() -> dict[str, Any]:
-    """Newer torch wants grouped heads asked for by name; older torch takes them as they come."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def fresh_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: PagedRows, *, scale: float, window: int | None = None
-) -> Tensor:
-    """Causal attention of whole prompts, q [N, heads, D], k and v [N, kv_heads, D] -> [N, heads * D]; no pool is read.
-
-    `rows.fresh` must hold: `offsets` cut the queries and the keys alike, so that both causal conventions agree. Views
-    of a fused buffer are taken as they are. On a GPU in 16 bits FlashAttention (`torch.nn.attention.varlen`); else row
-    by row, which reads `offsets` on the host. Tokens behind the last row's give zeros. No softcap and no sinks:
-    `prefill_attention` has them. Raises ValueError for rows that are not fresh or have no offsets.
-    """
-    if not rows.fresh or rows.offsets is None:
-        raise ValueError("fresh_attention takes whole prompts with offsets; use prefill_attention")
-    num_tokens, heads, dim = q.shape
-    if not q.is_cuda or q.dtype == torch.float32:
-        return _row_by_row(q, k, v, rows.offsets.tolist(), scale, window)
-    from torch.nn.attention.varlen import varlen_attn
-
-    left = -1 if window is None else window - 1
-    res = varlen_attn(
-        q, k, v, rows.offsets, rows.offsets, rows.max_width, rows.max_width,
-        scale=scale, window_size=(left, 0), **_grouped_heads_option(),
-    )  # fmt: skip
-    assert isinstance(res, Tensor)
-    tail_kernel[(heads, 4)](res, rows.offsets, rows.num_rows, num_tokens, H=heads, D=dim, BLOCK_D=next_power_of_2(dim))
-    return res.view(num_tokens, heads * dim)
-
-
-def _row_by_row(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], scale: float, window: int | None) -> Tensor:
-    out = q.new_zeros(q.shape)
-    for first, behind in pairwise(offsets):
-        at = torch.arange(behind - first, device=q.device)
-        seen = at[None, :] <= at[:, None]
-        if window is not None:
-            seen = seen & (at[None, :] > at[:, None] - window)
-        query, key, value = (x[first:behind].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        res = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
-        out[first:behind] = res[0].transpose(0, 1)
-    return out.view(len(q), -1)

@@ -1,6 +1,6 @@
-"""The end of a step in one launch: append what was emitted to every slot, and write the host's report.
+"""The end of a step: append what was emitted to every slot, and write the host's report.
 
-Verification kernels do the same in the program that finishes a row (`commit_row`), so that a step needs no launch more.
+It is part of the verification kernels: the program that finishes a row commits it, so a step needs no launch more.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from server.kernels.runtime import next_power_of_2
 
 NUM_REPORTED = 3
 """Integers of a row's report besides its tokens: emitted, drafted, broken."""
@@ -41,24 +39,6 @@ def commit_row(
     tl.store(line + W + 2, broken.to(tl.int64))
 
 
-@triton.jit
-def _commit_kernel(
-    tokens, num_accepted, num_drafted, broken, slots, history, history_stride, history_len, num_tokens, last_slot,
-    report, W, WP: tl.constexpr, PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def] # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, WP)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    token = tl.load(tokens + row * W + j, mask=j < W, other=0)
-    emitted = tl.load(num_accepted + row) + 1
-    commit_row(
-        row, j, token, emitted, tl.load(num_drafted + row), tl.load(broken + row) != 0, slots, history, history_stride,
-        history_len, num_tokens, last_slot, report, W,
-    )  # fmt: skip
-
-
 def check_commit(commit: Commit, num_rows: int, width: int) -> tuple[Tensor, Tensor, int, int, Tensor, int, Tensor]:
     """What `commit_row` takes from slots on. ValueError: the report has another size or history is not contiguous."""
     slots, history, num_tokens, num_slots, report = commit
@@ -69,7 +49,7 @@ def check_commit(commit: Commit, num_rows: int, width: int) -> tuple[Tensor, Ten
     return slots, history, history.stride(0), history.shape[1], num_tokens, num_slots - 1, report
 
 
-def commit_and_report(
+def commit_reference(
     tokens: Tensor,
     num_accepted: Tensor,
     num_drafted: Tensor,
@@ -79,36 +59,14 @@ def commit_and_report(
     num_tokens: Tensor,
     num_slots: int,
     report: Tensor,
-    *,
-    pdl: bool = False,
 ) -> None:
-    """Appends each row's `num_accepted` + 1 tokens to its slot, and reports (tokens, emitted, drafted, broken).
+    """What a verification with a `commit` does besides its verdict, row by row, on the host.
 
-    `tokens` [R, W] int64 contiguous, `num_accepted`, `num_drafted`, `slots` [R] int64, `broken` [R] bool; in place:
-    `history` [S, L], `num_tokens` [S], `report` [R * (W + 3)], all int64. Slot `num_slots` - 1 is nobody's and stays as
-    it is. Tokens past L are dropped and `num_tokens` stops at L. ValueError: the report has another size.
+    Appends each row's `num_accepted` + 1 of `tokens` [R, W] to its slot and reports (tokens, emitted, drafted, broken);
+    `num_accepted`, `num_drafted`, `slots` [R] int64, `broken` [R] bool; in place: `history` [S, L], `num_tokens` [S],
+    `report` [R * (W + 3)], all int64. Slot `num_slots` - 1 is nobody's and stays as it is. Tokens past L are dropped
+    and `num_tokens` stops at L.
     """
-    num_rows, width = tokens.shape
-    parts = check_commit((slots, history, num_tokens, num_slots, report), num_rows, width)
-    if num_rows:
-        _commit_kernel[(num_rows,)](
-            tokens, num_accepted, num_drafted, broken, *parts, width, WP=next_power_of_2(width), PDL=pdl, num_warps=1,
-            **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
-
-
-def commit_and_report_reference(
-    tokens: Tensor,
-    num_accepted: Tensor,
-    num_drafted: Tensor,
-    broken: Tensor,
-    slots: Tensor,
-    history: Tensor,
-    num_tokens: Tensor,
-    num_slots: int,
-    report: Tensor,
-) -> None:
-    """`commit_and_report` row by row, on the host."""
     numbers = torch.stack([num_accepted + 1, num_drafted, broken.to(torch.int64)], 1)
     report.copy_(torch.cat([tokens, numbers], 1).reshape(report.shape))
     for row, slot in enumerate(slots.tolist()):

@@ -1,4 +1,6 @@
-"""The edges of a step on the device: what every row feeds the network, and what it committed.
+"""The beginning of a step on the device: changes of the block tables, and what every row feeds the network.
+
+Also the gathering of rows, where a pass over more tokens leaves some to go on with.
 
 Padding rows name the last slot, which is nobody's: it holds one token, and its block table is all 0.
 """
@@ -11,6 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.runtime import next_power_of_2, pdl_options
+
+COPY_BLOCK = 1024
+"""The most values that a program copies at a time."""
 
 
 @triton.jit
@@ -137,82 +142,6 @@ def gather_inputs_reference(
 
 
 @triton.jit
-def _scatter_commit_kernel(
-    tokens_ptr: tl.tensor,
-    num_emitted_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    history_ptr: tl.tensor,
-    num_tokens_ptr: tl.tensor,
-    tokens_stride: tl.tensor,
-    history_stride: tl.tensor,
-    history_len: tl.tensor,
-    last_slot: tl.tensor,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    real = slot < last_slot
-    known = tl.load(num_tokens_ptr + slot).to(tl.int64)
-    emitted = tl.load(num_emitted_ptr + row).to(tl.int64)
-    tokens = tl.load(tokens_ptr + row * tokens_stride + column, mask=column < WIDTH, other=0).to(tl.int64)
-    at = known + column
-    tl.store(
-        history_ptr + slot * history_stride + at,
-        tokens,
-        mask=(column < WIDTH) & (column < emitted) & (at < history_len) & real,
-    )
-    tl.store(num_tokens_ptr + slot, tl.minimum(known + emitted, history_len), mask=real)
-
-
-def scatter_commit(
-    tokens: Tensor, num_emitted: Tensor, slots: Tensor, history: Tensor, num_tokens: Tensor, num_slots: int
-) -> None:
-    """Writes row r's emitted tokens `tokens[r, : num_emitted[r]]` behind its slot's known ones and counts them.
-
-    `tokens` [R, W] int64, `num_emitted` [R], `slots` [R] int64, `history` [S, L] and `num_tokens` [S] int64 in place.
-    Slot `num_slots` - 1 is nobody's and stays as it is. Tokens past L are dropped (a row that ended runs one more
-    step), and `num_tokens` stops at L.
-    """
-    num_rows, width = tokens.shape
-    if num_rows == 0:
-        return
-    _scatter_commit_kernel[(num_rows,)](
-        tokens,
-        num_emitted,
-        slots,
-        history,
-        num_tokens,
-        tokens.stride(0),
-        history.stride(0),
-        history.shape[1],
-        num_slots - 1,
-        WIDTH=width,
-        BLOCK=next_power_of_2(width),
-        num_warps=1,  # one warp reads num_tokens before any of its threads writes it
-        **pdl_options(tokens.device),
-    )
-
-
-def scatter_commit_reference(
-    tokens: Tensor, num_emitted: Tensor, slots: Tensor, history: Tensor, num_tokens: Tensor, num_slots: int
-) -> None:
-    """`scatter_commit` row by row, on the host."""
-    for r, slot in enumerate(slots.tolist()):
-        if slot == num_slots - 1:
-            continue
-        start = int(num_tokens[slot])
-        end = min(start + int(num_emitted[r]), history.shape[1])
-        history[slot, start:end] = tokens[r, : end - start]
-        num_tokens[slot] = end
-
-
-@triton.jit
 def _apply_block_updates_kernel(
     updates_ptr: tl.tensor,
     tables_ptr: tl.tensor,
@@ -256,3 +185,59 @@ def apply_block_updates_reference(updates: Tensor, block_tables: Tensor) -> None
     """`apply_block_updates` in torch operations."""
     slot, index, block = updates.long().unbind(1)
     block_tables[slot, index] = block.to(block_tables.dtype)
+
+
+@triton.jit
+def copy_values(
+    source: tl.tensor, target: tl.tensor, wanted: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Copies WIDTH values if `wanted`, BLOCK at a time."""
+    for start in range(0, WIDTH, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = (offsets < WIDTH) & wanted
+        tl.store(target + offsets, tl.load(source + offsets, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _select_kernel(
+    at_ptr: tl.tensor,
+    queries_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    out_queries_ptr: tl.tensor,
+    out_x_ptr: tl.tensor,
+    queries_stride: tl.tensor,
+    x_stride: tl.tensor,
+    QUERIES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    at = tl.load(at_ptr + row).to(tl.int64)
+    if tl.program_id(1) == 0:
+        copy_values(queries_ptr + at * queries_stride, out_queries_ptr + row * QUERIES, True, QUERIES, BLOCK)
+    else:
+        copy_values(x_ptr + at * x_stride, out_x_ptr + row * HIDDEN, True, HIDDEN, BLOCK)
+
+
+def select_rows(queries: Tensor, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `at` [R] int64 of queries [N, heads, D] and of x [N, H], contiguous: one launch.
+
+    Rows of `queries` and `x` may lie apart. `at` is read by nothing but the kernel.
+    """
+    (_, heads, dim), width = queries.shape, x.shape[1]
+    found = queries.new_empty(at.shape[0], heads, dim), x.new_empty(at.shape[0], width)
+    block = min(next_power_of_2(max(heads * dim, width)), COPY_BLOCK)
+    _select_kernel[(at.shape[0], 2)](
+        at, queries, x, *found, queries.stride(0), x.stride(0),
+        QUERIES=heads * dim, HIDDEN=width, BLOCK=block, **pdl_options(x.device),
+    )  # fmt: skip
+    return found
+
+
+def select_rows_reference(queries: Tensor, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """`select_rows` in torch operations."""
+    return queries[at], x[at]

@@ -18,7 +18,7 @@ from server.kernels import runtime
 from server.kernels.argmax import BLOCK, WARPS, best_of, chunks, counters, is_last, token_of
 from server.kernels.commit import Commit, commit_row
 from server.kernels.noise import ACCEPT, RESIDUAL, exp, gumbel_of, log, noise_bits, uniform_of
-from server.kernels.slots import as_tables, is_greedy, key_of, temperature_of
+from server.kernels.slots import is_greedy, key_of, temperature_of
 from server.kernels.threshold import filter_threshold_by_slot
 from server.kernels.verify import check_shapes, commit_arguments, forced_arguments, num_matching, outputs
 
@@ -224,28 +224,3 @@ def ratio_verify_by_slot(
         COMMIT=commit is not None, BLOCK=BLOCK, num_warps=WARPS, **how,
     )  # fmt: skip
     return tokens, num_accepted, broken
-
-
-def ratio_verify(
-    logits: Tensor,
-    drafts: Tensor,
-    num_valid: Tensor,
-    probs: Tensor | None,
-    temperature: Tensor,
-    greedy: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    choices: Tensor,
-    num_tokens: Tensor,
-    any_filter: bool,
-    forced_accepted: Tensor | int | None = None,
-    *,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ratio_verify_by_slot` of parameters by row, each [R]; `num_tokens` too."""
-    tables = as_tables(temperature, greedy, seeds, choices, top_k, top_p, min_p)
-    return ratio_verify_by_slot(
-        logits, drafts, num_valid, probs, *tables, num_tokens, any_filter, forced_accepted, pdl=pdl
-    )

@@ -1,4 +1,4 @@
-"""Rotary embedding (Su et al. 2021, section 3.4) of fresh queries and keys and the write into the KV pool: one kernel.
+"""Rotary embedding (Su et al. 2021, section 3.4) of new queries and keys and the write into the KV pool: one kernel.
 
 Per-head RMSNorm of queries and keys (Qwen3) comes first where the model has it. Pairs lie side by side (2i, 2i+1) and
 are rotated in float32.
@@ -47,7 +47,6 @@ def _rope_write_kernel(
     HALF: tl.constexpr,
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
-    KEEP_KEYS: tl.constexpr,
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -77,7 +76,7 @@ def _rope_write_kernel(
         rotation = tl.load(rotations_ptr + position * HEAD_DIM + dims, mask=whole, other=0.0)
         x = tl.where(is_query | is_key, _rotate(x, rotation, BLOCK_HEADS, HALF), x)
     y = x.to(element)
-    tl.store(at, y, mask=inside & ((is_query | is_key) if KEEP_KEYS else is_query))
+    tl.store(at, y, mask=inside & is_query)
     pooled = y
     if FP8:
         pooled = tl.minimum(tl.maximum(y.to(tl.float32), -448.0), 448.0)
@@ -98,7 +97,6 @@ def rope_write(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
     rotate: bool = True,
-    keep_keys: bool = False,
 ) -> None:
     """Turns the queries of qkv [N, (heads + 2 kv_heads) * head_dim] in place and writes keys and values to the pool.
 
@@ -106,7 +104,6 @@ def rope_write(
     n's keys and values at place `slot_mapping[n]`; `positions` and `slot_mapping` [N] int64. `rotations` [positions,
     head_dim / 2, 2] float32 is (cos, sin); positions past its end (drafts nobody will keep) take its last row.
     `q_norm` and `k_norm` [head_dim], both or neither, are RMSNorm weights applied before, rounded to qkv's dtype.
-    `keep_keys`: the normed, turned keys are written back into qkv as well, for attention over fresh tokens only.
     """
     num_tokens = qkv.shape[0]
     if num_tokens == 0:
@@ -133,7 +130,6 @@ def rope_write(
         HALF=padded // 2,
         NORM=normed,
         ROTATE=rotate,
-        KEEP_KEYS=keep_keys,
         FP8=pool.dtype == torch.float8_e4m3fn,
         num_warps=min(max(block_heads * padded // 256, 1), 4),
         **pdl_options(qkv.device),
@@ -153,7 +149,6 @@ def rope_write_reference(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
     rotate: bool = True,
-    keep_keys: bool = False,
 ) -> None:
     """`rope_write` in torch operations."""
     by_head = qkv.unflatten(-1, (heads + 2 * kv_heads, head_dim))
@@ -170,8 +165,6 @@ def rope_write_reference(
             for x in (q, k)
         )
     by_head[:, :heads] = q.to(qkv.dtype)
-    if keep_keys:
-        by_head[:, heads : heads + kv_heads] = k.to(qkv.dtype)
     pooled = torch.cat([k, v], dim=1).to(qkv.dtype)
     if pool.dtype == torch.float8_e4m3fn:
         pooled = pooled.float().clamp(-_FP8_MAX, _FP8_MAX)

@@ -14,7 +14,7 @@ from torch import Tensor
 from server.kernels import runtime
 from server.kernels.argmax import BLOCK, WARPS, best_of, chunks, counters, is_last, token_of
 from server.kernels.noise import DRAFT, TARGET, exp, gumbel_of, noise_bits
-from server.kernels.slots import as_tables, is_greedy, key_of, temperature_of
+from server.kernels.slots import is_greedy, key_of, temperature_of
 
 
 @triton.jit
@@ -255,22 +255,3 @@ def draft_sample_by_slot(
         MAPPED=vocab_ids is not None, BLOCK=runtime.next_power_of_2(min(num_columns, 2 * BLOCK)), num_warps=8,
     )  # fmt: skip
     return tokens, q
-
-
-def draft_sample(
-    logits: Tensor,
-    temperature: Tensor,
-    greedy: Tensor,
-    seeds: Tensor,
-    choices: Tensor,
-    positions: Tensor,
-    vocab_ids: Tensor | None,
-    rule: str,
-    vocab_size: int | None = None,
-    *,
-    all_greedy: bool = False,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`draft_sample_by_slot` of parameters by row, each [R]: `temperature` float32, `greedy` bool, the others int64."""
-    tables = as_tables(temperature, greedy, seeds, choices)
-    return draft_sample_by_slot(logits, *tables, positions, vocab_ids, rule, vocab_size, all_greedy=all_greedy, pdl=pdl)

@@ -50,7 +50,7 @@ def as_tables(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots [R], floats [R, 6] and ints [R, 5] of parameters that are at hand by row, each [R]."""
+    """Slots [R], floats [R, 6] and ints [R, 5] of parameters that are at hand by row, each [R]: row r has slot r."""
     num_rows = temperature.shape[0]
     slots = torch.arange(num_rows, device=temperature.device)
     floats = torch.zeros(num_rows, NUM_FLOATS, dtype=torch.float32, device=temperature.device)

@@ -20,7 +20,7 @@ from server.kernels.argmax import BLOCK, chunks
 from server.kernels.levels import CAPACITY, FEW, GROUP, LEVELS, NOTHING, WEIGHED, bracket
 from server.kernels.masses import COUNT, MASS, joined, mass_halves, search_all, search_block, sum_above
 from server.kernels.noise import log
-from server.kernels.slots import as_tables, filters_of, is_greedy, temperature_of
+from server.kernels.slots import filters_of, is_greedy, temperature_of
 
 SUM_BLOCK = 32 if runtime.INTERPRETED else 512
 _SEARCH_BLOCK = 128 if runtime.INTERPRETED else 8192
@@ -142,14 +142,6 @@ def filter_threshold_by_slot(
         SP=power, BLOCK=_SEARCH_BLOCK, num_warps=_SEARCH_WARPS, **options,
     )  # fmt: skip
     return thresholds
-
-
-def filter_threshold(
-    logits: Tensor, width: int, temperature: Tensor, greedy: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
-    """`filter_threshold_by_slot` of parameters by row, each [R]: float32, but `greedy` bool and `top_k` int64."""
-    nobody = torch.zeros_like(top_k)
-    return filter_threshold_by_slot(logits, width, *as_tables(temperature, greedy, nobody, nobody, top_k, top_p, min_p))
 
 
 def filter_threshold_reference(

@@ -18,7 +18,7 @@ from server.kernels.argmax import BLOCK, WARPS, argmax_reference, chunks, counte
 from server.kernels.commit import Commit, check_commit, commit_row
 from server.kernels.noise import TARGET
 from server.kernels.sample import race
-from server.kernels.slots import as_tables, is_greedy, key_of, temperature_of
+from server.kernels.slots import is_greedy, key_of, temperature_of
 from server.kernels.threshold import filter_threshold_by_slot
 
 NOT_FORCED, FORCED_BY_ROW, FORCED_EVERYWHERE = range(3)
@@ -180,8 +180,8 @@ def greedy_verify(
     and counts are int64; the lowest id wins among equals. `broken` (bool) says that an emitted position has no finite
     largest logit: a NaN or inf in it, or nothing above -inf. `forced_accepted` ([R], one element, or an int) is a
     benchmark's synthetic acceptance: that many drafts, at most `num_valid`, count as accepted whatever matched.
-    `commit` (slots, history, num_tokens, S, report) does in the same launch what `commit_and_report` does with the
-    result, `num_valid` being what was drafted. ValueError: shapes that do not fit.
+    `commit` (slots, history, num_tokens, S, report) is carried out by the same launch, as `commit_reference` does with
+    the result, `num_valid` being what was drafted. ValueError: shapes that do not fit.
     """
     return _launch(logits, drafts, num_valid, (), None, forced_accepted, commit, pdl)
 
@@ -211,28 +211,6 @@ def sampled_verify_by_slot(
         thresholds = filter_threshold_by_slot(logits, drafts.shape[1] + 1, slots, floats, ints, pdl=pdl)
     rows = (slots, floats, ints, num_tokens)
     return _launch(logits, drafts, num_valid, rows, thresholds, forced_accepted, commit, pdl)
-
-
-def sampled_verify(
-    logits: Tensor,
-    drafts: Tensor,
-    num_valid: Tensor,
-    temperature: Tensor,
-    greedy: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    choices: Tensor,
-    num_tokens: Tensor,
-    any_filter: bool,
-    forced_accepted: Tensor | int | None = None,
-    *,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sampled_verify_by_slot` of parameters by row, each [R]; `num_tokens` too."""
-    tables = as_tables(temperature, greedy, seeds, choices, top_k, top_p, min_p)
-    return sampled_verify_by_slot(logits, drafts, num_valid, *tables, num_tokens, any_filter, forced_accepted, pdl=pdl)
 
 
 def greedy_verify_reference(logits: Tensor, drafts: Tensor, num_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,9 @@
-"""From sequences and their blocks to an AttentionBatch: on the host for ragged rows, on the device for padded ones."""
+"""The KV pool, and from sequences and their blocks to an AttentionBatch: on the host for ragged rows, on the device for
+padded ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +11,18 @@ import torch
 from torch import Tensor
 
 from server.models.attention import AttentionBatch, Row
+from server.models.base import KVLayer
+
+
+def make_pools(kv_layers: Sequence[KVLayer], places: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The KV pool, a tensor a layer: [places, 2 * kv_heads, head_dim], zeroed.
+
+    Layers of one shape are views of one tensor, one layer after another.
+    """
+    shapes = {(places, 2 * kv.num_kv_heads, kv.head_dim) for kv in kv_layers}
+    if len(shapes) == 1:
+        return list(torch.zeros(len(kv_layers), *shapes.pop(), dtype=dtype, device=device).unbind(0))
+    return [torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=dtype, device=device) for kv in kv_layers]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from server.models.attention import AttentionBatch, paged_attention, write_kv
 from server.models.base import KVLayer, TargetModel
 from server.models.config import UnsupportedModelError, architecture_of, check_rope_length, eos_ids
+from server.models.paging import make_pools
 from server.quant.dense import MIN_PACKED_ROWS, packing_available
 from server.quant.modules import pack_linears
 
@@ -198,10 +199,7 @@ class TransformersModel:
     def _prove(self, token_ids: Tensor, expected: Tensor) -> None:
         """Raises UnsupportedModelError unless the paged second chunk gives the eager logits `expected` [N, V]."""
         places = torch.arange(sum(PROBE_CHUNKS), device=self.device)
-        pools = [
-            torch.zeros(len(places), 2 * kv.num_kv_heads, kv.head_dim, dtype=self.dtype, device=self.device)
-            for kv in self.kv_layers
-        ]
+        pools = make_pools(self.kv_layers, len(places), self.dtype, self.device)
         parts = []
         for at in places.split(PROBE_CHUNKS):
             attn = AttentionBatch(at, at, gather=places.unsqueeze(0), width=len(at))

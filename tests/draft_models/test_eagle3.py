@@ -226,7 +226,7 @@ def test_a_prefix_hit_takes_its_features_from_the_block(generated: bool) -> None
 
 def test_a_slot_that_changed_hands_starts_anew() -> None:
     world = ready({0: 21})
-    world.drafter.resume([0], [world.tokens[0] * 2])
+    world.drafter.resume([0], [world.tokens[0] * 2], [0])
     step = world.step([0])
     world.verify(step, world.drafter.draft(step, 5), [5])
     world.drafter.release(0, complete=True)
@@ -261,14 +261,14 @@ def test_after_a_pause_chains_see_what_a_window_reaches(num_steps: int) -> None:
     for _ in range(num_steps):  # plain steps: features are kept, nothing else happens
         step = world.step([0])
         world.verify(step, Drafts.none(1, torch.device("cpu")), [0])
-    world.drafter.resume([0], [world.tokens[0]])
+    world.drafter.resume([0], [world.tokens[0]], [9])
     first = len(world.tokens[0]) - MAX_DRAFTS - 1
     for accepted in (1, 2, 0):
         step = world.step([0])
         drafts = world.drafter.draft(step, 3)
         assert drafts.tokens.tolist() == [world.expected(0, 3, first)]
         world.verify(step, drafts, [accepted])
-    world.drafter.resume([], [])
+    world.drafter.resume([], [], [])
 
 
 def test_a_pause_that_a_window_spans_costs_nothing() -> None:
@@ -276,7 +276,7 @@ def test_a_pause_that_a_window_spans_costs_nothing() -> None:
     for _ in range(MAX_DRAFTS):
         step = world.step([0])
         world.verify(step, Drafts.none(1, torch.device("cpu")), [0])
-    world.drafter.resume([0], [world.tokens[0]])
+    world.drafter.resume([0], [world.tokens[0]], [9])
     assert world.drafter.draft(world.step([0]), 3).tokens.tolist() == [world.expected(0, 3)]
 
 

@@ -89,52 +89,6 @@ def make_step(known: dict[int, int], limits: list[int]) -> DeviceStep:
     )
 
 
-@pytest.mark.parametrize("k", [1, 3, 4])
-@pytest.mark.parametrize("known", [{0: 9, 2: 17}, {1: 2, 0: 5, 2: 24}, {2: 30}])
-def test_window(k: int, known: dict[int, int]) -> None:
-    step = make_step(known, [k, 0, 1][: len(known)])
-    found, expected = (make(ops) for ops in (KernelOps(), TorchOps()))
-    for drafter in (found, expected):
-        lengths = [max(1, count - 3 - slot) for slot, count in known.items()]
-        drafter.ring.admit(torch.tensor(list(known), device=DEVICE), torch.tensor(lengths, device=DEVICE))
-        drafter.ring.valid_from[0] = 3
-    a = found.network.ops.window(found.ring, step, k)
-    b = expected.network.ops.window(expected.ring, step, k)
-    for name in ("token_ids", "positions", "places", "features", "last", "ends", "end_places", "first"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert torch.equal(found.ring.written, expected.ring.written)
-
-
-@pytest.mark.parametrize("k", [0, 2, 4])
-def test_store(k: int) -> None:
-    step = make_step({0: 9, 2: 17, 1: 6}, [k, 0, min(k, 1)])
-    emitted = torch.tensor([min(k, 2) + 1, 1, 1, 1 + k], device=DEVICE)
-    fused = random(4, 1 + k, CONFIG.hidden_size, seed=3)
-    found, expected = (make(ops) for ops in (KernelOps(), TorchOps()))
-    for drafter in (found, expected):
-        drafter.network.ops.store(drafter.ring, step, emitted, fused)
-    assert torch.equal(found.ring.ring[:PADDING], expected.ring.ring[:PADDING])
-    assert torch.equal(found.ring.by_block[1:], expected.ring.by_block[1:]), "all but the null block"
-    assert not torch.equal(found.ring.ring, make(TorchOps()).ring.ring)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_embed_norm(dtype: torch.dtype) -> None:
-    ids = torch.tensor([4, 0, 49], device=DEVICE)
-    table, x = (random(n, 48, seed=n).to(dtype) for n in (50, 3))
-    weights = [random(48, seed=n).to(dtype) for n in (1, 2)]
-    args = (ids, table, weights[0], x, weights[1], 1e-5)
-    found, expected = KernelOps().embed_norm(*args), TorchOps().embed_norm(*args)
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-
-
-def test_select() -> None:
-    qkv, x = random(7, 2 * 64 + 128, seed=1), random(7, 96, seed=2)[:, 48:]
-    queries, at = qkv[:, :128].unflatten(1, (2, 64)), torch.tensor([6, 0, 3], device=DEVICE)
-    for found, expected in zip(KernelOps().select(queries, x, at), (queries[at], x[at]), strict=True):
-        assert torch.equal(found, expected) and found.is_contiguous()
-
-
 def test_a_chain() -> None:
     """Prompt, chain, verdict, chain: the same drafts, and all but the same keys and values."""
     step = make_step({0: 9, 2: 14}, [4, 2])

@@ -9,28 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from draft_models import small_lm_device
-from draft_models.eagle3_chain import ChainShape, TorchSampler
-from draft_models.small_lm_device import SmallLMDeviceDrafter
 from server.core import SamplingParams
 from server.kernels.paged import PagedRows
 from server.models.loader import load_model
-from server.models.paged_forward import TorchForward
 from server.sampling.distribution import Processed
 from server.sampling.state import SamplingBatch
-from server.spec.device import DeviceStep
-from server.spec.types import Drafts, Layout, SlotState, Verdict
+from server.spec.types import Drafts, Layout, Verdict
 from server.spec.verify import verify
-from tests.draft_models.sampling_tables import sampling_tables
-
-BLOCK_SIZE = 4
-NUM_BLOCKS = 61
-NUM_SLOTS = 4
-PADDING = NUM_SLOTS - 1
-MAX_DRAFTS = 5
+from tests.draft_models.small_lm_world import BLOCK_SIZE, PADDING, World, greedy, ready
 
 
 @pytest.fixture(autouse=True)
@@ -50,86 +38,6 @@ def reference(tiny_llama_dir: Path) -> Any:
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(tiny_llama_dir).eval()
-
-
-class World:
-    """Sequences in slots, with shuffled blocks."""
-
-    def __init__(self, model: Any, rule: str = "coupled", seed: int = 0) -> None:
-        self.random = torch.Generator().manual_seed(seed)
-        shape = ChainShape(NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_DRAFTS)
-        self.model = model
-        self.drafter = SmallLMDeviceDrafter(
-            TorchForward(model), model.kv_layers, model.dtype, model.device, shape, TorchSampler(model.vocab_size, rule)
-        )
-        for pool in self.drafter.pools:
-            pool.normal_(generator=self.random)  # what earlier owners left
-        self.state = SlotState(
-            history=torch.randint(0, 288, (NUM_SLOTS, 90), generator=self.random),
-            num_tokens=torch.ones(NUM_SLOTS, dtype=torch.int64),
-            prompt_len=torch.ones(NUM_SLOTS, dtype=torch.int64),
-        )
-        self.tables = torch.zeros(NUM_SLOTS, 24, dtype=torch.int32)
-        order = torch.randperm(NUM_BLOCKS - 1, generator=self.random).to(torch.int32) + 1
-        self.tables[:PADDING, :20] = order.view(PADDING, 20)
-        self.tokens: dict[int, list[int]] = {}
-        self.run: dict[int, int] = {}
-
-    def admit(self, slot: int, length: int) -> None:
-        self.tokens[slot] = torch.randint(3, 288, (length,), generator=self.random).tolist()
-        self.run[slot] = 0
-        self.drafter.admit_slots(torch.tensor([slot]), torch.tensor([length]))
-
-    def step(self, slots: list[int], limits: list[int] | None = None, temperature: float = 0.0) -> DeviceStep:
-        rows = len(slots)
-        return DeviceStep(
-            slots=torch.tensor(slots),
-            limits=torch.tensor(limits or [MAX_DRAFTS] * rows),
-            state=self.state,
-            block_tables=self.tables,
-            **sampling_tables(PADDING + 1, temperature),
-            uploads=None,
-            max_context=max([len(self.tokens[s]) for s in slots if s != PADDING] + [1]),
-            block_size=BLOCK_SIZE,
-        )
-
-    def prefill(self, chunks: dict[int, int]) -> None:
-        ids = [t for s, n in chunks.items() for t in self.tokens[s][self.run[s] : self.run[s] + n]]
-        rows = PagedRows(
-            slots=torch.tensor(list(chunks)),
-            starts=torch.tensor([self.run[s] for s in chunks]),
-            block_tables=self.tables,
-            block_size=BLOCK_SIZE,
-            max_context=80,
-            offsets=F.pad(torch.tensor(list(chunks.values())).cumsum(0), (1, 0)).to(torch.int32),
-            max_width=max(chunks.values()),
-        )
-        self.drafter.prefill_chunk(self.step(list(chunks)), torch.tensor(ids), rows, None)
-        for slot, length in chunks.items():
-            self.run[slot] += length
-            if self.run[slot] == len(self.tokens[slot]):
-                self.emit(slot, [slot + 3])
-
-    def emit(self, slot: int, tokens: list[int]) -> None:
-        self.tokens[slot] = self.tokens[slot] + tokens
-        known = self.tokens[slot]
-        self.state.history[slot, : len(known)] = torch.tensor(known)
-        self.state.num_tokens[slot] = len(known)
-
-
-def ready(model: Any, lengths: dict[int, int], rule: str = "coupled") -> World:
-    world = World(model, rule)
-    for slot, length in lengths.items():
-        world.admit(slot, length)
-    world.prefill(lengths)
-    return world
-
-
-def greedy(reference: Any, tokens: list[int], k: int) -> list[int]:
-    ids = torch.tensor([tokens])
-    out = reference.generate(ids, max_new_tokens=k, do_sample=False, eos_token_id=None, pad_token_id=0)
-    found: list[int] = out[0, len(tokens) :].tolist()
-    return found
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -182,47 +90,6 @@ def test_drafts_past_a_rows_limit_write_nothing(model: Any) -> None:
     for block in world.tables[1, :2].tolist():
         part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
         assert all(torch.equal(a[part], b[part]) for a, b in zip(world.drafter.pools, before, strict=True))
-
-
-def test_a_pause_leaves_a_gap_that_resume_closes(model: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_lm_device, "CATCH_UP_CHUNK", 5)
-    world = ready(model, {0: 9, 1: 7})
-    world.drafter.draft(world.step([0, 1]), 2)
-    world.drafter.pause()
-    for slot in (0, 1):
-        world.emit(slot, [9, 8, 7, 6, 5, 4, 3, 99 + slot])
-    world.admit(2, 14)  # its prompt was never shown to the drafter
-    world.emit(2, [11])
-    world.drafter.resume([0, 1, 2], [world.tokens[s] for s in (0, 1, 2)])
-    drafts = world.drafter.draft(world.step([0, 1, 2]), 3)
-    assert drafts.tokens.tolist() == [greedy(reference, world.tokens[s], 3) for s in (0, 1, 2)]
-
-
-def test_only_what_is_missing_is_computed_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = ready(model, {0: 9})
-    world.drafter.draft(world.step([0]), 2)
-    world.emit(0, [5, 6])
-    sizes: list[int] = []
-    run = world.drafter.forward
-
-    def counted(token_ids: Any, *rest: Any) -> Any:
-        sizes.append(token_ids.shape[0])
-        return run(token_ids, *rest)
-
-    monkeypatch.setattr(world.drafter, "forward", counted)
-    world.drafter.resume([0], [world.tokens[0]])
-    assert sizes == [2]
-
-
-def test_resume_before_any_step_needs_the_tables(model: Any, reference: Any) -> None:
-    world = World(model)
-    world.admit(0, 8)
-    with pytest.raises(RuntimeError, match="bind the block tables first"):
-        world.drafter.resume([0], [world.tokens[0]])
-    world.drafter.bind(world.tables)
-    world.emit(0, [12])
-    world.drafter.resume([0], [world.tokens[0]])
-    assert world.drafter.draft(world.step([0]), 2).tokens.tolist() == [greedy(reference, world.tokens[0], 2)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -299,6 +166,7 @@ def test_nothing_in_a_step_synchronises(model: Any, monkeypatch: pytest.MonkeyPa
         drafts = world.drafter.draft(step, 3)
         world.drafter.after_verify(step, drafts, Verdict(drafts.tokens, one, one), None)
         world.drafter.prefill_chunk(step, ids, rows, None)
+        world.drafter.resume([0, 1], [world.tokens[slot] for slot in (0, 1)], [4, 0])
 
 
 def test_chains_have_a_bound(model: Any) -> None:

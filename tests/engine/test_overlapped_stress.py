@@ -169,8 +169,9 @@ def test_it_says_what_the_plain_runner_says(deep_model: Any, drafter: str, seed:
             assert [e.logprob for e in mine] == pytest.approx([e.logprob for e in theirs], abs=1e-3)
 
 
-def test_a_prompt_computed_during_a_pause_catches_up(deep_model: Any) -> None:
-    """The draft model is the target: whatever it drafts from a whole context is accepted."""
+@pytest.mark.parametrize("speculation", [PausedAtFirst(None, 3, False), Wavering(3, 1, (3,))])
+def test_a_drafter_that_paused_catches_up(deep_model: Any, speculation: Speculation) -> None:
+    """With the prompt, or now and then. The draft model is the target: what it drafts from all tokens is accepted."""
     shape = RunnerShape(4, 128, 3, 4, 400)
     sampler = TorchSampler(deep_model.vocab_size, "coupled")
     drafter = SmallLMDeviceDrafter(
@@ -182,7 +183,7 @@ def test_a_prompt_computed_during_a_pause_catches_up(deep_model: Any) -> None:
         sampler,
     )
     runner = GpuRunner(deep_model, GpuParts(TorchForward(deep_model), TorchOps("coupled"), drafter), shape, (3,))
-    core = EngineCore(runner, Limits(4, 8, 128, 4, 400, False), PausedAtFirst(None, 3, False), ())
+    core = EngineCore(runner, Limits(4, 8, 128, 4, 400, False), speculation, ())
     prompts = [[5, 6, 7], [(3 + 7 * i) % 61 + 3 for i in range(40)]]
     answers = run(core, [request(f"r{i}", prompt, 60) for i, prompt in enumerate(prompts)])
     assert answers.num_accepted > 0.9 * answers.num_drafted

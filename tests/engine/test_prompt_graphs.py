@@ -131,7 +131,7 @@ def test_views_of_a_padded_buffer(model: Any) -> None:
         assert own.token_ids.tolist() == [15, 16, 17, 18, 28, 36, 37, 38]
         assert own.logits_at.tolist() == [3, 7]
         assert own.rows.offsets is not None and own.rows.offsets.tolist() == [0, 4, 5, 8]
-        assert (own.rows.num_rows, own.rows.max_width, own.rows.max_context, own.rows.fresh) == (3, 4, 9, False)
+        assert (own.rows.num_rows, own.rows.max_width, own.rows.max_context) == (3, 4, 9)
         whole = inputs_in(packed, layout, state)
         assert whole.rows.num_rows == len(whole.rows.starts) == len(packed[layout.slots])
         assert (whole.rows.max_width, whole.rows.max_context) == (len(whole.token_ids), state.max_context)

@@ -98,6 +98,26 @@ def test_a_steady_step_waits_for_one_event(
     assert core.stats().num_graph_misses == 0
 
 
+@pytest.mark.parametrize("drafter", ["small-lm", "eagle3"])
+def test_drafting_again_waits_for_nothing(engines: Engines, drafter: str) -> None:
+    """What pauses have left behind is computed without looking at the device."""
+    core = engines.get(drafter)
+    runner: Any = core.runner
+    resume = runner.drafter.resume
+    with steady(core, KINDS["greedy"]):
+        late = list(core.scheduler.running)
+        slots, known = [seq.slot for seq in late], [seq.token_ids for seq in late]
+        resume(slots, known, [0] * len(late))  # kernels of this shape are compiled
+        with nothing_synchronises():
+            resume(slots, known, [0] * len(late))
+        torch.cuda.synchronize()
+        busy = torch.cuda.Event()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        busy.record()
+        resume(slots, known, [0] * len(late))
+        assert not busy.query(), "it waited for work that was queued before it"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_host_is_done_while_the_device_is_still_busy(engines: Engines, drafter: str, kind: str) -> None:

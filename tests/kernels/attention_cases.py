@@ -66,7 +66,6 @@ def contexts(
         max(lengths),
         offsets=offsets.to(device),
         max_width=max(widths),
-        fresh=not any(starts),
     )
     q = fused.to(device, dtype)[:, : shape.heads * shape.dim].view(total + padding, shape.heads, shape.dim)
     return Paged(q, pool.to(device, dtype), rows)
@@ -89,7 +88,6 @@ def part(case: Paged, row: int, first: int, behind: int) -> Paged:
         offsets=torch.tensor([0, behind - first], dtype=torch.int32, device=rows.slots.device),
         max_width=behind - first,
         width=0,
-        fresh=False,
     )
     return Paged(case.q[offset + first : offset + behind], case.pool, chunk)
 

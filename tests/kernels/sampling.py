@@ -37,8 +37,14 @@ class Step:
         return b.temperature, b.greedy, b.top_k, b.top_p, b.min_p
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return *self.filters, self.batch.seeds, self.batch.choices, self.num_tokens
+    def num_slots(self) -> int:
+        """Of `tables`: nobody's, and two that no row names."""
+        return self.drafts.shape[0] + 3
+
+    @property
+    def by_slot(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """slots [R], floats [S, 6], ints [S, 5], num_tokens [S]: what the kernels take of the rows."""
+        return *self.tables(self.num_slots), self.num_tokens_by_slot(self.num_slots)
 
     def tables(self, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """slots [R], floats [S, 6], ints [S, 5]: the rows' parameters by slot, backwards from the last but one.

@@ -8,7 +8,7 @@ import torch
 
 from server.kernels.attention import Splits, Workspace, decode_attention
 from server.kernels.attention_plan import DETERMINISTIC_TOKENS, Tile
-from server.kernels.attention_prefill import fresh_attention, prefill_attention
+from server.kernels.attention_prefill import prefill_attention
 from tests.kernels.attention_cases import Paged, Shape, as_width, contexts, part
 from tests.kernels.close import assert_close
 from tests.kernels.conftest import ON_GPU
@@ -102,31 +102,6 @@ def test_rows_need_offsets(device: torch.device) -> None:
     case = contexts(Shape(), [3], [0], device, torch.float16)
     with pytest.raises(ValueError, match="need offsets"):
         prefill_attention(case.q, case.pool, replace(case.rows, offsets=None), scale=1.0)
-
-
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4] if ON_GPU else [2])
-def test_fresh(device: torch.device, dtype: torch.dtype, window: int | None, kv_heads: int) -> None:
-    """Whole prompts from contiguous keys, against the pool that holds the same ones."""
-    widths, padding, dim = [1, 40, 70], 6, 64
-    shape = Shape(4, kv_heads, dim, 16)
-    case = contexts(shape, widths, [0, 0, 0], device, dtype, padding)
-    fused = torch.randn(sum(widths) + padding, 4 + 2 * kv_heads, dim, device=device).to(dtype)
-    rows = case.rows
-    token = 0
-    for slot, width in zip(rows.slots.tolist(), widths, strict=True):
-        position = torch.arange(width, device=device)
-        places = rows.block_tables[slot, position // 16].long() * 16 + position % 16
-        case.pool[places] = fused[token : token + width, 4:]
-        token += width
-    case = replace(case, q=fused[:, :4])
-    found = fresh_attention(
-        fused[:, :4], fused[:, 4 : 4 + kv_heads], fused[:, 4 + kv_heads :], rows, scale=case.scale, window=window
-    )
-    assert_close(found, case.reference(window=window), dtype)
-    assert_close(prefill_attention(case.q, case.pool, rows, scale=case.scale, window=window), found, dtype, scale=2)
-    with pytest.raises(ValueError, match="whole prompts"):
-        fresh_attention(fused, fused, fused, replace(rows, fresh=False), scale=1.0)
 
 
 LENGTH = 1700 if ON_GPU else 150

@@ -1,4 +1,4 @@
-"""The end of a step: one launch of its own, or part of the verification's, writes what the reference writes."""
+"""The end of a step: what a verification commits is what the reference writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.core import SamplingParams
-from server.kernels.commit import Commit, commit_and_report, commit_and_report_reference
+from server.kernels.commit import Commit, commit_reference
 from server.kernels.ratio import ratio_verify_by_slot
 from server.kernels.verify import greedy_verify, sampled_verify_by_slot
 from tests.kernels.conftest import ON_GPU
@@ -42,17 +42,24 @@ def assert_same(found: Commit, wanted: Commit) -> None:
 @pytest.mark.parametrize("rows", [[0], [3, 5, 1, 4], [2, 6, 6, 0, 5]])
 @pytest.mark.parametrize("width", [1, 3, 5])
 def test_equals_reference(device: torch.device, rows: list[int], width: int) -> None:
+    """Slot 4 is full and slot 5 nearly: what does not fit is dropped. Row 0 is broken, slot 6 is nobody's."""
     num_rows = len(rows)
-    tokens = torch.randint(1000, (num_rows, width), device=device)
+    step = random_step([SamplingParams(temperature=0.0)] * num_rows, width, VOCAB, torch.float32, device)
+    step.logits[0, 3] = torch.nan
+    step.num_valid.fill_(width - 1)
     accepted = torch.randint(width, (num_rows,), device=device)
-    drafted = torch.randint(9, (num_rows,), device=device)
-    broken = torch.rand(num_rows, device=device) < 0.5
+    accepted[[slot in (4, 5) for slot in rows]] = width - 1
     commit = room(torch.tensor(rows, device=device), 7, width)
+    commit[2][4], commit[2][5] = LENGTH, LENGTH - 2
     wanted = copied(commit)
-    commit_and_report(tokens, accepted, drafted, broken, *commit)
-    commit_and_report_reference(tokens, accepted, drafted, broken, *wanted)
+    what = (step.logits, step.drafts, step.num_valid)
+    tokens, accepted, broken = greedy_verify(*what, accepted)
+    commit_reference(tokens, accepted, step.num_valid, broken, *wanted)
+    greedy_verify(*what, accepted, commit=commit)
     assert_same(commit, wanted)
     assert int(commit[2][-1]) == 1
+    if 5 in rows:
+        assert int(commit[2][5]) == min(LENGTH - 2 + width, LENGTH)
 
 
 PARAMS = [SamplingParams(seed=i, temperature=float(i != 1), top_p=0.9 if i == 2 else 1.0) for i in range(5)]
@@ -89,12 +96,12 @@ def test_verification_commits(
     found = verify(step, commit[2], commit)  # reads the very counts that it writes
     for ours, theirs in zip(found, (tokens, accepted, broken), strict=True):
         assert torch.equal(ours, theirs)
-    commit_and_report_reference(tokens, accepted, step.num_valid, broken, *wanted)
+    commit_reference(tokens, accepted, step.num_valid, broken, *wanted)
     assert_same(commit, wanted)
 
 
 def test_report_must_fit(device: torch.device) -> None:
     slots, history, num_tokens, num_slots, report = room(torch.zeros(2, dtype=torch.int64, device=device), 3, 2)
-    ids = torch.zeros(2, 2, dtype=torch.int64, device=device)
+    step = random_step(PARAMS[:2], 2, VOCAB, torch.float32, device)
     with pytest.raises(ValueError, match="report: \\(9,\\) is not valid; use \\[10\\]"):
-        commit_and_report(ids, ids[0], ids[0], ids[0] > 0, slots, history, num_tokens, num_slots, report[:9])
+        greedy(step, num_tokens, (slots, history, num_tokens, num_slots, report[:9]))

@@ -9,8 +9,8 @@ from server.kernels.gather import (
     apply_block_updates_reference,
     gather_inputs,
     gather_inputs_reference,
-    scatter_commit,
-    scatter_commit_reference,
+    select_rows,
+    select_rows_reference,
 )
 from tests.kernels.conftest import ON_GPU
 
@@ -66,36 +66,6 @@ def test_inputs_by_hand(device: torch.device) -> None:
     assert places.tolist()[4:] == [0, 1]  # past the table's end: block 0, not the next slot's
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("width", [1, 3, 5])
-def test_commit_equals_reference(rows: list[int], width: int, device: torch.device) -> None:
-    tokens = torch.randint(1000, (len(rows), width), device=device)
-    emitted = torch.randint(0, width + 1, (len(rows),), device=device)
-    slots = torch.tensor(rows, device=device)
-    results = []
-    for function in (scatter_commit, scatter_commit_reference):
-        torch.manual_seed(1)
-        history, num_tokens, _ = state(device)
-        function(tokens, emitted, slots, history, num_tokens, SLOTS)
-        assert int(num_tokens[-1]) == 1
-        results.append((history, num_tokens))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
-def test_a_full_row_overflows_nowhere(device: torch.device) -> None:
-    history, num_tokens, _ = state(device)
-    num_tokens[4] = LENGTH - 1
-    before = history.clone()
-    tokens = torch.tensor([[1, 2, 3]], device=device)
-    scatter_commit(
-        tokens, torch.tensor([3], device=device), torch.tensor([4], device=device), history, num_tokens, SLOTS
-    )
-    before[4, LENGTH - 1] = 1
-    assert torch.equal(history, before)
-    assert int(num_tokens[4]) == LENGTH
-
-
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
 def test_updates_equal_reference(count: int, device: torch.device) -> None:
     slots, blocks = (40, 64) if ON_GPU else (20, 16)
@@ -109,3 +79,14 @@ def test_updates_equal_reference(count: int, device: torch.device) -> None:
     apply_block_updates(both, tables)
     assert torch.equal(tables, expected)
     assert int(tables[-1].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 48), (3, 16, 100), *([(32, 128, 4096)] if ON_GPU else [])])
+def test_selected_rows_equal_reference(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    heads, dim, hidden = shape
+    qkv = torch.randn(7, heads * dim + 40, device=device).to(dtype)
+    x = torch.randn(7, 2 * hidden, device=device).to(dtype)[:, hidden:]
+    queries, at = qkv[:, : heads * dim].unflatten(1, (heads, dim)), torch.tensor([6, 0, 3], device=device)
+    qkv[1] = torch.nan
+    for found, expected in zip(select_rows(queries, x, at), select_rows_reference(queries, x, at), strict=True):
+        assert torch.equal(found, expected) and found.is_contiguous()

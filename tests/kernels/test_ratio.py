@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from server.core import SamplingParams
-from server.kernels.ratio import ratio_verify
+from server.kernels.ratio import ratio_verify_by_slot
 from server.sampling.process import process
 from server.spec.types import SlotState
 from server.spec.verify import verify
@@ -45,8 +45,8 @@ def test_equals_reference(
         own = step.logits.float().view(NUM_ROWS, width, -1)[:, :-1]
         probs = (own + 0.3 * torch.randn_like(own)).softmax(-1)
         step.drafts = torch.multinomial(probs.view(-1, vocab_size), 1).view(NUM_ROWS, width - 1)
-    tokens, num_accepted, broken = ratio_verify(
-        step.logits, step.drafts, step.num_valid, probs, *step.rows, kind == "filtered"
+    tokens, num_accepted, broken = ratio_verify_by_slot(
+        step.logits, step.drafts, step.num_valid, probs, *step.by_slot, kind == "filtered"
     )
     wanted, wanted_accepted = expected(step, probs)
     assert not broken.any()
@@ -67,7 +67,8 @@ def test_target_is_drawn_where_nothing_is_left(device: torch.device) -> None:
     step.drafts.fill_(7)
     step.num_valid.fill_(1)
     probs = step.logits.view(3, 2, 64)[:, :1].softmax(-1)
-    tokens, num_accepted, _ = ratio_verify(step.logits, step.drafts, step.num_valid, probs + 1e-7, *step.rows, False)
+    what = (step.logits, step.drafts, step.num_valid)
+    tokens, num_accepted, _ = ratio_verify_by_slot(*what, probs + 1e-7, *step.by_slot, False)
     assert num_accepted.tolist() == [0, 0, 0]
     assert torch.equal(tokens[:, :1], expected(step, probs + 1e-7)[0][:, :1])
 
@@ -77,7 +78,8 @@ def test_broken_and_forced(device: torch.device) -> None:
     step.num_valid.fill_(2)
     step.logits.view(4, 3, 64)[1, 1, 9] = torch.nan
     step.logits.view(4, 3, 64)[2, 2, 9] = torch.inf
-    tokens, num_accepted, broken = ratio_verify(step.logits, step.drafts, step.num_valid, None, *step.rows, False, 1)
+    what = (step.logits, step.drafts, step.num_valid)
+    tokens, num_accepted, broken = ratio_verify_by_slot(*what, None, *step.by_slot, False, 1)
     assert num_accepted.tolist() == [1] * 4
     assert broken.tolist() == [False, True, False, False]
     assert ((tokens >= 0) & (tokens < 64)).all()

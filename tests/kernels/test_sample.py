@@ -8,9 +8,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from server.core import SamplingParams
-from server.kernels.ratio import ratio_verify
-from server.kernels.sample import draft_sample
-from server.kernels.verify import sampled_verify
+from server.kernels.ratio import ratio_verify_by_slot
+from server.kernels.sample import draft_sample_by_slot
+from server.kernels.verify import sampled_verify_by_slot
 from server.sampling.distribution import Processed
 from server.spec.verify import draft_token
 from tests.kernels.conftest import ON_GPU
@@ -27,10 +27,8 @@ PARAMS = [
 
 
 def drawn(step: Step, rule: str, ids: Tensor | None, all_greedy: bool = False) -> tuple[Tensor, Tensor | None]:
-    b = step.batch
-    return draft_sample(
-        step.logits, b.temperature, b.greedy, b.seeds, b.choices, step.num_tokens, ids, rule, V, all_greedy=all_greedy
-    )
+    slots, floats, ints, _ = step.by_slot
+    return draft_sample_by_slot(step.logits, slots, floats, ints, step.num_tokens, ids, rule, V, all_greedy=all_greedy)
 
 
 def expected(step: Step, rule: str, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -75,25 +73,24 @@ def test_joint_distribution_is_the_targets(device: torch.device, rule: str, filt
     step = random_step(params, 2, WORDS, torch.float32, device)
     step.logits.copy_(target.repeat(NUM_ROWS, 1))
     step.num_valid.fill_(1)
-    name, b, probs = rule.split()[0], step.batch, None
-    tokens, q = draft_sample(
-        drafter.repeat(NUM_ROWS, 1), b.temperature, b.greedy, b.seeds, b.choices, step.num_tokens, None, name
-    )
+    name, probs = rule.split()[0], None
+    slots, floats, ints, known = step.by_slot
+    tokens, q = draft_sample_by_slot(drafter.repeat(NUM_ROWS, 1), slots, floats, ints, step.num_tokens, None, name)
     step.drafts.copy_(tokens[:, None])
     if rule == "ratio":
         assert q is not None
         probs = q[:, None]
     if rule.endswith("masses"):
         step.drafts.fill_(int(target[0].argmax()))
+    what = (step.logits, step.drafts, step.num_valid)
     if name == "coupled":
-        emitted, accepted, _ = sampled_verify(step.logits, step.drafts, step.num_valid, *step.rows, filtered)
+        emitted, accepted, _ = sampled_verify_by_slot(*what, slots, floats, ints, known, filtered)
     else:
-        emitted, accepted, _ = ratio_verify(step.logits, step.drafts, step.num_valid, probs, *step.rows, filtered)
+        emitted, accepted, _ = ratio_verify_by_slot(*what, probs, slots, floats, ints, known, filtered)
     assert 0.1 < accepted.float().mean() < 0.95
 
-    later = (*step.rows[:-1], step.num_tokens + 1)
-    nothing = step.drafts[:, :0]
-    after, _, _ = sampled_verify(step.logits[1::2].contiguous(), nothing, accepted * 0, *later, filtered)
+    what = (step.logits[1::2].contiguous(), step.drafts[:, :0], accepted * 0)
+    after, _, _ = sampled_verify_by_slot(*what, slots, floats, ints, known + 1, filtered)
     second = torch.where(accepted > 0, emitted[:, 1], after[:, 0])
     scaled = target / 0.8
     if filtered:

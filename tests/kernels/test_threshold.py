@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from server.core import SamplingParams
-from server.kernels.threshold import filter_threshold, filter_threshold_reference
+from server.kernels.threshold import filter_threshold_by_slot, filter_threshold_reference
 from server.sampling.process import process
 from server.spec.types import SlotState
 from tests.kernels.conftest import ON_GPU
@@ -34,7 +34,7 @@ def test_equals_sorting(device: torch.device, dtype: torch.dtype, vocab_size: in
     step = random_step(FILTERS, WIDTH, vocab_size, dtype, device, peak)
     step.logits[::3, 1 : vocab_size // 2 : 2] = step.logits[::3, :1]  # many ties
     step.logits[1::4, vocab_size // 3 :] = -torch.inf
-    got = filter_threshold(step.logits, WIDTH, *step.filters)
+    got = filter_threshold_by_slot(step.logits, WIDTH, *step.by_slot[:3])
     wanted = filter_threshold_reference(step.logits, WIDTH, *step.filters)
     heat = step.batch.temperature.repeat_interleave(WIDTH)
     same = (kept(step.logits, heat, got) == kept(step.logits, heat, wanted)).all(1)
@@ -46,7 +46,7 @@ def test_equals_sorting(device: torch.device, dtype: torch.dtype, vocab_size: in
 def test_equal_logits_are_all_kept(device: torch.device, dtype: torch.dtype) -> None:
     step = random_step(FILTERS, 1, VOCABS[0], dtype, device)
     step.logits.fill_(2.5)
-    got = filter_threshold(step.logits, 1, *step.filters)
+    got = filter_threshold_by_slot(step.logits, 1, *step.by_slot[:3])
     assert kept(step.logits, step.batch.temperature, got).all()
 
 
@@ -56,7 +56,7 @@ def test_keeps_what_the_sampler_keeps(device: torch.device) -> None:
         step.logits, step.layout, step.as_drafts(), step.batch, _no_state(len(FILTERS), device),
         torch.arange(len(FILTERS), device=device), 1,
     )  # fmt: skip
-    got = filter_threshold(step.logits, WIDTH, *step.filters)
+    got = filter_threshold_by_slot(step.logits, WIDTH, *step.by_slot[:3])
     survive = kept(step.logits, step.batch.temperature.repeat_interleave(WIDTH), got)
     sampled = ~step.batch.greedy.repeat_interleave(WIDTH)
     differing = (processed.to_dense().isfinite() != survive).sum(1)[sampled]
@@ -75,4 +75,4 @@ def test_broken_rows_end(device: torch.device, dtype: torch.dtype) -> None:
     step.logits[1, 6] = torch.inf
     step.logits[2] = -torch.inf
     step.logits[3] = torch.nan
-    filter_threshold(step.logits, 1, *step.filters)
+    filter_threshold_by_slot(step.logits, 1, *step.by_slot[:3])

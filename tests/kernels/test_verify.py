@@ -8,9 +8,10 @@ from torch import Tensor
 
 from server.core import SamplingParams
 from server.kernels.argmax import BLOCK
-from server.kernels.ratio import ratio_verify, ratio_verify_by_slot
-from server.kernels.sample import draft_sample, draft_sample_by_slot
-from server.kernels.verify import greedy_verify, greedy_verify_reference, sampled_verify, sampled_verify_by_slot
+from server.kernels.ratio import ratio_verify_by_slot
+from server.kernels.sample import draft_sample_by_slot
+from server.kernels.slots import as_tables
+from server.kernels.verify import greedy_verify, greedy_verify_reference, sampled_verify_by_slot
 from server.sampling.distribution import Processed
 from server.sampling.process import process
 from server.sampling.rng import TARGET, gumbel, noise_keys
@@ -97,7 +98,7 @@ def test_broken_only_where_emitted(device: torch.device, bad: float, params: Sam
     def run() -> tuple[Tensor, Tensor, Tensor]:
         if params.greedy:
             return greedy_verify(step.logits, step.drafts, step.num_valid)
-        return sampled_verify(step.logits, step.drafts, step.num_valid, *step.rows, False)
+        return sampled_verify_by_slot(step.logits, step.drafts, step.num_valid, *step.by_slot, False)
 
     step.drafts.copy_(run()[0][:, :-1])
     step.drafts[3, 1] = (step.drafts[3, 1] + 1) % vocab_size  # rejected: positions 2 and 3 are not emitted
@@ -142,7 +143,8 @@ def test_sampled_equals_reference(
     step.logits[-1, : vocab_size // 2] = -torch.inf
     num_accepted = step.num_valid
     for _ in range(2 if width > 1 else 1):  # alone, nothing is drafted
-        tokens, num_accepted, broken = sampled_verify(step.logits, step.drafts, step.num_valid, *step.rows, any_filter)
+        what = (step.logits, step.drafts, step.num_valid)
+        tokens, num_accepted, broken = sampled_verify_by_slot(*what, *step.by_slot, any_filter)
         expected, processed = reference(step)
         clear = margin(step, processed) > 1e-4
         assert clear.float().mean() > 0.5  # 16 bits: the greedy row's largest logit may be there twice
@@ -157,14 +159,12 @@ def test_sampled_equals_reference(
 
 def test_result_does_not_depend_on_the_batch(device: torch.device) -> None:
     step = random_step(FILTERED, 3, VOCABS[-1], torch.float32, device)
-    together = sampled_verify(step.logits, step.drafts, step.num_valid, *step.rows, True)
+    together = sampled_verify_by_slot(step.logits, step.drafts, step.num_valid, *step.by_slot, True)
+    slots, floats, ints, known = step.by_slot
     for row in range(len(FILTERED)) if ON_GPU else (2, 5):
         one = slice(row, row + 1)
-        alone = sampled_verify(
-            step.logits[3 * row : 3 * row + 3], step.drafts[one], step.num_valid[one],
-            *(step.rows[0][one], step.rows[1][one], step.rows[2][one], step.rows[3][one], step.rows[4][one]),
-            *(step.rows[5][one], step.rows[6][one], step.rows[7][one]), True,
-        )  # fmt: skip
+        what = (step.logits[3 * row : 3 * row + 3], step.drafts[one], step.num_valid[one])
+        alone = sampled_verify_by_slot(*what, slots[one], floats, ints, known, True)
         for found, wanted in zip(alone, together, strict=True):
             assert torch.equal(found, wanted[one])
 
@@ -175,29 +175,30 @@ def test_the_best_may_share_a_lane(device: torch.device) -> None:
     step = random_step(params, 1, VOCABS[2] if ON_GPU else 3 * BLOCK, torch.float32, device, 0.1)
     for first in (3, BLOCK - 2):
         step.logits[:, first], step.logits[:, first + BLOCK] = 25.0, 25.4  # unequal: bounds may rank them wrongly
-        tokens, _, _ = sampled_verify(step.logits, step.drafts, step.num_valid, *step.rows, False)
+        tokens, _, _ = sampled_verify_by_slot(step.logits, step.drafts, step.num_valid, *step.by_slot, False)
         expected, processed = reference(step)
         clear = margin(step, processed) > 1e-4
         assert clear.float().mean() > 0.9
         assert torch.equal(tokens[clear], expected.tokens[clear])
 
 
-def test_by_slot_equals_by_row(device: torch.device) -> None:
+def test_slots_may_lie_anywhere(device: torch.device) -> None:
     step = random_step(FILTERED[:4], 2, VOCABS[-1], torch.float16, device)
-    num_slots = 7
-    tables, known = step.tables(num_slots), step.num_tokens_by_slot(num_slots)
     b, what = step.batch, (step.logits, step.drafts, step.num_valid)
     firsts = step.logits[::2].contiguous()
-    for found, wanted in (
-        (sampled_verify_by_slot(*what, *tables, known, True), sampled_verify(*what, *step.rows, True)),
-        (ratio_verify_by_slot(*what, None, *tables, known, False), ratio_verify(*what, None, *step.rows, False)),
-        (
-            draft_sample_by_slot(firsts, *tables, step.num_tokens, None, "ratio"),
-            draft_sample(firsts, b.temperature, b.greedy, b.seeds, b.choices, step.num_tokens, None, "ratio"),
-        ),
-    ):
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+    in_order = as_tables(b.temperature, b.greedy, b.seeds, b.choices, b.top_k, b.top_p, b.min_p)
+    results = []
+    for *tables, known in (step.by_slot, (*in_order, step.num_tokens)):
+        slots, floats, ints = tables
+        results.append(
+            (
+                *sampled_verify_by_slot(*what, slots, floats, ints, known, True),
+                *ratio_verify_by_slot(*what, None, slots, floats, ints, known, False),
+                *draft_sample_by_slot(firsts, slots, floats, ints, step.num_tokens, None, "ratio"),
+            )
+        )
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
 
 def test_shapes_must_fit(device: torch.device) -> None:

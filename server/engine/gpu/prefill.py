@@ -122,14 +122,13 @@ def inputs_in(packed: Tensor, layout: Layout, state: DeviceState, chunks: Chunks
     token_ids, positions, places = packed[layout.token_ids], packed[layout.positions], packed[layout.places]
     slots, starts, logits_at = packed[layout.slots], packed[layout.starts], packed[layout.logits_at]
     offsets = packed[layout.offsets]
-    widest, longest, fresh = len(token_ids), state.max_context, False
+    widest, longest = len(token_ids), state.max_context
     if chunks is not None:
         num_tokens, num_rows = chunks.num_tokens, chunks.num_rows
         token_ids, positions, places = token_ids[:num_tokens], positions[:num_tokens], places[:num_tokens]
         slots, starts, logits_at = slots[:num_rows], starts[:num_rows], logits_at[: chunks.num_logits]
         offsets = offsets[: num_rows + 1]
         widest, longest = int(chunks.lengths.max()), max(row.start + row.num_tokens for row in chunks.rows)
-        fresh = not any(row.start for row in chunks.rows)
     rows = PagedRows(
         slots=slots,
         starts=starts,
@@ -138,6 +137,5 @@ def inputs_in(packed: Tensor, layout: Layout, state: DeviceState, chunks: Chunks
         max_context=longest,
         offsets=offsets.to(torch.int32),
         max_width=widest,
-        fresh=fresh,
     )
     return Inputs(token_ids, positions, places, logits_at, rows)

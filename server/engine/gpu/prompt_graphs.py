@@ -21,9 +21,10 @@ from torch import Tensor
 from server.engine.gpu.graphs import Graphs, Run
 from server.engine.gpu.launched import StepTimer
 from server.engine.gpu.prefill import Chunks, Inputs, Layout, inputs_in
-from server.engine.gpu.staging import Upload, to_device
+from server.engine.gpu.staging import Upload
 from server.engine.gpu.step import StepProgram
 from server.engine.gpu.tiers import token_tiers
+from server.spec.upload import to_device
 
 log = logging.getLogger("outpace.engine")
 

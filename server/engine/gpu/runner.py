@@ -23,8 +23,7 @@ from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.launched import DownloadedLogprobs, Launched, PromptScores, StepTimer
 from server.engine.gpu.ops import NUM_REPORTED, StepOps
 from server.engine.gpu.prefill import Chunks
-from server.engine.gpu.staging import to_device
-from server.engine.gpu.state import make_pools, make_state
+from server.engine.gpu.state import make_state
 from server.engine.gpu.step import TOP_LOGPROBS, UPDATES_PER_ROW, StepProgram
 from server.engine.gpu.tiers import tier_of
 from server.engine.prompt_logprobs import positions, to_score
@@ -32,6 +31,8 @@ from server.engine.sequence import Sequence
 from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import PagedForward
+from server.models.paging import make_pools
+from server.spec.upload import to_device
 
 _TIMERS = 4
 
@@ -63,7 +64,8 @@ class GpuRunner:
         self.model, self.drafter, self.shape = model, parts.drafter, shape
         self.device, self.deterministic = model.device, parts.deterministic
         self.linear_path = parts.linear_path
-        self.pools = make_pools(model, shape, parts.kv_dtype)
+        places = shape.num_blocks * shape.block_size
+        self.pools = make_pools(model.kv_layers, places, parts.kv_dtype or model.dtype, self.device)
         self.state = make_state(self.pools, shape, model.vocab_size, self.device)
         self.sampling = self.state.sampling
         self.program = StepProgram(
@@ -75,7 +77,7 @@ class GpuRunner:
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
         self._drafting = False
-        self._behind: set[int] = set()  # slots whose drafter has not seen every token
+        self._behind: dict[int, int] = {}  # slots whose drafter has not seen every token: how many it has seen
         bind = getattr(parts.drafter, "bind", None)
         if bind is not None:
             bind(self.state.block_tables)
@@ -88,7 +90,7 @@ class GpuRunner:
             request = seq.request
             early = seq.num_emitted < request.min_tokens and bool(seq.ends)
             self._kinds[seq.slot] = class_of(request.sampling, early)
-            self._behind.discard(seq.slot)
+            self._behind.pop(seq.slot, None)
         for slots, num_tokens in self._admission.fill(sequences):
             if self.drafter is not None:
                 self.drafter.admit_slots(slots, num_tokens)
@@ -169,13 +171,14 @@ class GpuRunner:
             if self._drafting and not wanted:
                 self.drafter.pause()
             self._drafting = self._drafting and wanted
-            self._behind.update(seq.slot for seq in sequences)
+            for seq in sequences:
+                self._behind.setdefault(seq.slot, seq.num_tokens)
             return
         self._drafting = True
         late = [seq for seq in sequences if seq.slot in self._behind] if self._behind else []
         if late:
-            self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late])
-            self._behind.difference_update(seq.slot for seq in late)
+            seen = [self._behind.pop(seq.slot) for seq in late]
+            self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late], seen)
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
@@ -226,7 +229,8 @@ class GpuRunner:
             step = self.state.step(slots, torch.zeros_like(slots), None)
             self.drafter.prefill_chunk(step, inputs.token_ids, inputs.rows, features)
         elif self.drafter is not None:
-            self._behind.update(row.slot for row in plan.rows)
+            for row in plan.rows:  # what a prefix hit brought may come from a pause too
+                self._behind.setdefault(row.slot, 0)
         scores = PromptScores(scored, logits[len(sampling) :]) if scored else None
         if not sampling:
             return Launched(timer, sequences, chunks.num_tokens, [], None, 1, scores=scores)

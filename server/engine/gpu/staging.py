@@ -85,9 +85,3 @@ class Download:
         buffer.copy_(self.source[:size], non_blocking=True)
         self._next = (self._next + 1) % _RING
         return buffer
-
-
-def to_device(values: NDArray[np.int64] | list[int], device: torch.device) -> Tensor:
-    """A one-off upload of int64: the caching host allocator keeps the pinned copy until it has been read."""
-    host = torch.as_tensor(values, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()

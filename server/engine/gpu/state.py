@@ -9,7 +9,6 @@ from torch import Tensor
 
 from server.engine.limits import MAX_BIASES, MAX_ENDS
 from server.engine.step_runner import RunnerShape
-from server.models.base import TargetModel
 from server.sampling.state import SamplingState
 from server.spec.device import DeviceStep
 from server.spec.types import SlotState
@@ -40,22 +39,6 @@ class DeviceState:
             max_context=self.max_context,
             block_size=self.block_size,
         )
-
-
-def make_pools(model: TargetModel, shape: RunnerShape, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The KV pool, a tensor a layer: [num_blocks * block_size, 2 * kv_heads, head_dim], zeroed.
-
-    Layers of one shape are views of one tensor, one layer after another. `dtype` None means the network's.
-    """
-    places = shape.num_blocks * shape.block_size
-    kind, device = dtype or model.dtype, model.device
-    first = model.kv_layers[0]
-    if all(kv == first for kv in model.kv_layers):
-        whole = torch.zeros(
-            len(model.kv_layers), places, 2 * first.num_kv_heads, first.head_dim, dtype=kind, device=device
-        )
-        return list(whole.unbind(0))
-    return [torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=kind, device=device) for kv in model.kv_layers]
 
 
 def make_state(pools: list[Tensor], shape: RunnerShape, vocab_size: int, device: torch.device) -> DeviceState:
