@@ -45,7 +45,6 @@ class Graphs:
             return
         run()
         torch.cuda.synchronize(self._device)
-        self._make_room()
         before = torch.cuda.memory_reserved(self._device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -56,15 +55,6 @@ class Graphs:
         self._graphs[key] = graph
         self.stats.num_graphs += 1
         self.stats.memory_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
-
-    def _make_room(self) -> None:
-        """Gives back what the eager run left in torch's hands where the graph, which takes as much, might not fit.
-
-        Once a capture has begun torch can not do that by itself.
-        """
-        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        if kept > torch.cuda.mem_get_info(self._device)[0]:
-            torch.cuda.empty_cache()
 
     def run(self, key: Hashable, eagerly: Run) -> None:
         """Replays the graph of `key`; without one runs `eagerly`, and says so once a key."""
