@@ -39,12 +39,12 @@ class EngineConfig:
 
     `model` and `draft_model` are `smollm2-135m` (the embedded model), a Hugging Face directory, a hub id or a
     GGUF file. `max_model_len` None means what the model's own configuration says. The KV pool takes
-    `kv_memory_share` of the memory that is free once the weights are loaded (None: a quarter on a CPU, 0.85 on a GPU),
-    or exactly `kv_cache_tokens` tokens where that is given; `kv_cache_dtype` `fp8` (GPUs only) stores them as
-    float8_e4m3fn. `num_threads` None means every core; `max_num_batched_tokens` (the token budget of a prefill step)
-    None means 256 on a CPU, 2048 on a GPU, `max_num_seqs` None 16 and 64. `deterministic` (GPUs; a CPU in float32
-    always is): output does not depend on drafts, batch or chunks, in any bit. `cuda_graphs` False runs every step
-    eagerly, to find faults.
+    `kv_memory_share` of the memory that is free once the weights are loaded (None: a quarter on a CPU; 0.85 on a GPU,
+    where what steps and graphs need, reckoned from their shapes, is set aside before), or exactly `kv_cache_tokens`
+    tokens where that is given; `kv_cache_dtype` `fp8` (GPUs only) stores them as float8_e4m3fn. `num_threads` None
+    means every core; `max_num_batched_tokens` (the token budget of a prefill step) None means 256 on a CPU, 2048 on a
+    GPU, `max_num_seqs` None 16 and 64. `deterministic` (GPUs; a CPU in float32 always is): output does not depend on
+    drafts, batch or chunks, in any bit. `cuda_graphs` False runs every step eagerly, to find faults.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
