@@ -128,6 +128,7 @@ def prefill_attention(
         return out
     tile = tile or prefill_tile(dim, q.dtype)
     per_tile = queries_a_tile(rows.width, group, tile.block_m)
+    bounded = {"maxnreg": tile.max_registers} if tile.max_registers else {}
     factor, cap = scales(scale, softcap, k_scale)
     prefill_kernel[(ceil_div(rows.width or rows.max_width, per_tile), kv_heads, rows.num_rows)](
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,
@@ -135,7 +136,7 @@ def prefill_attention(
         q.shape[0], W=rows.width, G=group, KVH=kv_heads, QT=per_tile, D=dim, BLOCK_D=next_power_of_2(dim),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=rows.block_size, WINDOW=window or 0,
         CAPPED=softcap is not None, SINKS=sinks is not None, PRECISION=dot_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **bounded,
     )  # fmt: skip
     return out
 
