@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.attention import Splits, Tile, Workspace, attention_reference, decode_attention, plan_splits
-from server.kernels.attention_plan import bytes_moved, decode_tile
+from server.kernels.attention_plan import bytes_moved, decode_tile, is_crowded
 from server.kernels.attention_prefill import fresh_attention, prefill_attention, prefill_tile
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import num_sms
@@ -75,8 +75,9 @@ class Way:
 
 
 def default_way(shape: Heads, width: int, batch: int, context: int) -> Way:
-    tile = decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=False)
     sms = num_sms(DEVICE)
+    crowded = is_crowded(batch, shape.kv_heads, sms)
+    tile = decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=False, crowded=crowded)
     return Way(tile, plan_splits(batch, width, shape.heads, shape.kv_heads, context, sms, block_n=tile.block_n))
 
 
@@ -289,7 +290,7 @@ def prefill(shape: Heads, pool: Tensor, batch: int = 16, length: int = 2048) -> 
         return prefill_attention(q, pool, rows, scale=scale, tile=tile, deterministic=deterministic)
 
     first = prefill_tile(shape.dim, DTYPE)
-    knobs = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
+    knobs = [(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)]
     options = [first, *(t for t in (Tile(*k) for k in knobs) if t != first)]
     named: dict[str, Callable[[], Tensor]] = {str(t): partial(paged, t) for t in options}
     named["deterministic"] = lambda: paged(deterministic=True)

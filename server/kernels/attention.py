@@ -72,7 +72,9 @@ def check_operands(q: Tensor, pool: Tensor, rows: PagedRows, out: Tensor | None)
 
 
 def scales(scale: float, softcap: float | None, k_scale: float) -> tuple[float, float]:
-    """What scores are multiplied by, and the cap, for base 2; see `scores_of`."""
+    """What scores are multiplied by, and the cap, for base 2; see `scores_of`. Raises ValueError for a scale <= 0."""
+    if scale * k_scale <= 0.0:
+        raise ValueError(f"scale {scale}, k_scale {k_scale}: the largest score is looked for before scaling")
     if softcap is None:
         return scale * k_scale * LOG2_E, 0.0
     return 2.0 * LOG2_E * scale * k_scale / softcap, softcap * LOG2_E

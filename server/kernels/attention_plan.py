@@ -159,7 +159,8 @@ def plan_splits(
 
     A few rows: one program a multiprocessor, of which each row gets its share; more rows: two, and where contexts are
     long four, so that rows of different lengths balance. How many of them a row uses follows from its true length, on
-    the device: putting partial results together costs as much as a few hundred more tokens.
+    the device: putting partial results together costs as much as a few hundred more tokens, and where unsplit rows fill
+    the chip several times over (`is_crowded`) only rows past 2048 tokens are split at all.
     """
     group = heads // kv_heads
     block_m = min(64, max(16, next_power_of_2(width * group)))

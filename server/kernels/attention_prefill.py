@@ -25,6 +25,9 @@ from server.kernels.attention_tiles import attend, read_queries, write, zero_tai
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import ceil_div, dot_precision, next_power_of_2
 
+_FOUR_RESIDENT = 128
+"""Registers a thread that let four programs of four warps share a multiprocessor."""
+
 
 @triton.jit(do_not_specialize=["table_stride", "num_tokens"])
 def prefill_kernel(
@@ -90,7 +93,7 @@ def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(16, 16, 4, 2)
     if head_dim > 128:
         return Tile(128, 64, 8, 2)
-    return Tile(64, 64, 4, 2)
+    return Tile(64, 64, 4, 2, _FOUR_RESIDENT if head_dim <= 64 else 0)
 
 
 def prefill_attention(
