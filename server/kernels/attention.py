@@ -45,12 +45,10 @@ HEAD_DIMS = (64, 96, 128, 256)
 LOG2_E = 1.4426950408889634
 _POOL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TAIL_TILES = 2
-_REDUCE_VALUES = {4: 128, 8: 32}
+_REDUCE_VALUES = {1: 128, 2: 128, 4: 128, 8: 32}
 """Float32 values of partial results that a thread reads at once, by warps a program: registers bound them."""
 _REDUCE_ROWS = 4
 _REDUCE_WARPS = 4
-_TWO_RESIDENT = 128
-"""Registers a thread that let two programs of eight warps share a multiprocessor."""
 _REDUCE_RUNS = 16
 
 
@@ -74,7 +72,9 @@ def check_operands(q: Tensor, pool: Tensor, rows: PagedRows, out: Tensor | None)
 
 
 def scales(scale: float, softcap: float | None, k_scale: float) -> tuple[float, float]:
-    """What scores are multiplied by, and the cap, for base 2; see `scores_of`."""
+    """What scores are multiplied by, and the cap, for base 2; see `scores_of`. Raises ValueError for a scale <= 0."""
+    if scale * k_scale <= 0.0:
+        raise ValueError(f"scale {scale}, k_scale {k_scale}: the largest score is looked for before scaling")
     if softcap is None:
         return scale * k_scale * LOG2_E, 0.0
     return 2.0 * LOG2_E * scale * k_scale / softcap, softcap * LOG2_E
@@ -165,8 +165,8 @@ def launch(
     cutting = {"BLOCK_N": tile.block_n, "WINDOW": how.window or 0, "FIXED": fixed}
     reducing = {"SINKS": how.sinks is not None, "BLOCK_R": block_r, "BLOCK_S": block_s, "PDL": pdl}
     options: dict[str, int] = {"launch_pdl": True} if pdl else {}
-    bounded = {"maxnreg": _TWO_RESIDENT} if tile.num_warps == 8 and tile.block_m <= 32 else {}
-    tail = _TAIL_TILES * tile.block_n if settled and not splits.deterministic else 0
+    bounded = {"maxnreg": tile.max_registers} if tile.max_registers else {}
+    tail = _TAIL_TILES * tile.block_n if settled and tile.early and not splits.deterministic else 0
     sinks = out if how.sinks is None else how.sinks
     decode_kernel[(kv_heads * query_tiles, splits.num_splits, rows.num_rows)](
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from server.kernels.attention_tiles import (
     attend,
+    attend_from,
     attend_tail,
     cut,
+    entries,
     merge,
     read_queries,
     reduce_runs,
@@ -42,6 +44,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid (key heads x query tiles, splits, rows). W 0: ragged rows, whose first tokens `offsets` names.
 
+    The rows' own tensors are read before the queries, so that one does not wait for the other.
     TAIL: the last so many tokens of a run are one tile of their own, whose keys and values, as far as they are older
     than the row's queries, are read before the wait: 0 or two tiles, so that what is left before them is older.
     """
@@ -84,6 +87,8 @@ def decode_kernel(
         k = tl.zeros([BLOCK_D, TAIL], pool.dtype.element_ty)
         v = tl.zeros([TAIL, BLOCK_D], pool.dtype.element_ty)
         k, v = tail_tile(keys, place, k, v, tail, tail, tl.minimum(start, behind), TAIL, TOKEN, D, BLOCK_D)
+    elif FIXED == 0:
+        entry = entries(table, begin, length, BLOCK_N, BLOCK_SIZE)
     if PDL:
         if SETTLED:
             tl.extra.cuda.gdc_wait()
@@ -106,9 +111,10 @@ def decode_kernel(
                 TAIL, WINDOW, CAPPED, PRECISION,
             )  # fmt: skip
             end = tail // BLOCK_N
+            entry = entries(table, begin, length, BLOCK_N, BLOCK_SIZE)
         if begin < end:
-            m, z, acc = attend(
-                queries, start + j, m, z, acc, table, keys, begin, end, length, scale, softcap,
+            m, z, acc = attend_from(
+                queries, start + j, m, z, acc, table, entry, keys, begin, end, length, scale, softcap,
                 TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, TAIL == 0 or WINDOW > 0, PRECISION,
             )  # fmt: skip
         if SPLIT and active > 1:

@@ -20,16 +20,27 @@ _LONG_TOKENS = 2048
 _WHOLE_TOKENS = 256
 _FEWEST_TOKENS = 128
 _FUSED_ROWS = 32
+_CROWDED = 2
+_CROWDED_TOKENS = 2048
+_TWO_RESIDENT = 128
+"""Registers a thread that let two programs of eight warps share a multiprocessor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Shape of a program: BLOCK_M packed query rows, BLOCK_N tokens a tile, and Triton's two knobs."""
+    """Shape of a program: BLOCK_M packed query rows, BLOCK_N tokens a tile, and Triton's two knobs.
+
+    `max_registers` a thread, so that more programs share a multiprocessor; 0: as many as it wants. `early`: a decode
+    row's last tokens are a tile of their own that is read before the queries are there, where that is allowed. It
+    hides latency where few programs run, and takes registers that many would rather have.
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int = 0
+    early: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +111,25 @@ def queries_a_tile(width: int, group: int, block_m: int) -> int:
     return min(width, block_m // group) if width else block_m // group
 
 
-def decode_tile(width: int, group: int, head_dim: int, dtype: torch.dtype, pool: torch.dtype, exact: bool) -> Tile:
-    """The tile of `width` queries a row. `exact` (deterministic): one shape whatever the width and the phase."""
+def is_crowded(num_rows: int, kv_heads: int, num_sms: int) -> bool:
+    """Whether unsplit rows alone give every multiprocessor several programs."""
+    return num_rows * kv_heads >= _CROWDED * num_sms
+
+
+def decode_tile(
+    width: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    pool: torch.dtype,
+    exact: bool,
+    crowded: bool = False,
+) -> Tile:
+    """The tile of `width` queries a row. `exact` (deterministic): one shape whatever the width and the phase.
+
+    `crowded`, see `is_crowded`: many small programs side by side hide each other's latency, and keep more bytes in
+    flight than a few large ones.
+    """
     if dtype == torch.float32:  # no tensor cores: small tiles, or registers spill
         return Tile(16, 16, 4, 2)
     wide = head_dim > 128
@@ -110,8 +138,10 @@ def decode_tile(width: int, group: int, head_dim: int, dtype: torch.dtype, pool:
     block_m = min(64, max(16, next_power_of_2(width * group)))
     if wide:
         return Tile(min(block_m, 32), 32, 4, 3)
+    if crowded and block_m <= 32 and pool not in _FLOAT8:
+        return Tile(block_m, 64 if block_m == 16 else 32, 4, 3, early=False)
     if head_dim <= 64:
-        return Tile(block_m, 128, 8, 3)
+        return Tile(block_m, 128, 8, 3, _TWO_RESIDENT if block_m <= 32 else 0)
     return Tile(block_m, 64, 8 if block_m > 32 else 4, 4 if pool in _FLOAT8 else 3)
 
 
@@ -129,7 +159,8 @@ def plan_splits(
 
     A few rows: one program a multiprocessor, of which each row gets its share; more rows: two, and where contexts are
     long four, so that rows of different lengths balance. How many of them a row uses follows from its true length, on
-    the device: putting partial results together costs as much as a few hundred more tokens.
+    the device: putting partial results together costs as much as a few hundred more tokens, and where unsplit rows fill
+    the chip several times over (`is_crowded`) only rows past 2048 tokens are split at all.
     """
     group = heads // kv_heads
     block_m = min(64, max(16, next_power_of_2(width * group)))
@@ -141,6 +172,8 @@ def plan_splits(
         partials = ceil_div(max_context, DETERMINISTIC_TOKENS)
         return Splits(min(wanted, partials), DETERMINISTIC_TOKENS, partials)
     tiles, whole = ceil_div(max_context, block_n), ceil_div(_WHOLE_TOKENS, block_n)
+    if is_crowded(num_rows, kv_heads, num_sms):
+        whole, wanted = ceil_div(_CROWDED_TOKENS, block_n), min(wanted, ceil_div(max_context, _CROWDED_TOKENS))
     fewest = ceil_div(_FEWEST_TOKENS if programs <= _MANY_PROGRAMS else 4 * _FEWEST_TOKENS, block_n)
     num_splits = 1 if tiles <= whole else max(1, min(wanted, ceil_div(tiles, fewest)))
     return Splits(num_splits, None, num_splits, fewest, packed <= _FUSED_ROWS or num_splits <= 4, whole)

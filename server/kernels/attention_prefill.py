@@ -19,6 +19,9 @@ from server.kernels.attention_tiles import attend, read_queries, write, zero_tai
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import ceil_div, dot_precision, next_power_of_2
 
+_FOUR_RESIDENT = 128
+"""Registers a thread that let four programs of four warps share a multiprocessor."""
+
 
 @triton.jit
 def row_of_tile(offsets, num_rows, tile, QT: tl.constexpr, BLOCK: tl.constexpr):
@@ -107,7 +110,7 @@ def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
         return Tile(16, 16, 4, 2)
     if head_dim > 128:
         return Tile(128, 64, 8, 2)
-    return Tile(64, 64, 4, 2)
+    return Tile(64, 64, 4, 2, _FOUR_RESIDENT if head_dim <= 64 else 0)
 
 
 def _num_tiles(rows: PagedRows, num_tokens: int, per_tile: int) -> int:
@@ -154,6 +157,7 @@ def prefill_attention(
         return out
     tile = tile or prefill_tile(dim, q.dtype)
     per_tile = queries_a_tile(rows.width, group, tile.block_m)
+    bounded = {"maxnreg": tile.max_registers} if tile.max_registers else {}
     factor, cap = scales(scale, softcap, k_scale)
     prefill_kernel[(_num_tiles(rows, q.shape[0], per_tile), kv_heads)](
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,
@@ -161,6 +165,6 @@ def prefill_attention(
         rows.num_rows, q.shape[0], W=rows.width, G=group, KVH=kv_heads, QT=per_tile, D=dim,
         BLOCK_D=next_power_of_2(dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=rows.block_size,
         WINDOW=window or 0, CAPPED=softcap is not None, SINKS=sinks is not None, PRECISION=dot_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **bounded,
     )  # fmt: skip
     return out

@@ -19,30 +19,48 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores_of(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores [M, N] of k [D, N] in base 2. CAPPED: softcap * tanh(x), with 2 log2(e) / softcap folded into `scale`."""
-    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    """Scores [M, N] of k [D, N], and what they are to be multiplied by for base 2: `scale`, positive.
+
+    CAPPED: softcap * tanh(x), with 2 log2(e) / softcap folded into `scale`; nothing is left to multiply by.
+    """
+    s = tl.dot(q, k, input_precision=PRECISION)
+    factor = scale
     if CAPPED:
-        s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
-    return s
+        s = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale)))
+        factor = 1.0
+    return s, factor
 
 
 @triton.jit
-def softmax_step(s, v, m, z, acc, PRECISION: tl.constexpr):
-    """One tile of online softmax; rows that have seen nothing yet keep m = -inf, z = 0, acc = 0."""
-    top = tl.maximum(m, tl.max(s, 1))
-    safe = tl.where(top == float("-inf"), 0.0, top)
+def softmax_step(s, factor, v, m, z, acc, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of online softmax; rows that have seen nothing yet keep m = -inf, z = 0, acc = 0.
+
+    The largest score is found before the multiplication by `factor`, which then costs nothing: it is part of the
+    subtraction. MASKED False: every row sees something.
+    """
+    top = tl.maximum(m, tl.max(s, 1) * factor)
+    safe = top
+    if MASKED:
+        safe = tl.where(top == float("-inf"), 0.0, top)
     keep = tl.exp2(m - safe)
-    p = tl.exp2(s - safe[:, None])
+    p = tl.exp2(tl.fma(s, factor, -safe[:, None]))
     z = tl.fma(z, keep, tl.sum(p, 1))
     acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
     return top, z, acc
 
 
 @triton.jit
-def entries(table, position, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Block table entries of BLOCK_N tokens from `position` on."""
-    n = position + tl.arange(0, BLOCK_N)
-    return tl.load(table + n // BLOCK_SIZE, mask=n < length, other=0)
+def entries(table, tile, length, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block table entries of the tokens of `tile`, [BLOCK_N]; behind `length`, that of its last token.
+
+    No mask and no token in the address: threads that hold several tokens of a block read its entry once.
+    """
+    last = (length - 1) // BLOCK_SIZE
+    if BLOCK_SIZE >= BLOCK_N:
+        at = tl.minimum(tile * BLOCK_N // BLOCK_SIZE, last) + tl.zeros([BLOCK_N], tl.int32)
+    else:
+        at = tl.minimum(tile * (BLOCK_N // BLOCK_SIZE) + tl.arange(0, BLOCK_N) // BLOCK_SIZE, last)
+    return tl.load(table + at)
 
 
 @triton.jit
@@ -55,15 +73,32 @@ def attend(
 
     Places behind `length` are never read: they may hold anything, NaN too.
     """
+    entry = entries(table, begin, length, BLOCK_N, BLOCK_SIZE)
+    return attend_from(
+        q, at, m, z, acc, table, entry, keys, begin, end, length, scale, softcap,
+        TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, MASKED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_from(
+    q, at, m, z, acc, table, entry, keys, begin, end, length, scale, softcap,
+    TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`attend`, with the block table entries of its first tile: who reads them early waits for them less."""
     d = tl.arange(0, BLOCK_D)
     inside = d < D
+    within = (tl.arange(0, BLOCK_N) % BLOCK_SIZE)[:, None] * TOKEN + d[None, :]
     # Table entries are read one tile ahead into registers, so that the loads of keys and values, which the compiler
     # pipelines, wait for no other load.
-    entry = entries(table, begin * BLOCK_N, length, BLOCK_N, BLOCK_SIZE)
     for tile in tl.range(begin, end):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        place = entry.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-        pointers = keys + place[:, None] * TOKEN + d[None, :]
+        block = keys + entry.to(tl.int64) * (BLOCK_SIZE * TOKEN)
+        if BLOCK_SIZE > BLOCK_N:
+            block += tile * BLOCK_N % BLOCK_SIZE * TOKEN
+        entry = entries(table, tile + 1, length, BLOCK_N, BLOCK_SIZE)
+        pointers = block[:, None] + within
         if MASKED:
             present = (n < length)[:, None] & inside[None, :]
             k = tl.load(pointers, mask=present, other=0.0)
@@ -74,14 +109,13 @@ def attend(
         else:
             k = tl.load(pointers)
             v = tl.load(pointers + TOKEN // 2)
-        entry = entries(table, (tile + 1) * BLOCK_N, length, BLOCK_N, BLOCK_SIZE)
-        s = scores_of(q, tl.trans(k.to(q.dtype)), scale, softcap, CAPPED, PRECISION)
+        s, factor = scores_of(q, tl.trans(k.to(q.dtype)), scale, softcap, CAPPED, PRECISION)
         if MASKED:
             seen = n[None, :] <= at[:, None]
             if WINDOW > 0:
                 seen = seen & (n[None, :] > at[:, None] - WINDOW)
             s = tl.where(seen, s, float("-inf"))
-        m, z, acc = softmax_step(s, v.to(q.dtype), m, z, acc, PRECISION)
+        m, z, acc = softmax_step(s, factor, v.to(q.dtype), m, z, acc, MASKED, PRECISION)
     return m, z, acc
 
 
@@ -126,11 +160,11 @@ def attend_tail(
 ):  # fmt: skip
     """A run's last tokens, up to `behind`, as one tile that lies in registers: k [BLOCK_D, TAIL], v [TAIL, BLOCK_D]."""
     n = tail + tl.arange(0, TAIL)
-    s = scores_of(q, k.to(q.dtype), scale, softcap, CAPPED, PRECISION)
+    s, factor = scores_of(q, k.to(q.dtype), scale, softcap, CAPPED, PRECISION)
     seen = (n[None, :] <= at[:, None]) & (n < behind)[None, :]
     if WINDOW > 0:
         seen = seen & (n[None, :] > at[:, None] - WINDOW)
-    return softmax_step(tl.where(seen, s, float("-inf")), v.to(q.dtype), m, z, acc, PRECISION)
+    return softmax_step(tl.where(seen, s, float("-inf")), factor, v.to(q.dtype), m, z, acc, True, PRECISION)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.kernels.attention import Splits, Workspace, attention_reference, decode_attention, plan_splits
-from server.kernels.attention_plan import Tile, bytes_moved, partials_needed, queries_a_tile
+from server.kernels.attention_plan import Tile, bytes_moved, decode_tile, is_crowded, partials_needed, queries_a_tile
 from server.kernels.runtime import next_power_of_2
 from tests.kernels.attention_cases import Paged, Shape, uniform
 from tests.kernels.close import assert_close
@@ -144,6 +144,24 @@ def test_settled_reads_only_what_is_older_early(device: torch.device) -> None:
     check(uniform(Shape(), 3, lengths, device, torch.float16), Splits(3, None, 3, 1), torch.float16)
 
 
+@pytest.mark.parametrize("width", [1, 5])
+def test_many_rows_have_small_programs(device: torch.device, width: int) -> None:
+    """Their tiles read nothing before the queries, and their plans leave all but long rows whole."""
+    case = uniform(Shape(3, 1), width, [width, 64, 65, 100, 130][: None if ON_GPU else 4], device, torch.float16)
+    tile = decode_tile(width, 3, 64, torch.float16, torch.float16, exact=False, crowded=True)
+    assert not tile.early
+    for splits in (Splits(1), Splits(2, None, 2, 1)):
+        found = decode_attention(
+            case.q, case.pool, case.rows, scale=case.scale, splits=splits, workspace=space(device, 64),
+            tile=tile if ON_GPU else replace(tile, block_n=32), settled=True,
+        )  # fmt: skip
+        assert_close(found, case.reference(), torch.float16)
+    assert is_crowded(88, 3, 132) and not is_crowded(87, 3, 132)
+    plan = plan_splits(256, width, 9, 3, 4100, 132, block_n=tile.block_n)
+    assert plan.num_splits == 2 and plan.whole_tiles * tile.block_n == 2048
+    assert plan_splits(256, width, 9, 3, 2048, 132, block_n=tile.block_n).num_splits == 1
+
+
 def test_refusals(device: torch.device) -> None:
     case = uniform(Shape(), 1, [100], device, torch.float16)
 
@@ -168,6 +186,8 @@ def test_refusals(device: torch.device) -> None:
         call(replace(case, rows=replace(case.rows, block_size=12)))
     with pytest.raises(ValueError, match="out"):
         call(out=torch.empty(2, 2))
+    with pytest.raises(ValueError, match="before scaling"):
+        call(k_scale=-1.0)
 
 
 def test_reference_is_plain_attention(device: torch.device) -> None:
