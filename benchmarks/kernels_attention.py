@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.attention import Splits, Tile, Workspace, attention_reference, decode_attention, plan_splits
-from server.kernels.attention_plan import bytes_moved, decode_tile, is_crowded
+from server.kernels.attention_plan import bytes_moved, decode_tile
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import num_sms
 
@@ -73,8 +73,8 @@ class Way:
 
 def default_way(shape: Heads, width: int, batch: int, context: int) -> Way:
     sms = num_sms(DEVICE)
-    crowded = is_crowded(batch, shape.kv_heads, sms)
-    tile = decode_tile(width, shape.heads // shape.kv_heads, shape.dim, DTYPE, DTYPE, exact=False, crowded=crowded)
+    group, programs = shape.heads // shape.kv_heads, batch * shape.kv_heads
+    tile = decode_tile(width, group, shape.dim, DTYPE, DTYPE, exact=False, programs=programs)
     return Way(tile, plan_splits(batch, width, shape.heads, shape.kv_heads, context, sms, block_n=tile.block_n))
 
 

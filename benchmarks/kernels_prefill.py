@@ -81,8 +81,8 @@ def prefill(shape: Heads, pool: Tensor, batch: int = BATCH, length: int = LENGTH
     def paged(tile: Tile | None = None, deterministic: bool = False) -> Tensor:
         return prefill_attention(q, pool, rows, scale=scale, tile=tile, deterministic=deterministic)
 
-    first = prefill_tile(shape.dim, DTYPE)
-    knobs = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
+    first = prefill_tile(shape.dim, DTYPE, len(q) * shape.heads, num_sms(DEVICE))
+    knobs = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)]
     options = [first, *(t for t in (Tile(*k) for k in knobs) if t != first)]
     named: dict[str, Callable[[], Tensor]] = {str(t): partial(paged, t) for t in options}
     named["deterministic"] = lambda: paged(deterministic=True)

@@ -9,7 +9,7 @@ from draft_models.eagle3_ops import store_arguments, window_arguments
 from draft_models.eagle3_ring import FeatureRing
 from server.kernels.activation import silu_mul
 from server.kernels.attention import decode_attention
-from server.kernels.attention_plan import Splits, Workspace, decode_tile, partials_needed, plan_splits
+from server.kernels.attention_plan import Splits, Tile, Workspace, decode_tile, partials_needed, plan_splits
 from server.kernels.eagle3_carry import Window, read_window, store_features
 from server.kernels.embedding import embed_norm
 from server.kernels.gather import select_rows
@@ -28,7 +28,7 @@ class KernelOps:
     """
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[int, ...], tuple[Splits, Workspace | None]] = {}
+        self._plans: dict[tuple[int, ...], tuple[Tile, Splits, Workspace | None]] = {}
 
     def window(self, ring: FeatureRing, step: DeviceStep, k: int) -> Window:
         """See Eagle3Ops. `step.limits` and `step.slots` are contiguous."""
@@ -62,12 +62,13 @@ class KernelOps:
 
     def attention(self, q: Tensor, pool: Tensor, rows: PagedRows, first: Tensor) -> Tensor:
         """See Eagle3Ops, and the class for `first`."""
-        splits, workspace = self._plan(q, pool, rows)
+        tile, splits, workspace = self._plan(q, pool, rows)
         return decode_attention(
-            q, pool, rows, scale=q.shape[2] ** -0.5, splits=splits, workspace=workspace, pdl=supports_pdl(q.device)
-        )
+            q, pool, rows,
+            scale=q.shape[2] ** -0.5, tile=tile, splits=splits, workspace=workspace, pdl=supports_pdl(q.device),
+        )  # fmt: skip
 
-    def _plan(self, q: Tensor, pool: Tensor, rows: PagedRows) -> tuple[Splits, Workspace | None]:
+    def _plan(self, q: Tensor, pool: Tensor, rows: PagedRows) -> tuple[Tile, Splits, Workspace | None]:
         """RuntimeError: first asked for while a graph is captured, which would own the workspace."""
         num_rows, heads, dim = q.shape
         key = (num_rows, heads, pool.shape[1], dim, rows.max_context)
@@ -76,7 +77,7 @@ class KernelOps:
             if q.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("run a chain before capturing one: a workspace cannot be made inside a graph")
             kv_heads = pool.shape[1] // 2
-            tile = decode_tile(1, heads // kv_heads, dim, q.dtype, pool.dtype, False)
+            tile = decode_tile(1, heads // kv_heads, dim, q.dtype, pool.dtype, False, len(q) * kv_heads)
             splits = plan_splits(
                 num_rows, 1, heads, kv_heads, rows.max_context, num_sms(q.device), block_n=tile.block_n
             )
@@ -84,5 +85,5 @@ class KernelOps:
             if splits.partials > 1:
                 needed = partials_needed(num_rows, 1, heads, kv_heads, splits, tile.block_m)
                 workspace = Workspace.allocate(q.device, needed, dim, num_rows * heads)
-            found = self._plans[key] = (splits, workspace)
+            found = self._plans[key] = (tile, splits, workspace)
         return found

@@ -123,12 +123,12 @@ def decode_tile(
     dtype: torch.dtype,
     pool: torch.dtype,
     exact: bool,
-    crowded: bool = False,
+    programs: int = 0,
 ) -> Tile:
     """The tile of `width` queries a row. `exact` (deterministic): one shape whatever the width and the phase.
 
-    `crowded`, see `is_crowded`: many small programs side by side hide each other's latency, and keep more bytes in
-    flight than a few large ones.
+    `programs`: rows times key heads. More than a few hide each other's latency, and keep more bytes in flight if small
+    ones share a multiprocessor, than large ones that read ahead.
     """
     if dtype == torch.float32:  # no tensor cores: small tiles, or registers spill
         return Tile(16, 16, 4, 2)
@@ -138,8 +138,8 @@ def decode_tile(
     block_m = min(64, max(16, next_power_of_2(width * group)))
     if wide:
         return Tile(min(block_m, 32), 32, 4, 3)
-    if crowded and block_m <= 32 and pool not in _FLOAT8:
-        return Tile(block_m, 64 if block_m == 16 else 32, 4, 3, early=False)
+    if programs > _FEW_PROGRAMS and block_m <= 32 and pool not in _FLOAT8:
+        return Tile(block_m, 64, 4, 3, early=False)
     if head_dim <= 64:
         return Tile(block_m, 128, 8, 3, _TWO_RESIDENT if block_m <= 32 else 0)
     return Tile(block_m, 64, 8 if block_m > 32 else 4, 4 if pool in _FLOAT8 else 3)

@@ -17,10 +17,12 @@ from server.kernels.attention import Scores, check_operands, launch, scales
 from server.kernels.attention_plan import DETERMINISTIC_TOKENS, Splits, Tile, decode_tile, queries_a_tile
 from server.kernels.attention_tiles import attend, read_queries, write, zero_tail
 from server.kernels.paged import PagedRows
-from server.kernels.runtime import ceil_div, dot_precision, next_power_of_2
+from server.kernels.runtime import ceil_div, dot_precision, next_power_of_2, num_sms
 
 _FOUR_RESIDENT = 128
 """Registers a thread that let four programs of four warps share a multiprocessor."""
+_MANY_PROGRAMS = 8
+"""A multiprocessor, of 128 queries each: two at a time, and a short last wave."""
 
 
 @triton.jit
@@ -103,14 +105,18 @@ def prefill_kernel(
     write(m, z, acc, out, sinks, token + j, head, valid, v_scale, KVH * G, D, BLOCK_D, SINKS)
 
 
-def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of prompt chunks: one warp group of 64 packed queries, so that several programs share a multiprocessor
-    and one's products hide another's softmax."""
+def prefill_tile(head_dim: int, dtype: torch.dtype, packed: int, sms: int) -> Tile:
+    """The tile of prompt chunks of `packed` queries times heads: one warp group, so that several programs share a
+    multiprocessor and one's products hide another's softmax. 128 queries a tile halve what is read of keys and values,
+    which is what bounds wide heads, where they still make several programs a multiprocessor.
+    """
     if dtype == torch.float32:
         return Tile(16, 16, 4, 2)
     if head_dim > 128:
         return Tile(128, 64, 8, 2)
-    return Tile(64, 64, 4, 2, _FOUR_RESIDENT if head_dim <= 64 else 0)
+    if head_dim <= 64:
+        return Tile(64, 64, 4, 2, _FOUR_RESIDENT)
+    return Tile(128, 32, 4, 3) if packed >= _MANY_PROGRAMS * sms * 128 else Tile(64, 64, 4, 3)
 
 
 def _num_tiles(rows: PagedRows, num_tokens: int, per_tile: int) -> int:
@@ -155,7 +161,7 @@ def prefill_attention(
         how = Scores(scale, window, softcap, sinks, k_scale, v_scale)
         launch(q, pool, rows, how, Splits(1, DETERMINISTIC_TOKENS), None, out, tile)
         return out
-    tile = tile or prefill_tile(dim, q.dtype)
+    tile = tile or prefill_tile(dim, q.dtype, q.shape[0] * heads, num_sms(q.device))
     per_tile = queries_a_tile(rows.width, group, tile.block_m)
     bounded = {"maxnreg": tile.max_registers} if tile.max_registers else {}
     factor, cap = scales(scale, softcap, k_scale)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.attention import MAX_WIDTH, Splits, Tile, Workspace, decode_attention, plan_splits
-from server.kernels.attention_plan import decode_tile, is_crowded, partials_needed
+from server.kernels.attention_plan import decode_tile, partials_needed
 from server.kernels.attention_prefill import prefill_attention
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import num_sms
@@ -51,8 +51,8 @@ class KernelAttention:
         used = rows.num_rows * rows.width
         q, out = q[:used], out[:used]
         group = self.num_heads // self.num_kv_heads
-        crowded = is_crowded(rows.num_rows, self.num_kv_heads, num_sms(q.device))
-        tile = decode_tile(rows.width, group, self.head_dim, q.dtype, pool.dtype, self.deterministic, crowded)
+        programs = rows.num_rows * self.num_kv_heads
+        tile = decode_tile(rows.width, group, self.head_dim, q.dtype, pool.dtype, self.deterministic, programs)
         splits = self.splits(rows, q.device, tile)
         workspace = self._workspace(rows, splits, tile, q.device) if splits.num_splits > 1 else None
         return decode_attention(
