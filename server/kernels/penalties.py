@@ -92,14 +92,18 @@ def _adjust_kernel(
     if is_penalised:
         found = tl.load(counts + slot * V + columns, mask=inside, other=0)
     in_prompt, num_output = (found & IN_PROMPT) != 0, found & (IN_PROMPT - 1)
+    at = logits + row * W * stride + columns
+    raw = tl.load(at, mask=inside, other=0.0)
     for j in range(W):
-        position = row * W + j
-        x = tl.load(logits + position * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        at += stride
+        ahead = tl.load(at, mask=inside & (j + 1 < W), other=0.0)  # under way while this position is computed
+        x = raw.to(tl.float32)
         if is_penalised:
             draft = tl.load(drafts + row * drafts_stride + j - 1, mask=j > 0, other=-1).to(tl.int32)
             num_output += (columns == draft).to(tl.int32)
             x = _penalised(x, in_prompt, num_output, repetition, presence, frequency)
-        tl.store(adjusted + position * V + columns, x, mask=inside)
+        tl.store(adjusted + (row * W + j) * V + columns, x, mask=inside)
+        raw = ahead
     if is_penalised:
         tl.store(counts + slot * V + columns, 0, mask=inside & (found != 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from server.engine.gpu.step import TOP_LOGPROBS
 from server.sampling.logprobs import Logprobs
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, SlotState, Verdict
+from tests.engine.tiny import engine, prompts, request, run
 from tests.kernels.adjusting import Case, make
 from tests.kernels.conftest import ON_GPU
 
@@ -35,6 +37,11 @@ ROWS = [
     (SamplingParams(temperature=1.2, seed=3, top_p=0.8, min_p=0.02, repetition_penalty=0.9), 10**6),
     (SamplingParams(seed=4), 0),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
 
 
 def with_likely_drafts(case: Case) -> Case:
@@ -71,24 +78,24 @@ def finish(
 @pytest.mark.parametrize("kind", [SamplingClass.ADJUSTED, SamplingClass.FULL])
 @pytest.mark.parametrize("k", [0, 4])
 def test_as_in_torch(rule: str, kind: SamplingClass, k: int) -> None:
-    for dtype in (torch.float16, torch.float32):
-        case = with_likely_drafts(make(ROWS, 1 + k, VOCAB_SIZE, dtype, DEVICE))
-        expected, wanted, lines, after = finish(TorchOps(rule), case, kind)
-        verdict, logprobs, report, state = finish(KernelOps(rule), case, kind)
-        assert torch.equal(verdict.num_emitted, expected.num_emitted)
-        assert k == 0 or verdict.num_accepted.any()
-        emitted = torch.arange(1 + k, device=DEVICE) < verdict.num_emitted[:, None]
-        assert torch.equal(verdict.tokens[emitted], expected.tokens[emitted])
-        assert torch.equal(report[:, 1 + k :], lines[:, 1 + k :])
-        assert torch.equal(report[:, : 1 + k][emitted], lines[:, : 1 + k][emitted])
-        assert torch.equal(state.num_tokens[:-1], after.num_tokens[:-1])
-        for slot, count in enumerate(state.num_tokens[:-1].tolist()):
-            assert torch.equal(state.history[slot, :count], after.history[slot, :count])
-        assert (logprobs is None) == (wanted is None) == (kind is SamplingClass.ADJUSTED)
-        if logprobs is not None and wanted is not None:
-            assert torch.equal(logprobs.chosen[emitted], wanted.chosen[emitted])
-            assert torch.equal(logprobs.top_ids, wanted.top_ids)
-            assert torch.equal(logprobs.top_logprobs, wanted.top_logprobs)
+    dtype = torch.float16 if kind is SamplingClass.ADJUSTED else torch.float32
+    case = with_likely_drafts(make(ROWS, 1 + k, VOCAB_SIZE, dtype, DEVICE))
+    expected, wanted, lines, after = finish(TorchOps(rule), case, kind)
+    verdict, logprobs, report, state = finish(KernelOps(rule), case, kind)
+    assert torch.equal(verdict.num_emitted, expected.num_emitted)
+    assert k == 0 or verdict.num_accepted.any()
+    emitted = torch.arange(1 + k, device=DEVICE) < verdict.num_emitted[:, None]
+    assert torch.equal(verdict.tokens[emitted], expected.tokens[emitted])
+    assert torch.equal(report[:, 1 + k :], lines[:, 1 + k :])
+    assert torch.equal(report[:, : 1 + k][emitted], lines[:, : 1 + k][emitted])
+    assert torch.equal(state.num_tokens[:-1], after.num_tokens[:-1])
+    for slot, count in enumerate(state.num_tokens[:-1].tolist()):
+        assert torch.equal(state.history[slot, :count], after.history[slot, :count])
+    assert (logprobs is None) == (wanted is None) == (kind is SamplingClass.ADJUSTED)
+    if logprobs is not None and wanted is not None:
+        assert torch.equal(logprobs.chosen[emitted], wanted.chosen[emitted])
+        assert torch.equal(logprobs.top_ids, wanted.top_ids)
+        assert torch.equal(logprobs.top_logprobs, wanted.top_logprobs)
 
 
 def test_steps_follow_each_other() -> None:
@@ -129,3 +136,27 @@ def test_classes() -> None:
     assert class_of(greedy, early=True) is SamplingClass.ADJUSTED
     assert class_of(replace(greedy, logit_bias={3: 1.0}), early=False) is SamplingClass.ADJUSTED
     assert class_of(replace(greedy, presence_penalty=1.0, logprobs=0), early=True) is SamplingClass.FULL
+
+
+@pytest.mark.skipif(ON_GPU, reason="the engine's small model runs on the CPU")
+def test_an_engine_that_adjusts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of a request's wishes, from the slot they are written to, through steps with drafts."""
+    kinds = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.2, logit_bias={7: 3.0}),
+        SamplingParams(temperature=0.0, frequency_penalty=0.4),
+        SamplingParams(temperature=0.8, seed=2, presence_penalty=0.9, logprobs=2),
+    ]
+
+    def requests() -> list[Any]:
+        return [
+            request(f"r{i}", prompt, 8, sampling=kinds[i % 3], min_tokens=i * 2, ignore_eos=False)
+            for i, prompt in enumerate(prompts(4, seed=3))
+        ]
+
+    expected = run(engine(model, eos=(2, 9, 20)), requests())
+    monkeypatch.setattr("tests.engine.tiny.TorchOps", KernelOps)
+    found = run(engine(model, "suffix", k=2, overlapped=True, max_num_seqs=3, eos=(2, 9, 20)), requests())
+    assert dict(found) == dict(expected)
+    assert found.reasons == expected.reasons
+    wanted = {o.request_id: o.logprobs for o in expected.outputs}
+    assert all((o.logprobs is None) == (wanted[o.request_id] is None) for o in found.outputs if o.token_ids)

@@ -18,6 +18,7 @@ NUM_ROWS = 33 if ON_GPU else 7
 LENGTH = 3000 if ON_GPU else 90
 NUM_BIASES, NUM_ENDS = (300, 272) if ON_GPU else (5, 3)
 PLAIN = SamplingParams(temperature=0.0)
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(slots=True)
@@ -32,10 +33,13 @@ class Case:
     counts: Tensor
 
     @property
-    def arguments(self) -> tuple[Tensor, ...]:
+    def arguments(self) -> Arguments:
+        floats, ints, bias_ids, bias_values, end_ids = self.sampling.tables()
         state = self.state
-        known = (state.history, state.num_tokens, state.prompt_len)
-        return self.logits, self.drafts, self.slots, *self.sampling.tables(), *known
+        return (
+            self.logits, self.drafts, self.slots, floats, ints, bias_ids, bias_values, end_ids, state.history,
+            state.num_tokens, state.prompt_len,
+        )  # fmt: skip
 
     def run(self) -> Tensor:
         return adjust_by_slot(*self.arguments, self.counts)
