@@ -19,6 +19,7 @@ from server.core import SamplingParams
 from server.engine.gpu.kernel_ops import KernelOps
 from server.engine.gpu.kinds import SamplingClass, class_of
 from server.engine.gpu.ops import NUM_REPORTED, StepOps, TorchOps
+from server.engine.gpu.runner import GpuRunner
 from server.engine.gpu.step import TOP_LOGPROBS
 from server.sampling.logprobs import Logprobs
 from server.spec.device import DeviceStep
@@ -93,9 +94,9 @@ def test_as_in_torch(rule: str, kind: SamplingClass, k: int) -> None:
         assert torch.equal(state.history[slot, :count], after.history[slot, :count])
     assert (logprobs is None) == (wanted is None) == (kind is SamplingClass.ADJUSTED)
     if logprobs is not None and wanted is not None:
-        assert torch.equal(logprobs.chosen[emitted], wanted.chosen[emitted])
         assert torch.equal(logprobs.top_ids, wanted.top_ids)
-        assert torch.equal(logprobs.top_logprobs, wanted.top_logprobs)
+        torch.testing.assert_close(logprobs.chosen[emitted], wanted.chosen[emitted], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(logprobs.top_logprobs, wanted.top_logprobs, rtol=1e-5, atol=2e-6)
 
 
 def test_steps_follow_each_other() -> None:
@@ -155,7 +156,11 @@ def test_an_engine_that_adjusts(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     expected = run(engine(model, eos=(2, 9, 20)), requests())
     monkeypatch.setattr("tests.engine.tiny.TorchOps", KernelOps)
-    found = run(engine(model, "suffix", k=2, overlapped=True, max_num_seqs=3, eos=(2, 9, 20)), requests())
+    core = engine(model, "suffix", k=2, overlapped=True, max_num_seqs=2, eos=(2, 9, 20))
+    assert isinstance(core.runner, GpuRunner)
+    for warm_up in core.runner.executor.warm_up_jobs():
+        warm_up()  # leaves nothing behind
+    found = run(core, requests())
     assert dict(found) == dict(expected)
     assert found.reasons == expected.reasons
     wanted = {o.request_id: o.logprobs for o in expected.outputs}

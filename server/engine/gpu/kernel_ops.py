@@ -5,28 +5,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from server.engine.gpu.kinds import SamplingClass
-from server.engine.gpu.ops import Inputs, TorchOps
+from server.engine.gpu.ops import Inputs
 from server.engine.gpu.step import TOP_LOGPROBS
 from server.kernels.gather import apply_block_updates, gather_inputs
+from server.kernels.logprobs import score_tokens
 from server.kernels.penalties import adjust_by_slot, make_counts
 from server.kernels.ratio import ratio_verify_by_slot
 from server.kernels.runtime import supports_pdl
 from server.kernels.sample import draft_sample_by_slot
 from server.kernels.verify import greedy_verify, sampled_verify_by_slot
-from server.sampling.logprobs import Logprobs, emitted_logprobs
+from server.sampling.logprobs import Logprobs
 from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Verdict
 
 
 class KernelOps:
-    """Implements StepOps. Only log-probabilities are torch operations: the reference's own."""
+    """Implements StepOps."""
 
     wants_batch = False
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
-        self._reference = TorchOps(rule)
         self._counts: Tensor | None = None
 
     def update_tables(self, updates: Tensor, block_tables: Tensor) -> None:
@@ -68,8 +68,8 @@ class KernelOps:
         verdict = Verdict(emitted, num_accepted, num_accepted + 1)
         if kind is not SamplingClass.FULL:
             return verdict, None
-        layout = self._reference.layout(step.num_rows, 1 + tokens.shape[1], raw.device)
-        return verdict, emitted_logprobs(raw.float(), layout, verdict, TOP_LOGPROBS)
+        parts = score_tokens(raw, emitted.view(-1), TOP_LOGPROBS, pdl=pdl)
+        return verdict, Logprobs(*(part.view(*emitted.shape, *part.shape[1:]) for part in parts))
 
     def _adjusted(self, step: DeviceStep, logits: Tensor, drafts: Tensor, pdl: bool) -> Tensor:
         state = step.state
