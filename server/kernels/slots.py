@@ -36,6 +36,18 @@ def filters_of(floats, ints, slot):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def penalties_of(floats, slot):  # type: ignore[no-untyped-def]
+    """Repetition, presence and frequency penalty (float32) of an int64 slot."""
+    return tl.load(floats + slot * _F + 3), tl.load(floats + slot * _F + 4), tl.load(floats + slot * _F + 5)
+
+
+@triton.jit
+def min_tokens_of(ints, slot):  # type: ignore[no-untyped-def]
+    """How long (int64) a slot's output must be before it may end."""
+    return tl.load(ints + slot * _I + 4)
+
+
+@triton.jit
 def key_of(ints, slot, position, PURPOSE: tl.constexpr):  # type: ignore[no-untyped-def]
     """`noise_key` of a slot's seed and choice at int64 `position`."""
     return noise_key(tl.load(ints + slot * _I + 1), tl.load(ints + slot * _I + 2), position, PURPOSE)

@@ -23,9 +23,10 @@ class DeviceStep:
 
     `slots` [R] int64; `limits` [R] int64 is the most drafts each row may get (at most k; 0: none). `state`,
     `block_tables` [S, NB] int32 and how a slot samples, `floats` [S, 6] float32 and `ints` [S, 5] int64
-    (`server.sampling.state`), are by slot: gather by `slots`. `uploads` [R, U] int64 is what the host-side part of the
-    drafter sent for this step (U = `DeviceDrafter.upload_width(k)`), None if that is 0. `max_context` is the host's
-    static bound of a row's known tokens, `block_size` the tokens of a block.
+    (`server.sampling.state`), are by slot: gather by `slots`; so are, where there are any, `bias_ids` [S, B] int64,
+    `bias_values` [S, B] float32 and `end_ids` [S, E] int64, which only verification reads. `uploads` [R, U] int64 is
+    what the host-side part of the drafter sent for this step (U = `DeviceDrafter.upload_width(k)`), None if that is 0.
+    `max_context` is the host's static bound of a row's known tokens, `block_size` the tokens of a block.
     """
 
     slots: Tensor
@@ -37,6 +38,9 @@ class DeviceStep:
     uploads: Tensor | None
     max_context: int
     block_size: int
+    bias_ids: Tensor | None = None
+    bias_values: Tensor | None = None
+    end_ids: Tensor | None = None
 
     @property
     def num_rows(self) -> int:

@@ -129,6 +129,7 @@ MIXED = (
     SamplingParams(temperature=0.9, seed=1),
     SamplingParams(temperature=0.9, seed=2, top_k=50, top_p=0.9, min_p=0.01),
     SamplingParams(temperature=0.8, seed=3, frequency_penalty=0.2, repetition_penalty=1.1, logit_bias={7: 1.5}),
+    SamplingParams(temperature=0.8, seed=4, presence_penalty=0.3, logit_bias={9: -2.0}, logprobs=3),
 )
 """A request of every sampling class."""
 

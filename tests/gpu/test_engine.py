@@ -72,6 +72,25 @@ def test_as_on_the_cpu(engines: Engines, expected: Answers, drafter: str) -> Non
     assert not scored
 
 
+@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm"])
+def test_adjusted_logits_as_on_the_cpu(engines: Engines, cpu_model: Any, drafter: str) -> None:
+    """Penalties, biases and withheld ends beside rows that ask for nothing, in float32."""
+    kinds = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.2),
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.9, seed=1, top_k=30, frequency_penalty=0.4, logit_bias={7: 3.0, 20: -4.0}),
+        SamplingParams(temperature=0.8, seed=2, presence_penalty=0.9, logprobs=2),
+    ]
+    batch = [
+        request(f"r{i}", p, LENGTH, sampling=kinds[i % 4], ignore_eos=False, min_tokens=i % 3 * 7)
+        for i, p in enumerate(prompts(12, seed=9))
+    ]
+    expected = on_cpu(cpu_model, batch, eos=EOS)
+    found = run(engines.get(drafter, 3, dtype="float32"), batch)
+    assert dict(found) == dict(expected)
+    assert found.reasons == expected.reasons
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_requests_that_vanish_while_a_step_runs(engines: Engines, greedy: Answers, drafter: str) -> None:
     core = engines.get(drafter, 3, dtype="float32")

@@ -29,8 +29,8 @@ KINDS: dict[str, list[SamplingParams]] = {
     "greedy": [MIXED[0]] * NUM_ROWS,
     "sampled": [MIXED[1]] * NUM_ROWS,
     "filtered": [MIXED[2]] * NUM_ROWS,
-    "full": [SamplingParams(temperature=0.8, seed=4, presence_penalty=0.3, logit_bias={9: -2.0}, logprobs=3)]
-    * NUM_ROWS,
+    "adjusted": [MIXED[3]] * NUM_ROWS,
+    "full": [MIXED[4]] * NUM_ROWS,
     "mixed": [MIXED[0], MIXED[2], MIXED[3]],
 }
 _names = itertools.count()

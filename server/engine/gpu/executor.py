@@ -126,7 +126,7 @@ class Executor:
         )
         logits, _ = program.forward(zeros, state.pools, rows, zeros, zeros, None, program.feature_layers)
         drafts = Drafts(zeros.view(num_rows, -1)[:, :k].contiguous(), torch.zeros_like(slots))
-        for kind in (GREEDY, SamplingClass.SAMPLED, SamplingClass.FILTERED):
+        for kind in SamplingClass:
             program.verify(num_rows, k, kind, Staged(drafts, logits, None, complete=False))
 
     def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3) -> float:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from server.engine.gpu.kinds import SamplingClass
-from server.engine.gpu.ops import Inputs, TorchOps
+from server.engine.gpu.ops import Inputs
+from server.engine.gpu.step import TOP_LOGPROBS
 from server.kernels.gather import apply_block_updates, gather_inputs
+from server.kernels.logprobs import score_tokens
+from server.kernels.penalties import adjust_by_slot, make_counts
 from server.kernels.ratio import ratio_verify_by_slot
 from server.kernels.runtime import supports_pdl
 from server.kernels.sample import draft_sample_by_slot
@@ -18,13 +21,13 @@ from server.spec.types import Drafts, Verdict
 
 
 class KernelOps:
-    """Implements StepOps. Penalties, biases and log-probabilities are torch operations: the reference's own."""
+    """Implements StepOps."""
 
     wants_batch = False
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
-        self._reference = TorchOps(rule)
+        self._counts: Tensor | None = None
 
     def update_tables(self, updates: Tensor, block_tables: Tensor) -> None:
         """See StepOps."""
@@ -48,12 +51,13 @@ class KernelOps:
         report: Tensor,
     ) -> tuple[Verdict, Logprobs | None]:
         """See StepOps."""
-        if kind is SamplingClass.FULL:
-            return self._reference.finish(step, logits, drafts, batch, kind, forced, report)
         state, pdl = step.state, supports_pdl(logits.device)
         commit = (step.slots, state.history, state.num_tokens, state.num_tokens.shape[0], report)
         tokens, valid = drafts.tokens, drafts.num_valid
-        how = (step.slots, step.floats, step.ints, state.num_tokens, kind is SamplingClass.FILTERED, forced)
+        how = (step.slots, step.floats, step.ints, state.num_tokens, kind >= SamplingClass.FILTERED, forced)
+        raw = logits
+        if kind >= SamplingClass.ADJUSTED:
+            logits = self._adjusted(step, logits, tokens, pdl)
         if kind is SamplingClass.GREEDY:
             found = greedy_verify(logits, tokens, valid, forced, commit=commit, pdl=pdl)
         elif self.rule == "coupled":
@@ -61,7 +65,20 @@ class KernelOps:
         else:
             found = ratio_verify_by_slot(logits, tokens, valid, drafts.probs, *how, commit=commit, pdl=pdl)
         emitted, num_accepted, _ = found
-        return Verdict(emitted, num_accepted, num_accepted + 1), None
+        verdict = Verdict(emitted, num_accepted, num_accepted + 1)
+        if kind is not SamplingClass.FULL:
+            return verdict, None
+        parts = score_tokens(raw, emitted.view(-1), TOP_LOGPROBS, pdl=pdl)
+        return verdict, Logprobs(*(part.view(*emitted.shape, *part.shape[1:]) for part in parts))
+
+    def _adjusted(self, step: DeviceStep, logits: Tensor, drafts: Tensor, pdl: bool) -> Tensor:
+        state = step.state
+        assert step.bias_ids is not None and step.bias_values is not None and step.end_ids is not None
+        if self._counts is None:
+            self._counts = make_counts(state.num_tokens.shape[0], logits.shape[1], logits.device)
+        tables = (step.floats, step.ints, step.bias_ids, step.bias_values, step.end_ids)
+        known = (state.history, state.num_tokens, state.prompt_len)
+        return adjust_by_slot(logits, drafts, step.slots, *tables, *known, self._counts, pdl=pdl)
 
 
 class KernelSampler:

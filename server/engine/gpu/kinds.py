@@ -13,13 +13,16 @@ class SamplingClass(IntEnum):
     GREEDY = 0
     SAMPLED = 1
     FILTERED = 2
-    FULL = 3
+    ADJUSTED = 3
+    FULL = 4
 
 
 def class_of(params: SamplingParams, early: bool) -> SamplingClass:
     """`early`: the row may not end yet (min_tokens), so its ends are masked."""
-    if params.has_penalties or params.logit_bias or params.logprobs is not None or early:
+    if params.logprobs is not None:
         return SamplingClass.FULL
+    if params.has_penalties or params.logit_bias or early:
+        return SamplingClass.ADJUSTED
     if params.greedy:
         return SamplingClass.GREEDY
     if params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0:

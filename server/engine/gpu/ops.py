@@ -40,7 +40,7 @@ class StepOps(Protocol):
     """Nothing here waits for the device or depends on a value that is there."""
 
     wants_batch: bool
-    """Whether `finish` needs the rows' parameters gathered for every sampling class, or for FULL only."""
+    """Whether `finish` needs the rows' parameters gathered, or reads them by slot."""
 
     def update_tables(self, updates: Tensor, block_tables: Tensor) -> None:
         """`updates` [U, 3] int64 are (slot, index, block); unused ones name the last slot, index 0 and block 0."""
@@ -61,8 +61,8 @@ class StepOps(Protocol):
         """Verifies `logits` [R * (1 + k), V], appends what was emitted to every slot but the last, and reports it.
 
         A row of `report` [R * (1 + k + NUM_REPORTED)] int64 is its tokens and how many were emitted, how many drafted,
-        and whether an emitted position has logits that are not finite. `batch` is there where `kind` is FULL, or for
-        any kind where the operations want it. `forced` (benchmarks only): how many drafts count as accepted.
+        and whether an emitted position has logits that are not finite. `batch` is there where the operations want it.
+        FULL steps report log-probabilities. `forced` (benchmarks only): how many drafts count as accepted.
         """
 
 

@@ -27,7 +27,7 @@ class DeviceState:
 
     def step(self, slots: Tensor, limits: Tensor, uploads: Tensor | None) -> DeviceStep:
         """A step of the rows in `slots` [R]."""
-        floats, ints, *_ = self.sampling.tables()
+        floats, ints, bias_ids, bias_values, end_ids = self.sampling.tables()
         return DeviceStep(
             slots,
             limits,
@@ -38,6 +38,9 @@ class DeviceState:
             uploads,
             max_context=self.max_context,
             block_size=self.block_size,
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+            end_ids=end_ids,
         )
 
 

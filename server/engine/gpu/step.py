@@ -113,13 +113,13 @@ class StepProgram:
         return self.state.step(inputs[fields.slots], inputs[fields.limits], uploads)
 
     def _batch(self, step: DeviceStep, kind: SamplingClass) -> SamplingBatch | None:
-        if kind is not SamplingClass.FULL and not self.ops.wants_batch:
+        if not self.ops.wants_batch:
             return None
         return self.state.sampling.on_device(
             step.slots,
             sampled=kind > SamplingClass.GREEDY,
             filtered=kind >= SamplingClass.FILTERED,
-            full=kind is SamplingClass.FULL,
+            full=kind >= SamplingClass.ADJUSTED,
             num_logprobs=TOP_LOGPROBS,
         )
 
