@@ -39,7 +39,10 @@ class Stream:
         count = data.count(b"\n\n") + (self.tail.endswith(b"\n") and data.startswith(b"\n"))
         self.stamps += [now] * count
         self.tail = (self.tail + data)[-len(END) :]
-        self.ended = not data or self.tail == END
+        # A header's last value may end like the body does, so the end is looked for behind the first event only.
+        self.ended = bool(self.stamps) and self.tail == END
+        if not data and not self.ended:
+            raise RuntimeError(f"a stream broke off after {len(self.stamps)} events")
 
 
 def body(num_input: int, num_output: int, vocab: int, draw: random.Random) -> bytes:

@@ -37,6 +37,9 @@ from server.quant.dense import Linear
 
 TIERS = (4, 8, 16, 32, 64)
 """Steps of up to so many tokens have a plan of their own."""
+_PART_BYTES, _PART_TOKENS = 256 << 20, 1024
+"""Feed-forward activations of large prompt chunks are made in parts of up to so many bytes and a multiple of so many
+tokens: products of 4,096 tokens were 1 % faster than of 16,384 on the 8B shape, and take a quarter of the memory."""
 
 
 class Path(Enum):
@@ -198,10 +201,20 @@ class LlamaKernels:
     def plain_rest(self, layer: Layer, x: Tensor, mixed: Tensor, norm: RMSNorm) -> Tensor:
         """What follows attention's result in a layer; x [N, H] in place. Returns `norm`, the next layer's, of it."""
         normed = self._residual_normed(x, mixed, layer.out, layer.post_norm)
-        return self._residual_normed(x, silu_mul(self._linear(normed, layer.gate_up)), layer.down, norm)
+        up, down = layer.gate_up, layer.down
+        part = max(1, _PART_BYTES // (up.out_features * x.element_size() * _PART_TOKENS)) * _PART_TOKENS
+        if len(x) <= part or self.deterministic:
+            return self._residual_normed(x, silu_mul(self._linear(normed, up)), down, norm)
+        for begin in range(0, len(x), part):
+            rows = normed[begin : begin + part]
+            inner = silu_mul(self._linear(rows, up))
+            self._residual_normed(x[begin : begin + part], inner, down, norm, out=rows)
+        return normed
 
-    def _residual_normed(self, x: Tensor, inner: Tensor, linear: Linear, norm: RMSNorm) -> Tensor:
-        """Adds linear(inner) to x [N, H] in place; `norm` of the sum.
+    def _residual_normed(
+        self, x: Tensor, inner: Tensor, linear: Linear, norm: RMSNorm, out: Tensor | None = None
+    ) -> Tensor:
+        """Adds linear(inner) to x [N, H] in place; `norm` of the sum, in `out` if it is given.
 
         The product itself adds to x: with the sum in the norm, large steps move 4 units of N * H there instead of 2.
         """
@@ -210,7 +223,7 @@ class LlamaKernels:
         x.addmm_(inner, linear.weight.t())
         if linear.bias is not None:
             x.add_(linear.bias)
-        return rms_norm(x, norm.weight, norm.eps)
+        return rms_norm(x, norm.weight, norm.eps, out)
 
     def _rotated(self, layer: Layer, qkv: Tensor, pool: Tensor, positions: Tensor, places: Tensor) -> Tensor:
         """Queries [N, heads, head_dim] of qkv, normed and rotated; keys and values go to the pool."""

@@ -185,6 +185,29 @@ def test_prompt_chunks_and_selected_logits(way: str, monkeypatch: pytest.MonkeyP
     close(pools[1][BLOCK_SIZE:], expected[2][1][BLOCK_SIZE:])
 
 
+@pytest.mark.parametrize("case", ["llama", "biases"])
+def test_feed_forward_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of three tokens, the last of one; what a part leaves is the next layer's input."""
+    monkeypatch.setattr("server.models.llama_kernels._PART_BYTES", 0)
+    monkeypatch.setattr("server.models.llama_kernels._PART_TOKENS", 3)
+    model = build(case, torch.float32, monkeypatch)
+    kernels = LlamaKernels(model)
+    kernels.plans = {64: Plan(Path.CUBLAS)}
+    parts: list[int] = []
+    inner = LlamaKernels._residual_normed
+
+    def noted(self: LlamaKernels, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        parts.append(len(x))
+        return inner(self, x, *rest, **named)
+
+    monkeypatch.setattr(LlamaKernels, "_residual_normed", noted)
+    (logits, features, pools), expected = both(model, kernels, prompt_rows([5, 2], [3, 11]), None, (0, 1))
+    assert parts == 2 * [7, 3, 3, 1]
+    close(logits, expected[0])
+    close(features, expected[1])
+    close(pools[1][BLOCK_SIZE:], expected[2][1][BLOCK_SIZE:])
+
+
 def test_more_tokens_than_a_tile_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", torch.float32, monkeypatch)
     kernels = LlamaKernels(model)
