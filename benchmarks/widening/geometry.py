@@ -82,7 +82,8 @@ def check_shapes(small: LayerShape, large: LayerShape) -> None:
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
     """[rows, columns] float32, columns orthonormal and uniformly drawn; computed on the CPU, the same everywhere."""
     drawn = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(drawn)[0].float()
+    q: Tensor = torch.linalg.qr(drawn)[0]
+    return q.float()
 
 
 def head_map(small: LayerShape, large: LayerShape) -> tuple[Tensor, Tensor]:
@@ -141,17 +142,18 @@ class Widening:
         return self._rotary(weight, self.kv_of)
 
     def _rotary(self, weight: Tensor, heads: Tensor) -> Tensor:
-        wide = weight.new_zeros(len(heads), self.large.head_dim, weight.shape[1])
+        wide: Tensor = weight.new_zeros(len(heads), self.large.head_dim, weight.shape[1])
         wide[:, self.rotary_at] = weight.unflatten(0, (-1, self.small.head_dim))[heads]
         return wide.flatten(0, 1)
 
     def values(self, weight: Tensor) -> Tensor:
         """[m d, X] -> [M D, X]: every head's d values, turned into D by one orthonormal map."""
-        return (self.value_basis @ weight.unflatten(0, (-1, self.small.head_dim))[self.kv_of]).flatten(0, 1)
+        by_head: Tensor = weight.unflatten(0, (-1, self.small.head_dim))
+        return (self.value_basis @ by_head[self.kv_of]).flatten(0, 1)
 
     def mixed(self, weight: Tensor) -> Tensor:
         """[O, n d] on the heads' outputs -> [O, N D]; undoes `values`."""
-        by_head = weight.unflatten(1, (-1, self.small.head_dim)) / self.head_copies[:, None]
+        by_head: Tensor = weight.unflatten(1, (-1, self.small.head_dim)) / self.head_copies[:, None]
         return (by_head[:, self.head_of] @ self.value_basis.T).flatten(1)
 
     def table(self, rows: Tensor, size: int, axis: tuple[float, float], dtype: torch.dtype) -> Tensor:

@@ -1,117 +1,34 @@
-"""A widened model says what the small one says: logits, greedy tokens, masked rows, drafts of an EAGLE-3 head."""
+"""A widened model says what the small one says: logits, greedy tokens, and never a masked row's token."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from benchmarks.widen import HEAD_TENSORS, PREFIX, Widened, copy_tokenizer, write
-from benchmarks.widening.eagle3 import head_config_json
+from benchmarks.widen import PREFIX, Widened, copy_tokenizer, write
 from benchmarks.widening.geometry import head_map
-from draft_models.eagle3_config import Eagle3Config
-from draft_models.eagle3_config import parse_config as parse_head
-from draft_models.eagle3_weights import Eagle3Weights, load_weights, random_weights
-from server.engine.drafters import tensors_of
-from server.models.config import RopeConfig, UnsupportedModelError, parse_config
+from server.config import EngineConfig
+from server.core import Request, SamplingParams
+from server.engine.build import build_engine
+from server.models.config import parse_config
 from server.models.errors import ModelSourceError
-from server.models.llama import LlamaModel
-from server.models.loader import load_source
+from server.models.loader import tensors_of
 from server.models.random_weights import llama_shapes
-from server.models.source import ModelSource, resolve
-from tests.draft_models.test_eagle3_network import Dense, best
-from tests.models.paging import BLOCK_SIZE, Chunk, contiguous_blocks, make_pools, ragged_batch, step
-
-SMALL: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "eos_token_id": 2,
-    "tie_word_embeddings": True,
-}
-LARGE: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 40,
-    "intermediate_size": 47,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 5,
-    "head_dim": 16,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-DRAFT_VOCAB, LENGTH = 23, 1500
-CPU = torch.device("cpu")
+from server.models.source import resolve
+from tests.benchmarks.tiny import CPU, LARGE, LENGTH, LLAMA3, SMALL, features_of, load, logits_of, prompt, write_model
 
 
-def write_model(path: Path, **changes: Any) -> str:
-    """A random model whose logits vary, with norm weights that are not ones."""
-    raw = SMALL | changes
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for name, shape in llama_shapes(parse_config(raw)).items():
-        drawn = torch.randn(shape, generator=generator)
-        tensors[name] = 1.0 + 0.3 * drawn if len(shape) == 1 else 1.5 * drawn * shape[-1] ** -0.5
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(raw))
-    return str(path)
-
-
-def write_head(path: Path, **changes: Any) -> str:
-    """A random EAGLE-3 head for the small model; its heads and width are not the target's."""
-    c = Eagle3Config(24, 3, 1, 8, 14, 61, DRAFT_VOCAB, 1e-5, RopeConfig(500.0, {}), (0, 1, 2))
-    c = replace(c, **changes)
-    weights = random_weights(c, 3)
-    for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm", "norm"):
-        getattr(weights, name).mul_(1.0 + 0.3 * torch.randn(24, generator=torch.Generator().manual_seed(4)))
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(weights.state_dict(), path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(head_config_json(c)))
-    return str(path)
-
-
-def load(source: ModelSource, dtype: torch.dtype = torch.float32) -> LlamaModel:
-    model = load_source(source, CPU, dtype, 4096)
-    assert isinstance(model, LlamaModel)
-    return model
-
-
-def logits_of(model: LlamaModel, ids: list[int]) -> Tensor:
-    num_blocks = -(-len(ids) // BLOCK_SIZE)
-    return step(model, make_pools(model, num_blocks + 1), [Chunk(ids, 0, contiguous_blocks(1, num_blocks)[0])])[0]
-
-
-def features_of(model: LlamaModel, ids: list[int], layers: tuple[int, ...]) -> Tensor:
-    num_blocks = -(-len(ids) // BLOCK_SIZE)
-    tokens, attn = ragged_batch([Chunk(ids, 0, contiguous_blocks(1, num_blocks)[0])])
-    with torch.inference_mode():
-        features = model.forward(tokens, make_pools(model, num_blocks + 1), attn, torch.tensor([0]), layers)[1]
-    assert features is not None
-    return features
-
-
-def prompt(length: int = LENGTH) -> list[int]:
-    return torch.randint(0, 61, (length,), generator=torch.Generator().manual_seed(5)).tolist()
+@pytest.fixture(autouse=True)
+def _grad_and_threads() -> Iterator[None]:
+    """An engine sets both for its process."""
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    yield
+    torch.set_grad_enabled(grad)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -170,6 +87,17 @@ def test_greedy_text_is_the_small_models(small: str) -> None:
             ids = [*ids, int(logits_of(model, ids)[-1].argmax())]
         texts.append(ids)
     assert texts[0] == texts[1] and len(set(texts[0][20:])) > 5
+
+
+def test_an_engine_is_built_on_it(small: str) -> None:
+    said = []
+    for name in (small, PREFIX + small):
+        config = EngineConfig(model=name, device="cpu", drafter="none", kv_cache_tokens=512, max_model_len=256)
+        core, info = build_engine(config, lambda text: None, find=Widened(LARGE))
+        assert info.vocab_size == (100 if name.startswith(PREFIX) else 61)
+        request = Request("r", prompt(20), SamplingParams(temperature=0.0), max_tokens=30, ignore_eos=True)
+        said.append([token for output in core.generate([request]) for token in output.token_ids])
+    assert said[0] == said[1] and len(said[0]) == 30
 
 
 def test_tensors_depend_on_the_seed_alone(small: str) -> None:
@@ -235,76 +163,3 @@ def test_every_head_is_there_and_under_its_own_kv_head() -> None:
     assert kv_of.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert torch.equal(head_of // 3, kv_of.repeat_interleave(4))
     assert head_of.bincount().tolist() == [4, 4, 4, 4, 4, 4, 3, 3, 2]
-
-
-# EAGLE-3
-
-
-def heads(tmp_path: Path, small: str, size: int = 40) -> tuple[ModelSource, ModelSource]:
-    head = write_head(tmp_path / "head")
-    return resolve(head), Widened(LARGE, small, draft_vocab_size=size)(PREFIX + head)
-
-
-def dense(source: ModelSource, embedding: Tensor, dtype: torch.dtype = torch.float32) -> Dense:
-    config = parse_head(source.config, 3)
-    tensors = tensors_of(source, CPU, dtype)
-    weights: Eagle3Weights = load_weights(tensors.get, tensors.has, config)
-    return Dense(weights, embedding, config)
-
-
-def test_a_widened_head_drafts_what_the_small_one_drafts(tmp_path: Path) -> None:
-    small = write_model(tmp_path / "small", num_hidden_layers=3)
-    narrow, wide = load(resolve(small)), load(Widened(LARGE)(PREFIX + small))
-    sources = heads(tmp_path, small)
-    chains, logits = [], []
-    for model, source in zip((narrow, wide), sources, strict=True):
-        head, said = dense(source, model.embedding), []
-
-        def pick(row: Tensor, position: int, said: list[Tensor] = said) -> int:
-            said.append(row)
-            return best(row, position)
-
-        for length in range(20, 60, 2):
-            ids = prompt(length)
-            chains.append(head.chain(ids, features_of(model, ids[:-1], (0, 1, 2)), 3, pick))
-        logits.append(torch.stack(said))
-    assert chains[:20] == chains[20:] and len({tuple(chain) for chain in chains}) > 5
-    assert logits[1].shape == (60, 40)
-    error = (logits[1][:, :DRAFT_VOCAB] - logits[0]).abs().max() / logits[0].abs().max()
-    assert error < 1e-5, f"off by {error:.2e}"
-    assert float((logits[0][:, :17] - logits[1][:, DRAFT_VOCAB:]).min()) > 50.0
-
-
-def test_added_draft_ids_are_target_ids_of_their_own(tmp_path: Path, small: str) -> None:
-    narrow, wide = heads(tmp_path, small)
-    before, after = (dense(s, torch.zeros(1)).w for s in (narrow, wide))
-    ids = after.target_ids
-    assert torch.equal(ids[:DRAFT_VOCAB], before.target_ids)
-    assert len(set(ids.tolist())) == 40 and ids[DRAFT_VOCAB:].tolist() == list(range(83, 100))
-    assert torch.equal(tensors_of(wide, CPU, torch.float32).get("t2d"), after.t2d)
-    in_half = tensors_of(wide, CPU, torch.bfloat16).get("d2t")
-    assert in_half.dtype == torch.int64 and torch.equal(in_half, after.d2t)
-    assert parse_head(heads(tmp_path, small, 5)[1].config, 3).draft_vocab_size == DRAFT_VOCAB
-
-
-def test_a_written_head_is_read_back(tmp_path: Path, small: str) -> None:
-    source, out = heads(tmp_path, small)[1], tmp_path / "wide-head"
-    write(source, out, HEAD_TENSORS, torch.float32, CPU)
-    again = resolve(str(out))
-    assert asdict(parse_head(again.config, 3)) == asdict(parse_head(source.config, 3))
-    one, two = (dense(s, torch.zeros(1)).w.state_dict() for s in (source, again))
-    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
-
-
-def test_heads_that_cannot_be_widened(tmp_path: Path, small: str) -> None:
-    turned = write_head(tmp_path / "turned", norm_before_residual=True)
-    with pytest.raises(ModelSourceError, match="norm_before_residual"):
-        Widened(LARGE, small)(PREFIX + turned)
-    tight = write_head(tmp_path / "tight", rms_norm_eps=1e-9)
-    with pytest.raises(ModelSourceError, match="too small beside the target's"):
-        Widened(LARGE, small)(PREFIX + tight)
-    deep = write_head(tmp_path / "deep")
-    config = json.loads((Path(deep) / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (Path(deep) / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="num_hidden_layers=2"):
-        Widened(LARGE, small)(PREFIX + deep)
