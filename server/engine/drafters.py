@@ -13,7 +13,7 @@ from server.config import ConfigError, EngineConfig
 from server.engine.step_runner import RunnerShape
 from server.models.base import KVLayer, TargetModel
 from server.models.llama import LlamaModel
-from server.models.loader import Checkpoint, load_source
+from server.models.loader import load_source, tensors_of
 from server.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def _eagle3(
         source = find(name)
         say(f"loading the EAGLE-3 head {source.name}")
         head = parse_config(source.config, target.config.num_layers)
-        checkpoint = Checkpoint(source.directory, target.dtype, target.device)
-        weights = load_weights(checkpoint.get, checkpoint.has, head)
+        tensors = tensors_of(source, target.device, target.dtype)
+        weights = load_weights(tensors.get, tensors.has, head)
     if head.hidden_size != target.config.hidden_size or head.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: the head is for a target of width {head.hidden_size} and {head.vocab_size} tokens, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,16 @@ from server.models.source import ModelSource
 
 class WeightsError(ValueError):
     """A checkpoint lacks a tensor or holds a damaged one; the message names file and tensor."""
+
+
+class Tensors(Protocol):
+    """A network's weights by name."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the device of the network and, if floating point, in its dtype."""
 
 
 class Checkpoint:
@@ -83,12 +93,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_source(source: ModelSource, device: torch.device, dtype: torch.dtype, max_positions: int) -> TargetModel:
-    """The network of a model's files, or with weights drawn at random where it has none; see `load_model`."""
-    if source.kind != "random":
+    """The network of a model's files, or with weights drawn or made where it has none; see `load_model`."""
+    if source.kind not in ("random", "made"):
         return load_model(source.directory, source.config, device, dtype, max_positions)
     config = parse_config(source.config)
-    weights = llama_weights(config, dtype, device)
+    weights = llama_weights(config, dtype, device) if source.kind == "random" else tensors_of(source, device, dtype)
     return LlamaModel(config, weights.get, weights.has, max_positions)
+
+
+def tensors_of(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """Tensors of the source's files, or those that it makes. Raises WeightsError."""
+    if source.tensors is None:
+        return Checkpoint(source.directory, dtype, device)
+    made: Tensors = source.tensors(dtype, device)
+    return made
 
 
 def load_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from server.models.safetensors_index import TensorEntry, load_index
 
 __all__ = ["ModelSource", "ModelSourceError", "SourceKind", "TensorEntry", "load_index", "resolve"]
 
-SourceKind = Literal["embedded", "directory", "gguf", "hub", "random"]
+SourceKind = Literal["embedded", "directory", "gguf", "hub", "random", "made"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -28,13 +29,15 @@ class ModelSource:
     """A model that is ready to be loaded: a directory with `config.json`, safetensors and tokenizer files.
 
     `name` is the short name to serve it under, `config` the content of `config.json`. Of kind `random` it has no files:
-    its weights are drawn (`server.models.shapes`, benchmarks only).
+    its weights are drawn (`server.models.shapes`, benchmarks only). Of kind `made` it has none either: `tensors` makes
+    them, called with a torch dtype and device (`server.models.loader.Tensors`; benchmarks only).
     """
 
     directory: Path
     name: str
     config: dict[str, Any]
     kind: SourceKind
+    tensors: Callable[[Any, Any], Any] | None = None
 
 
 def resolve(spec: str, *, progress: Progress | None = None) -> ModelSource:
