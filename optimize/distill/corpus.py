@@ -30,8 +30,9 @@ class CorpusSettings:
     """How documents are drawn; what is written is a pure function of these and the model.
 
     Shares are of documents: `chat_share` conversations (the rest plain texts), of which `turn_shares` have 1, 2, …
-    turns; `opening_share` begin with given words; `greedy_share` are answered without noise, the others at a
-    temperature drawn from `temperatures`. Lengths are in tokens.
+    turns; `opening_share` begin with given words, `passage_share` are about a text that the target wrote before;
+    `greedy_share` are answered without noise, the others at a temperature drawn from `temperatures`. Lengths are in
+    tokens.
     """
 
     seed: int
@@ -40,21 +41,23 @@ class CorpusSettings:
     chat_share: float = 0.85
     turn_shares: tuple[float, ...] = (0.6, 0.25, 0.15)
     opening_share: float = 0.6
+    passage_share: float = 0.25
     greedy_share: float = 0.25
     temperatures: tuple[float, float] = (0.6, 1.0)
     user_temperatures: tuple[float, float] = (0.7, 1.0)
     user_top_p: float = 0.95
     max_user: int = 192
+    max_passage: int = 224
     max_answer: int = 320
     max_continuation: int = 320
 
 
 class CorpusWriter:
-    """Writes the shards of one corpus. `num_running` documents are under way at once, across shards."""
+    """Writes the shards of one corpus. As many documents are under way as the engine has rows."""
 
     def __init__(self, core: EngineCore, prompts: Prompts, settings: CorpusSettings, store: ShardStore) -> None:
         self.core, self.prompts, self.settings, self.store = core, prompts, settings, store
-        self.num_running = 2 * core.scheduler.limits.max_num_seqs
+        self.num_running = core.scheduler.limits.max_num_seqs
         self.num_written = 0
         self._running: dict[str, Writing] = {}
         self._tokens: dict[str, list[int]] = {}

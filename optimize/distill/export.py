@@ -74,6 +74,7 @@ def export(out: Path, weights: Eagle3Weights, config: Eagle3Config, target: Mode
     }
     temporary = out / f".model.{os.getpid()}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
     temporary.replace(out / "model.safetensors")
     _write(out / "README.md", _readme(config, card, sum(t.numel() for t in tensors.values() if t.is_floating_point())))
     _write(out / "config.json", json.dumps(published_config(config, target), indent=2) + "\n")

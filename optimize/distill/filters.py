@@ -15,8 +15,8 @@ LOOP_AGREEMENT = 0.9
 """A text that agrees with itself, shifted by a period, in this share of places is a loop with small changes."""
 MIN_LOOP_TOKENS = 12
 MIN_BYTES_FOR_RATIO = 256
-MOST_COMPRESSED, LEAST_COMPRESSED = 6.0, 1.15
-"""zlib makes English prose 2 to 3 times smaller; a listing that repeats itself more, random characters less."""
+MOST_COMPRESSED, LEAST_COMPRESSED = 6.0, 1.25
+"""zlib makes English prose 2 to 3 times smaller; a listing that repeats itself more, random characters by 1.2."""
 PREFIX_TOKENS = 64
 
 Decode = Callable[[Sequence[int]], str]

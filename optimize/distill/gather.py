@@ -83,13 +83,13 @@ def gather(
     root = options.corpus or cache_dir() / "distill"
     settings = CorpusSettings(
         seed=options.seed,
-        shard_documents=256 if options.tokens >= LARGE_CORPUS else 16,
+        shard_documents=256 if options.tokens >= LARGE_CORPUS else 8,
         max_length=context(options, source),
     )
     held_out = replace(
         settings,
         seed=~options.seed,
-        shard_documents=16,
+        shard_documents=32 if options.tokens >= LARGE_CORPUS else 8,
         greedy_share=0.5,
         temperatures=(EVALUATION_TEMPERATURE, EVALUATION_TEMPERATURE),
     )

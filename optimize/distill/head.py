@@ -99,7 +99,7 @@ class Eagle3Head(nn.Module):
         layer = self.midlayer
         x = residual + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
         y = layer.post_attention_layernorm(x)
-        return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y))
+        return torch.add(x, layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y)))
 
     def weights(self) -> Eagle3Weights:
         """What is served, as it is now; tensors are copies on the CPU."""

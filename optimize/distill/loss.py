@@ -59,7 +59,7 @@ class _VocabularyLoss(torch.autograd.Function):
     """sum_n w_n loss_n of normed [N, H] and the output layer [C, H]; also says where the best draft is the label."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, normed: Tensor, head: Tensor, mass: Tensor, labels: Tensor, at: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         matrix = head.to(normed.dtype)
@@ -93,7 +93,7 @@ class _VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         normed, head = ctx.grads
         return (
             None if normed is None else normed * scale.to(normed.dtype),
@@ -109,5 +109,7 @@ def vocabulary_loss(
     normed: Tensor, head: Tensor, targets: Targets, at: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(sum of weighted losses, agrees [N] bool) of N rows whose targets are rows `at` [N]; `weights` [N] float32."""
-    total, agrees = _VocabularyLoss.apply(normed, head, targets.mass, targets.labels, at, weights)
+    total, agrees = _VocabularyLoss.apply(  # type: ignore[no-untyped-call]
+        normed, head, targets.mass, targets.labels, at, weights
+    )
     return total, agrees

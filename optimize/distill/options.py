@@ -93,7 +93,7 @@ HELP = {
     "num_seqs": "documents that the model writes at once (default: 256 on a GPU, 16 on a CPU)",
     "learning_rate": "peak of the learning rate",
     "sequence": "tokens of a packed row, and of the longest document",
-    "batch_tokens": "tokens of a batch (default: 16384 on a GPU, 2048 on a CPU)",
+    "batch_tokens": "tokens of a batch (default: 16384 on a GPU, 1024 on a CPU)",
     "accumulate": "batches of an update",
     "ema": "decay of a moving average of the weights that is evaluated and saved instead (0: none)",
     "train_lm_head": "train the output layer too; off: it stays the target's own rows",

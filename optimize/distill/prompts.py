@@ -25,6 +25,19 @@ TEXT_OPENINGS = (
     "from ", "class ", "#include <", "function ", "const ", "public ", "SELECT ", "#!/bin/bash\n", "package ", "let ",
 )  # fmt: skip
 
+PASSAGE_TASKS = (
+    ("Summarize the following text:\n\n", "", False), ("", "\n\nSummarize the text above in one sentence.", False),
+    ("Read this passage and answer the question.\n\n", "\n\nQuestion:", True), ("", "\n\nWhat", True),
+    ("Context: ", "\n\nBased on the context, ", True), ("Rewrite this text more simply:\n\n", "", False),
+    ("Translate into French: ", "", False), ("Translate the following text to German:\n\n", "", False),
+    ("Correct the mistakes in this text:\n\n", "", False), ("List the names and numbers in this text:\n\n", "", False),
+    ("Extract the main points as a list:\n\n", "", False), ("Continue this text:\n\n", "", False),
+    ("Find the bug and rewrite the code:\n\n", "", False), ("Explain what this says:\n\n", "", False),
+    ("Here are some documents.\n\nDocument 1: ", "\n\nUsing only the documents, ", True),
+    ("", "\n\nCan you", True), ("Turn this into an email:\n\n", "", False), ("Give this text a title:\n\n", "", False),
+)  # fmt: skip
+"""Requests about a text: what stands before it and behind, and whether the target goes on writing the request there."""
+
 
 @dataclass(slots=True)
 class Prompts:

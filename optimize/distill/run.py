@@ -32,7 +32,7 @@ from server.text.tokenizer import Tokenizer
 Say = Callable[[str], None]
 
 CHECKPOINT = "checkpoint.pt"
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2_048, 16_384
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1_024, 16_384
 _SAY_EVERY_S, _SAVE_EVERY_S = 15.0, 120.0
 _GLANCE_TOKENS = 8_000
 """Held-out text that the progress line's acceptance is measured on."""

@@ -39,7 +39,8 @@ class Document:
     @property
     def written(self) -> NDArray[np.int32]:
         """What the target wrote."""
-        return self.ids[self.kinds != TEMPLATE]
+        written: NDArray[np.int32] = self.ids[self.kinds != TEMPLATE]
+        return written
 
 
 class ShardStore:
@@ -65,7 +66,7 @@ class ShardStore:
             "ids": np.concatenate([d.ids for d in kept]) if kept else np.zeros(0, np.int32),
             "kinds": np.concatenate([d.kinds for d in kept]) if kept else np.zeros(0, np.uint8),
             "offsets": np.cumsum([0, *lengths], dtype=np.int64),
-            "temperatures": np.array([d.temperature for d in kept], dtype=np.float32),
+            "temperatures": np.array([d.temperature for d in kept], dtype=np.float64),
         }
         temporary = self.path(index).with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, temporary)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class Trainer:
         """One step of the optimiser. No synchronisation but the clock's, so `elapsed_s` runs a little ahead on a
         GPU."""
         started = time.perf_counter()
-        rate = self.settings.learning_rate * learning_rate_factor(self.share)
+        rate = self.settings.learning_rate * learning_rate_factor(self.share, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.enable_grad():
@@ -170,7 +171,7 @@ class Trainer:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
 
-def _groups(parameters: list[Tensor]) -> list[dict[str, Any]]:
+def _groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},

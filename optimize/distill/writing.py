@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimize.distill.filters import has_extreme_ratio, is_loop
-from optimize.distill.prompts import TEXT_OPENINGS, USER_OPENINGS, Prompts
+from optimize.distill.prompts import PASSAGE_TASKS, TEXT_OPENINGS, USER_OPENINGS, Prompts
 from optimize.distill.shards import ANSWER, CONTINUATION, TEMPLATE, USER, Document
 from server.core import Request, SamplingParams
 
@@ -24,10 +24,15 @@ MIN_ROOM = 32
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a document is to be. `turns` 0: a plain text that begins with `opening`."""
+    """What a document is to be. `turns` 0: a plain text that begins with `opening`.
+
+    `passage`: the first request is about a text that begins with `opening`, with what stands around it (see
+    PASSAGE_TASKS).
+    """
 
     turns: int
     opening: str
+    passage: tuple[str, str, bool] | None
     temperature: float
     user_temperature: float
     seed: int
@@ -38,13 +43,15 @@ def plan(settings: CorpusSettings, index: int, has_template: bool) -> Plan:
     rng = random.Random(f"{settings.seed}/{index}")
     chat = rng.random() < settings.chat_share and has_template
     turns = 1 + rng.choices(range(len(settings.turn_shares)), settings.turn_shares)[0] if chat else 0
-    opened = rng.random() < settings.opening_share
-    opening = rng.choice(USER_OPENINGS if chat else TEXT_OPENINGS) if opened else ""
+    passage = rng.choice(PASSAGE_TASKS) if rng.random() < settings.passage_share and chat else None
+    plain = not chat or passage is not None
+    opened = rng.random() < settings.opening_share or passage is not None
+    opening = rng.choice(TEXT_OPENINGS if plain else USER_OPENINGS) if opened else ""
     greedy = rng.random() < settings.greedy_share
     temperature = 0.0 if greedy else rng.uniform(*settings.temperatures)
     if not chat and greedy:  # plain texts without a temperature are few and all alike
         temperature = settings.temperatures[0]
-    return Plan(turns, opening, temperature, rng.uniform(*settings.user_temperatures), rng.getrandbits(63))
+    return Plan(turns, opening, passage, temperature, rng.uniform(*settings.user_temperatures), rng.getrandbits(63))
 
 
 class Writing:
@@ -58,6 +65,7 @@ class Writing:
         self._kinds: list[int] = []
         self._turn = 0
         self._asking = True
+        self._reading = self.plan.passage is not None
         self._kept = 0  # length up to the last answer that is good
         self._done = False
 
@@ -69,14 +77,19 @@ class Writing:
         if self.plan.turns == 0:
             self._give(self.prompts.beginning(self.plan.opening), TEMPLATE)
             return self._request(s.max_continuation, self.plan.temperature, 1.0)
+        if self._reading:  # the passage is written apart, as the plain text it is
+            beginning = self.prompts.beginning(self.plan.opening)
+            return self._request(s.max_passage, self.plan.user_temperature, s.user_top_p, beginning)
         if self._turn == self.plan.turns:
             return None
         before, between = self.prompts.pieces(self._turn)
-        self._join(before if self._asking else between)
+        about_passage = self._turn == 0 and self.plan.passage is not None
+        if not (self._asking and about_passage):
+            self._join(before if self._asking else between)
         if not self._asking:
             return self._request(s.max_answer, self.plan.temperature, 1.0)
-        if self._turn == 0:
-            self._give(self.prompts.words(self.plan.opening), USER)
+        if self._turn == 0 and not about_passage:
+            self._give(self.prompts.words(self.plan.opening), TEMPLATE)
         return self._request(s.max_user, self.plan.user_temperature, s.user_top_p)
 
     def take(self, token_ids: list[int]) -> None:
@@ -86,6 +99,9 @@ class Writing:
             self._done = True
             if self._is_good(token_ids):
                 self._kept = len(self._ids)
+            return
+        if self._reading:
+            self._read(self._without_end(token_ids))
             return
         asked, self._asking = self._asking, not self._asking
         self._give(token_ids, USER if asked else ANSWER)
@@ -107,14 +123,30 @@ class Writing:
         ids, kinds = self._ids[: self._kept], self._kinds[: self._kept]
         return Document(np.array(ids, dtype=np.int32), np.array(kinds, dtype=np.uint8), self.plan.temperature)
 
-    def _request(self, max_tokens: int, temperature: float, top_p: float) -> Request | None:
-        room = self.settings.max_length - len(self._ids)
-        if room < MIN_ROOM or not self._ids:
+    def _read(self, words: list[int]) -> None:
+        """Puts the passage into the first request; if that is all of it, the answer comes next."""
+        assert self.plan.passage is not None
+        before, after, goes_on = self.plan.passage
+        self._reading = False
+        if not self._is_good(words):
+            self._done = True
+            return
+        text = self.prompts.tokenizer.decode(words).strip()
+        self._join(self.prompts.pieces(0)[0])
+        self._give(self.prompts.words(f"{before}{self.plan.opening}{text}{after}"), TEMPLATE)
+        self._asking = goes_on
+
+    def _request(
+        self, max_tokens: int, temperature: float, top_p: float, prompt: list[int] | None = None
+    ) -> Request | None:
+        prompt = list(self._ids) if prompt is None else prompt
+        room = self.settings.max_length - len(prompt)
+        if room < MIN_ROOM or not prompt:
             return None
         sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=self.plan.seed)
         return Request(
             str(self.index),
-            list(self._ids),
+            prompt,
             sampling,
             max_tokens=min(max_tokens, room),
             stop_token_ids=sorted(self._ends),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ from server.models.random_weights import llama_shapes, llama_weights
 from server.models.shapes import shape
 
 MAX_POSITIONS = 160
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """An engine built in this process switches them off for good."""
+    with torch.enable_grad():
+        yield
 
 
 @pytest.fixture(scope="session")
