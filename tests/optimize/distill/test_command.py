@@ -10,15 +10,24 @@ import torch
 
 from draft_models.eagle3_config import parse_config
 from draft_models.eagle3_weights import TENSOR_NAMES, load_weights
+from optimize.distill import gather
 from optimize.distill.export import published_config
 from optimize.distill.interrupt import Stop
 from optimize.distill.train import Trainer
 from server import cli
+from server.engine import build
 from server.models.config import ModelConfig
 from server.models.loader import Checkpoint
 from server.models.source import resolve
 
-SIZE = ("--tokens", "900", "--sequence", "96", "--batch-tokens", "192", "--draft-vocab", "150", "--device", "cpu")
+SIZE = ("--tokens", "500", "--sequence", "96", "--batch-tokens", "192", "--draft-vocab", "150", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, and little text to measure on."""
+    monkeypatch.setattr(build, "_num_cores", lambda: 1)
+    monkeypatch.setattr(gather, "LEAST_HELD_OUT", 150)
 
 
 def distill(target_dir: Path, tmp_path: Path, *more: str, out: str = "head") -> int:

@@ -122,7 +122,9 @@ def test_pieces_of_a_template(prompts: Prompts) -> None:
 
 
 def talk(prompts: Prompts, index: int, answers: list[list[int]]) -> Writing:
-    writing = Writing(index, replace(SETTINGS, opening_share=0.0, chat_share=1.0, max_length=400), prompts)
+    writing = Writing(
+        index, replace(SETTINGS, opening_share=0.0, chat_share=1.0, passage_share=0.0, max_length=400), prompts
+    )
     for answer in answers:
         request = writing.next_request()
         assert request is not None
@@ -133,7 +135,7 @@ def talk(prompts: Prompts, index: int, answers: list[list[int]]) -> Writing:
 def test_the_words_of_a_conversation_are_the_models_own_tokens(prompts: Prompts) -> None:
     """The end of a turn that the model wrote is not repeated by the template."""
     chatml = Prompts(prompts.tokenizer, ChatTemplate(CHATML.replace("<|im_end|>", "</s>"), {}))
-    settings = replace(SETTINGS, opening_share=0.0, chat_share=1.0)
+    settings = replace(SETTINGS, opening_share=0.0, chat_share=1.0, passage_share=0.0)
     index = next(i for i in range(100) if plan(settings, i, True).turns == 2)
     words = chatml.words
     question, answer = words("why is it so"), words("because there was nothing else to do then")
@@ -151,6 +153,31 @@ def test_the_words_of_a_conversation_are_the_models_own_tokens(prompts: Prompts)
     kept = looping.document()
     assert kept is not None and kept.ids.tolist() == expected[: len(kept.ids)] and kept.ids[-1] == 2
     assert talk(chatml, index, [[2]]).document() is None
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_request_about_a_text_that_the_model_wrote(goes_on: bool, prompts: Prompts) -> None:
+    settings = replace(SETTINGS, chat_share=1.0, passage_share=1.0, max_length=400)
+    plans = ((i, plan(settings, i, True)) for i in range(200))
+    index, found = next((i, p) for i, p in plans if p.passage and p.passage[2] == goes_on and p.turns == 1)
+    writing = Writing(index, settings, prompts)
+    words, decode = prompts.words, prompts.tokenizer.decode
+    request = writing.next_request()
+    assert request is not None and decode(request.prompt_ids) == found.opening
+    writing.take(words("many things that were said of it "))
+    request = writing.next_request()
+    assert request is not None and found.passage is not None
+    before, after, _ = found.passage
+    given = f"user: {before}{found.opening}many things that were said of it{after}"
+    assert decode(request.prompt_ids) == given + ("" if goes_on else "\nassistant: ")
+    if goes_on:
+        writing.take([*words(" is it about"), 2])
+        request = writing.next_request()
+        assert request is not None and decode(request.prompt_ids) == f"{given} is it about\nassistant: "
+    writing.take([*words("it is about nothing much"), 2])
+    made = writing.document()
+    assert writing.next_request() is None and made is not None
+    assert decode(made.written.tolist()) == (" is it about" if goes_on else "") + "it is about nothing much"
 
 
 def test_the_draft_vocabulary(prompts: Prompts) -> None:

@@ -114,3 +114,4 @@ def test_the_schedule() -> None:
     assert learning_rate_factor(0.0) < 0.1 and learning_rate_factor(0.03) == 1.0
     assert learning_rate_factor(1.0) == pytest.approx(FLOOR) == learning_rate_factor(1.7)
     assert learning_rate_factor(0.3) > learning_rate_factor(0.6)
+    assert learning_rate_factor(0.3, 0) == pytest.approx(0.1), "slow updates warm up too"
