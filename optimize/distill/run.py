@@ -49,7 +49,6 @@ class Work:
     length: int
     checkpoint: Path
     say: Say
-    losses: list[tuple[int, float]]
 
     def evaluated(self, temperature: float, most_tokens: int | None = None) -> Acceptance:
         """Acceptance of the weights that would be saved now, on held-out text."""
@@ -136,7 +135,7 @@ def _prepare(
     if options.resume:
         trainer.load(checkpoint)
         say(f"going on at update {trainer.step}, {trainer.share:.0%} of the training")
-    return Work(trainer, texts, options, length, checkpoint, say, [])
+    return Work(trainer, texts, options, length, checkpoint, say)
 
 
 def _head(config: Eagle3Config, source: ModelSource, ids: torch.Tensor, max_positions: int, seed: int) -> Eagle3Head:
@@ -174,7 +173,6 @@ def _tell(work: Work, rate: float, glance: bool) -> None:
         p = work.trainer.progress()
     except FloatingPointError as error:
         raise DistillError(str(error)) from error
-    work.losses.append((p.step, p.loss))
     agreement = " ".join(f"{a:.2f}" for a in p.agreement)
     words = f"{work.trainer.share:4.0%}  update {p.step}  loss {p.loss:.3f}  top-1 {agreement}  {rate:,.0f} tokens/s"
     if glance:
@@ -194,8 +192,8 @@ def _card(
         f"{s.hard:g} times the hard one, step s weighted {s.step_decay:g}^s. AdamW, learning rate {s.learning_rate:g}, "
         f"{t.step:,} updates of {t.tokens_per_update:,} tokens in {t.elapsed_s / 60:.1f} minutes, seed {s.seed}."
     )
-    every = max(1, len(work.losses) // 12)
-    losses = [*work.losses[:-1:every], *work.losses[-1:]]
+    every = max(1, len(t.history) // 12)
+    losses = [*t.history[:-1:every], *t.history[-1:]]
     licence = "Apache-2.0" if source.kind == "embedded" else "see the target's own model card"
     return Card(
         target=source.name,

@@ -60,7 +60,10 @@ class Progress:
 
 
 class Trainer:
-    """Trains `head` on `packed`. `elapsed_s` counts seconds of updates; it and `step` say where the training is."""
+    """Trains `head` on `packed`. `elapsed_s` counts seconds of updates; it and `step` say where the training is.
+
+    `history` is (update, mean loss since the one before) of every `progress`.
+    """
 
     def __init__(
         self, head: Eagle3Head, teacher: Teacher, packed: Packed, settings: TrainSettings, schedule: Schedule
@@ -76,6 +79,7 @@ class Trainer:
         )
         self.average = [p.detach().clone() for p in self.parameters] if settings.ema else []
         self.step, self.elapsed_s = 0, 0.0
+        self.history: list[tuple[int, float]] = []
         decay = settings.step_decay ** torch.arange(settings.chain_steps, device=self.device)
         self._step_weights = decay / decay.sum()
         self._sums = torch.zeros(1 + settings.chain_steps, device=self.device)
@@ -135,6 +139,7 @@ class Trainer:
         self._counted = 0
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at update {self.step}; use a lower learning-rate")
+        self.history.append((self.step, loss))
         return Progress(self.step, loss, agreement, self.optimizer.param_groups[0]["lr"])
 
     def swap_average(self) -> None:
@@ -150,6 +155,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
+            "history": self.history,
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
@@ -168,7 +174,7 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = list(state["average"])
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.step, self.elapsed_s, self.history = state["step"], state["elapsed_s"], list(state["history"])
 
 
 def _groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
