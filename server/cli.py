@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from optimize.distill.options import add_distill_options
 from server.bench.options import add_bench_options
 from server.chat.options import add_chat_options
 from server.cli_keys import add_key_commands, run_key_command
@@ -31,6 +32,7 @@ def build_parser() -> OneLineParser:
     add_key_commands(commands.add_parser("key", help="make and hash API keys"))
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
+    add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -55,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from server.bench.command import run_bench  # loads torch, in this process
 
         return run_bench(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command == "distill":
+        from optimize.distill.command import run_distill  # loads torch, in this process
+
+        return run_distill(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
     del options.command
     try:
         config = parse_config(options)

@@ -64,11 +64,12 @@ class Checkpoint:
         return name in self._where
 
     def get(self, name: str) -> Tensor:
-        """The tensor in the target's dtype and on its device. Raises WeightsError if missing."""
+        """The tensor on the target's device, floating point in its dtype. Raises WeightsError if missing."""
         if name not in self._where:
             raise WeightsError(f"{self._directory}: tensor {name!r} is missing from the checkpoint")
         tensor: Tensor = self._open(self._where[name]).get_tensor(name)
-        return tensor.to(device=self._device, dtype=self._dtype)
+        # Integers, such as an EAGLE-3 head's map of token ids, would not survive a cast to bfloat16.
+        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
 
 
 def pick_device(name: str) -> torch.device:

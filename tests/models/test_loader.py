@@ -26,6 +26,13 @@ def test_one_file(tmp_path: Path) -> None:
     assert torch.equal(c.get("a"), torch.arange(3.0))
 
 
+def test_whole_numbers_keep_their_values(tmp_path: Path) -> None:
+    """An EAGLE-3 head's d2t holds offsets that bfloat16 would round."""
+    save_file({"d2t": torch.tensor([257, 16385]), "fc": torch.ones(2)}, tmp_path / "model.safetensors")
+    c = checkpoint(tmp_path, torch.bfloat16)
+    assert c.get("d2t").tolist() == [257, 16385] and c.get("fc").dtype == torch.bfloat16
+
+
 def test_shards_with_and_without_an_index(tmp_path: Path) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     save_file({"a": torch.zeros(1)}, tmp_path / names[0])

@@ -1,0 +1,69 @@
+"""Training-time test: the head is trained on its own outputs, all chains of a row at once.
+
+Li et al. 2025, EAGLE-3 (arXiv 2503.01840), section 3.2. The chain at position t takes S steps:
+
+    step 0   token t      and the target's features of t - 1        -> predicts token t + 1
+    step s   token t + s  and its own output of step s - 1          -> predicts token t + s + 1
+
+Its query at step s sees the step-0 keys at positions <= t and the keys of its own steps 1 … s: that is how a server
+drafts, where keys of committed tokens come from the target's features (`draft_models/eagle3.py`). Tokens are the text's
+own, which is what a draft that is accepted is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from optimize.distill.head import Eagle3Head
+from optimize.distill.loss import Targets, vocabulary_loss
+from optimize.distill.packing import Batch
+
+
+def attention_mask(batch: Batch, steps: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, L, S * L], added to scores: step 0's keys up to the query's position, of later steps its own chain's."""
+    length = batch.ids.shape[1]
+    sees = batch.sees()
+    own = torch.eye(length, dtype=torch.bool, device=sees.device).expand_as(sees)
+    allowed = torch.cat([sees] + [own] * (steps - 1), dim=-1)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=sees.device).masked_fill_(~allowed, -torch.inf)
+
+
+def unroll(head: Eagle3Head, embedding: Tensor, batch: Batch, features: Tensor, steps: int) -> Iterator[Tensor]:
+    """The layer's outputs [B, L, H] of steps 0 … S - 1 at every chain; `features` [B, L, 3 H] are the target's."""
+    length, groups = batch.ids.shape[1], head.config.num_heads // head.config.num_kv_heads
+    fused = head.fc(features).float()
+    x = F.pad(fused[:, :-1], (0, 0, 1, 0)).masked_fill(batch.begins[..., None], 0.0)  # a document begins with zeros
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    mask: Tensor | None = None
+    for s in range(steps):
+        ids = F.pad(batch.ids[:, s:], (0, s))
+        embedded = F.embedding(ids, embedding).float()
+        query, key, value, residual = head.project(embedded, x, batch.positions + s)
+        keys.append(key.repeat_interleave(groups, dim=1))
+        values.append(value.repeat_interleave(groups, dim=1))
+        if mask is None:
+            mask = attention_mask(batch, steps, query.dtype)
+        mixed = F.scaled_dot_product_attention(
+            query, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask[..., : (s + 1) * length]
+        )
+        x = head.finish(residual, mixed)
+        yield x
+
+
+def chain_losses(
+    head: Eagle3Head, outputs: Iterator[Tensor], batch: Batch, targets: Targets, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(mean loss [S], share of weight with the target's top token [S]) of every step; `dtype` is that of the logits."""
+    losses, agreements = [], []
+    for s, (output, chains) in enumerate(zip(outputs, batch.chains, strict=True)):
+        normed = head.norm(output.flatten(0, 1)[chains.start]).to(dtype)
+        total, agrees = vocabulary_loss(normed, head.lm_head.weight, targets, chains.start + s, chains.weights)
+        weight = chains.weights.sum().clamp(min=1e-6)
+        losses.append(total / weight)
+        agreements.append((agrees * chains.weights).sum() / weight)
+    return torch.stack(losses), torch.stack(agreements)
