@@ -14,7 +14,7 @@ from server.engine.gpu.tiers import batch_tiers
 from server.engine.scheduler import PROMPT_LOGPROB_ROWS
 
 _ADJUSTED_BYTES = 8
-"""A position and vocabulary entry where penalties or biases are applied: float32, among the graphs' memory and once more
+"""A position and vocabulary entry where penalties or biases apply: float32, among the graphs' memory and once more
 while a step runs eagerly."""
 _COUNT_BYTES = 4
 """A row and vocabulary entry: how often its tokens have occurred."""

@@ -43,7 +43,7 @@ def test_a_share_of_what_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(monkeypatch, "cuda", 8 * GIB)
     assert found.bytes_per_block == 2 * 32 * 8 * 128 * 2 * 16
     pool = (found.num_blocks - 1) * found.bytes_per_block
-    assert 8 * GIB - pool > 3 * GIB, "graphs and activations would not fit"
+    assert 8 * GIB - pool > 2.5 * GIB, "graphs and activations would not fit"
     assert pool > 4 * GIB
 
 
