@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -52,11 +53,8 @@ def prompt_list(prompt: Any) -> list[Prompt]:
         return [prompt]
     if isinstance(prompt, list) and prompt:
         shapes: dict[type, Any] = {str: list[str], list: list[list[int]]}
-        try:
+        with contextlib.suppress(msgspec.ValidationError):  # what it should have been is said below
             checked: Any = msgspec.convert(prompt, shapes.get(type(prompt[0]), list[int]))
-        except msgspec.ValidationError:
-            pass
-        else:
             return [checked] if isinstance(checked[0], int) else checked
     raise _bad_prompt("expected a string, a list of strings, a list of token ids or a list of lists of token ids")
 
