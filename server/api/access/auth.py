@@ -9,6 +9,7 @@ from aiohttp import web
 from server.api.access.access_log import record_of
 from server.api.access.control import ACCESS
 from server.api.access.keys import ApiKey
+from server.api.access.route import route_of
 from server.api.errors import ApiError, Handler
 
 OPEN_ROUTES = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/metrics"})
@@ -112,12 +113,6 @@ def presented_key(request: web.Request) -> str | None:
         return request.headers.get("api-key", "").strip() or None
     scheme, _, key = authorization.partition(" ")
     return (key.strip() or None) if scheme.lower() == "bearer" else None
-
-
-def route_of(request: web.Request) -> str:
-    """The pattern of the route that serves the request; `unknown` where there is none, so that none is open."""
-    resource = request.match_info.route.resource
-    return "unknown" if resource is None else resource.canonical
 
 
 def _masked(presented: str) -> str:
