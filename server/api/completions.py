@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from server.api.access.auth import check_priority
+from server.api.access.auth import caller_of, check_priority
 from server.api.echo import Echo
 from server.api.encoding import encode_text
 from server.api.engine_requests import check_token_ids, engine_requests
@@ -16,7 +16,7 @@ from server.api.errors import ApiError, invalid
 from server.api.formats import CompletionFormat
 from server.api.identity import head, new_id
 from server.api.interfaces import TextLayerLike
-from server.api.jobs import caller_of, defaults_for, job_of, wording_of
+from server.api.jobs import defaults_for, job_of, wording_of
 from server.api.options import completion_options
 from server.api.parsing import parse_body
 from server.api.respond import read_body, respond

@@ -45,6 +45,12 @@ CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
 ANONYMOUS = Caller()
 
 
+def caller_of(request: web.Request) -> Caller:
+    """Who asks; nobody in particular where no middleware looked."""
+    caller: Caller = request.get(CALLER, ANONYMOUS)
+    return caller
+
+
 def authenticate(request: web.Request) -> Caller:
     """The caller of this request. Raises ApiError 401 for no key or a wrong one, 403 for one of the wrong kind."""
     route = route_of(request)
@@ -101,9 +107,9 @@ async def auth_middleware(request: web.Request, handler: Handler) -> web.StreamR
 
 async def add_rate_limit_headers(request: web.Request, response: web.StreamResponse) -> None:
     """For `on_response_prepare`: x-ratelimit headers on answers to keys with limits, errors and streams too."""
-    caller = request.get(CALLER)
-    if caller is not None and caller.key is not None:
-        response.headers.update(request.app[ACCESS].limiter.headers(caller.key))
+    key = caller_of(request).key
+    if key is not None:
+        response.headers.update(request.app[ACCESS].limiter.headers(key))
 
 
 def presented_key(request: web.Request) -> str | None:
