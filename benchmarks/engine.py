@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.common import Prompt
 from server.config import EngineConfig
 from server.core import Request, SamplingParams
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
+from server.engine.speculation import Speculation
 from server.models.source import resolve
 from server.text.chat_template import ChatTemplate, encode_chat
 from server.text.tokenizer import Tokenizer
@@ -41,6 +43,25 @@ def build(drafter: str, **settings: object) -> EngineCore:
     """An engine on the embedded model, silent."""
     config = EngineConfig(drafter=drafter, **{"kv_cache_tokens": 40_000, **settings})  # type: ignore[arg-type]
     return build_engine(config, lambda text: None)[0]
+
+
+def another(core: EngineCore, *, kv_cache_tokens: int | None = None, **limits: Any) -> EngineCore:
+    """A new engine on the runner of `core`, with its weights, kernels and graphs: ready at once.
+
+    Scheduler, blocks, prefix cache and statistics are its own, but not the memory behind the blocks: from now on only
+    the new engine may be used. `limits` are fields of `Limits`, none above the runner's. Raises ValueError for too many
+    tokens or rows, and while `core` has work.
+    """
+    own = core.runner.shape
+    num_blocks = own.num_blocks if kv_cache_tokens is None else 1 + -(-kv_cache_tokens // own.block_size)
+    settled = replace(core.scheduler.limits, num_blocks=num_blocks, **limits)
+    if core.has_work:
+        raise ValueError("the engine has work: its runner can not be another's yet")
+    for name in ("num_blocks", "max_num_seqs", "max_model_len"):
+        if getattr(settled, name) > getattr(own, name):
+            raise ValueError(f"{name}: {getattr(settled, name)} is too large; the runner has {getattr(own, name)}")
+    speculation = Speculation(core.speculation.costs, core.speculation.max_draft_tokens, core.speculation.trims)
+    return EngineCore(core.runner, settled, speculation, core.eos_token_ids, core.max_waiting, core.max_waiting_tokens)
 
 
 class Prompter:

@@ -32,33 +32,55 @@ from benchmarks.http_streams import Load, Seen, drive, summary
 from benchmarks.shape_server import write_shape
 
 SHAPES = {"8b": "llama-3.1-8b", "tiny": "tiny"}
+READY_TIMEOUT_S = 180
+LOG_LINES = 40
+
 # -- the server and the engine alone -----------------------------------------------------------------------------
 
 
 @contextmanager
-def serving(command: list[str], workers: int, port: int) -> Iterator[tuple[list[int], list[int]]]:
-    """A running server; yields the process ids of its API processes and of its engine."""
+def serving(command: list[str], workers: int, port: int, log: Path) -> Iterator[tuple[list[int], list[int]]]:
+    """A running server; yields the process ids of its API processes and of its engine.
+
+    What it writes goes to `log`, whose end is a note of whatever is raised meanwhile. RuntimeError: it does not get
+    ready.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [*command, "--api-workers", str(workers), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
     try:
-        for _ in range(2400):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
-                    break
-            except OSError:
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {process.returncode}") from None
-                time.sleep(0.1)
+        started = time.perf_counter()
+        wait_ready(process, port)
+        print(f"{workers} API workers: ready after {time.perf_counter() - started:.1f} s", flush=True)
         engines = children(process.pid, "shape_engine.py") + children(process.pid, "server.engine.process")
         members = children(process.pid, "server.api.pool.worker")
         yield (members if workers > 1 else [process.pid]), engines
+    except Exception as error:
+        lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        error.add_note("\n".join(["The last that the server wrote:", *lines]))
+        raise
     finally:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+
+
+def wait_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    """Raises RuntimeError if the server ends, or is not ready in READY_TIMEOUT_S."""
+    deadline = time.perf_counter() + READY_TIMEOUT_S
+    while time.perf_counter() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return
+        except OSError:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}") from None
+            time.sleep(0.1)
+    raise RuntimeError(f"the server is not ready after {READY_TIMEOUT_S} s")
 
 
 def engine_flags(args: argparse.Namespace) -> list[str]:
@@ -67,7 +89,8 @@ def engine_flags(args: argparse.Namespace) -> list[str]:
     tokens = most * (args.input + args.output + 64)
     settings = {"drafter": "none", "max-num-seqs": most, "kv-cache-tokens": tokens, "device": args.device}
     settings |= {"max-model-len": max(1024, args.input + args.output + 16), "max-num-batched-tokens": 16384}
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))] + ["--no-prefix-cache"]
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [*words, "--no-prefix-cache", "--no-adaptive"]
 
 
 def bench(case: str, args: argparse.Namespace, folder: Path) -> dict[int, float]:
@@ -97,7 +120,7 @@ def measure(case: str, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     command += [*engine_flags(args), "--access-log", "off", "--log-level", "error"]
     best: dict[int, tuple[float, int, str]] = {}
     for workers in args.workers:
-        with serving(command, workers, args.port) as (members, engines):
+        with serving(command, workers, args.port, folder / "server.log") as (members, engines):
             for streams in args.streams:
                 load = Load(streams, args.input, args.output, 128_000 if case == "8b" else args.vocab)
                 rows, loss, note = one_load(name, load, workers, alone[streams], args, members, engines)

@@ -28,7 +28,7 @@ from benchmarks import omp  # noqa: F401  before torch
 import torch
 
 from benchmarks.common import PROMPTS, Row, load_prompts, write_result
-from benchmarks.engine import Prompter, build, run
+from benchmarks.engine import Prompter, another, build, run
 from server.core import Request, SamplingParams
 from server.engine.core import EngineCore
 from server.sampling.rng import TARGET, gumbel, noise_keys
@@ -39,6 +39,7 @@ GREEDY = SamplingParams(temperature=0.0)
 SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=99)
 SEEDED_PLAIN = SamplingParams(temperature=0.8, seed=99)
 """Without a filter: then the gap between two tokens is that of their scores."""
+KINDS = {"greedy": GREEDY, "seeded": SEEDED}
 NUM_PROBED = 20
 NUM_CONTROLS = 96
 
@@ -53,12 +54,14 @@ class Setting:
     num_alone: int
     texts: dict[str, Tokens]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return max(len(ids) for texts in self.texts.values() for ids in texts) + self.max_tokens
+
     def engine(self, drafter: str, **settings: Any) -> EngineCore:
-        longest = max(len(ids) for texts in self.texts.values() for ids in texts) + self.max_tokens
         fixed: dict[str, Any] = {"adaptive": False, "max_draft_tokens": 5, "max_num_seqs": 32, "prefix_cache": False}
-        fixed |= {"max_model_len": max(1024, longest + 16), "max_num_batched_tokens": WHOLE}
-        if settings.get("kv_cache_tokens") == 0:
-            settings["kv_cache_tokens"] = 4 * longest
+        fixed |= {"max_model_len": max(1024, self.longest + 16), "max_num_batched_tokens": WHOLE}
         return build(drafter, model=self.model, device=self.device, **{**fixed, **settings})
 
     def together(self, core: EngineCore, kind: str, sampling: SamplingParams) -> Tokens:
@@ -74,23 +77,23 @@ class Setting:
 
 
 def deterministic(setting: Setting) -> Iterator[Row]:
-    kinds = {"greedy": GREEDY, "seeded": SEEDED}
+    """All engines of a drafter share a runner: what they differ in is the host's."""
     on_gpu = setting.device != "cpu"
-    plain = setting.engine("none", deterministic=on_gpu)
-    expected = {kind: setting.alone(plain, kind, sampling) for kind, sampling in kinds.items()}
-    del plain
+    runners = {drafter: setting.engine(drafter, deterministic=on_gpu) for drafter in ("none", "suffix")}
+    plain = another(runners["none"])
+    expected = {kind: setting.alone(plain, kind, sampling) for kind, sampling in KINDS.items()}
     for drafter, k in (("none", 0), ("suffix", 5)):
         for prefill, budget in (("whole", WHOLE), ("chunked", CHUNKED)):
-            fixed: dict[str, Any] = {"deterministic": on_gpu, "max_num_batched_tokens": budget}
-            core = setting.engine(drafter, prefix_cache=True, **fixed)
-            for kind, sampling in kinds.items():
+            core = another(runners[drafter], prefix_cache=True, max_num_batched_tokens=budget)
+            for kind, sampling in KINDS.items():
                 where = f"{kind}/k{k}", prefill
                 yield _differing(where, "b32/miss", setting.together(core, kind, sampling), expected[kind], core)
                 yield _differing(where, "b32/hit", setting.together(core, kind, sampling), expected[kind], core)
                 few = setting.alone(core, kind, sampling, setting.num_alone)
                 yield _differing(where, "alone/hit", few, expected[kind], core)
-            core = setting.engine(drafter, kv_cache_tokens=0, **fixed)
-            for kind, sampling in kinds.items():
+            few_blocks = 4 * setting.longest
+            core = another(runners[drafter], kv_cache_tokens=few_blocks, max_num_batched_tokens=budget)
+            for kind, sampling in KINDS.items():
                 where = f"{kind}/k{k}", prefill
                 few = setting.alone(core, kind, sampling, setting.num_alone)
                 yield _differing(where, "alone/miss", few, expected[kind], core)
@@ -227,7 +230,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--num", type=int, default=32)
-    parser.add_argument("--num-alone", type=int, default=16, help="prompts of the cases that run one after another")
+    parser.add_argument("--num-alone", type=int, default=8, help="prompts of the cases that run one after another")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--max-prompt", type=int, default=512, help="longer prompts are cut")
     parser.add_argument("--only", choices=("deterministic", "normal"))

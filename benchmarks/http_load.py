@@ -10,76 +10,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
-import json
 import os
-import random
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Row, median_row, write_result
-from benchmarks.http_cost import children, wait_ready
-
-BENCH = Path(__file__).resolve()
-
-
-@dataclass
-class Target:
-    """A running server; `prefix` begins the cases measured on it."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    prefix: str
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-    def engine_pid(self) -> int:
-        names = ("scripted_engine.py", "server.engine.process")
-        return next(pid for name in names for pid in children(self.process.pid, name))
-
-    async def info(self) -> dict[str, Any]:
-        async with aiohttp.ClientSession() as http, http.get(self.url + "/server_info") as response:
-            return dict(await response.json())
-
-
-@contextmanager
-def serving(options: argparse.Namespace, **settings: Any) -> Iterator[Target]:
-    """A server with these settings of `outpace serve`."""
-    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    flags += [] if options.threads is None else ["--num-threads", str(options.threads)]
-    flags += ["--port", str(options.port), "--access-log", "off", "--log-level", "error"]
-    if options.engine == "scripted":
-        command = [sys.executable, str(BENCH.with_name("scripted_server.py")), str(options.step_ms), *flags]
-    else:
-        command = [sys.executable, "-m", "server", "serve", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(BENCH.parent.parent)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    url = f"http://127.0.0.1:{options.port}"
-    try:
-        wait_ready(url + "/ready")
-        yield Target(url, process, f"cpu2/http-{options.engine}")
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def body(max_tokens: int, *, stream: bool = False, **fields: Any) -> dict[str, Any]:
-    return {"prompt": "Once upon a time", "max_tokens": max_tokens, "ignore_eos": True, "stream": stream, **fields}
+from benchmarks.http_clients import SlowReaders, body, collect, gaps, offered
+from benchmarks.http_target import Target, rss_mib, serving, settled, until_ready
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -89,43 +34,6 @@ def percentile(values: list[float], share: float) -> float:
 
 
 # -- overload --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Outcome:
-    """What clients saw, in seconds."""
-
-    admitted: list[float] = field(default_factory=list)
-    refused: list[float] = field(default_factory=list)
-
-
-async def greedy_client(http: aiohttp.ClientSession, url: str, tokens: int, until: float, seen: Outcome) -> None:
-    """One request after another; after a 429 it waits as long as it is told, and up to a second more, as clients do."""
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        async with http.post(url + "/v1/completions", json=body(tokens)) as response:
-            await response.read()
-            took = time.perf_counter() - started
-            if response.status == 200:
-                seen.admitted.append(took)
-            elif response.status == 429:
-                seen.refused.append(took)
-                await asyncio.sleep(float(response.headers["Retry-After"]) + random.random())
-            else:
-                raise RuntimeError(f"status {response.status}: {await response.text()}")
-
-
-async def offered(target: Target, num_clients: int, tokens: int, seconds: float) -> Outcome:
-    seen = Outcome()
-    until = time.perf_counter() + seconds
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        clients = []
-        for index in range(num_clients):
-            clients.append(asyncio.create_task(greedy_client(http, target.url, tokens, until, seen)))
-            if index % 16 == 15:
-                await asyncio.sleep(0.01)  # nobody's ten thousand clients begin in the same millisecond
-        await asyncio.gather(*clients)
-    return seen
 
 
 def overload(options: argparse.Namespace) -> list[Row]:
@@ -156,81 +64,6 @@ def overload(options: argparse.Namespace) -> list[Row]:
 
 
 # -- slow readers ----------------------------------------------------------------------------------------------
-
-
-async def events(http: aiohttp.ClientSession, url: str, request: dict[str, Any]) -> AsyncIterator[float]:
-    """The times at which a stream's events arrive."""
-    async with http.post(url + "/v1/completions", json=request) as response:
-        response.raise_for_status()
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                yield time.perf_counter()
-
-
-async def gaps(target: Target, num_streams: int, tokens: int) -> list[float]:
-    """Seconds between events of `num_streams` ordinary streams."""
-
-    async def one(http: aiohttp.ClientSession) -> list[float]:
-        times = [at async for at in events(http, target.url, body(tokens, stream=True))]
-        return [b - a for a, b in itertools.pairwise(times)]
-
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        return [
-            gap for one_stream in await asyncio.gather(*(one(http) for _ in range(num_streams))) for gap in one_stream
-        ]
-
-
-class SlowReaders:
-    """Clients that take a byte a second of a stream that never ends."""
-
-    def __init__(self, target: Target, count: int, request: dict[str, Any]) -> None:
-        self._target, self._count, self._request = target, count, request
-        self._sockets: list[socket.socket] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> SlowReaders:
-        data = json.dumps(self._request).encode()
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(data)}\r\n\r\n"
-        )
-        for _ in range(self._count):
-            connection = socket.socket()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(("127.0.0.1", self._target.port))
-            connection.sendall(head.encode() + data)
-            connection.setblocking(False)
-            self._sockets.append(connection)
-        self._task = asyncio.create_task(self._read())
-        return self
-
-    async def _read(self) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            for connection in self._sockets:
-                try:
-                    connection.recv(1)
-                except BlockingIOError:
-                    continue
-
-    async def all_held(self) -> dict[str, Any]:
-        """Waits until the engine works for none of them."""
-        while True:
-            stats: dict[str, Any] = (await self._target.info())["stats"]
-            if stats["num_held"] == self._count:
-                return stats
-            await asyncio.sleep(0.5)
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        for connection in self._sockets:
-            connection.close()
-
-
-def rss_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def slow_readers(options: argparse.Namespace) -> list[Row]:
@@ -267,47 +100,6 @@ def slow_readers(options: argparse.Namespace) -> list[Row]:
 
 
 # -- death and end ---------------------------------------------------------------------------------------------
-
-
-async def collect(http: aiohttp.ClientSession, url: str, request: dict[str, Any]) -> tuple[str, float, int]:
-    """How a stream ended (`done`, `error` with its code, or `broken`), when, and how many chunks came."""
-    num_chunks, end = 0, "broken"
-    try:
-        async with http.post(url + "/v1/completions", json=request) as response:
-            if response.status != 200:
-                return f"status {response.status}", time.perf_counter(), 0
-            async for line in response.content:
-                if line.startswith(b"data: [DONE]"):
-                    end = "done"
-                elif line.startswith(b'data: {"error"'):
-                    end = f"error {json.loads(line[6:])['error']['code']}"
-                elif line.startswith(b"data: {"):
-                    num_chunks += 1
-    except aiohttp.ClientError:
-        end = "broken"
-    return end, time.perf_counter(), num_chunks
-
-
-async def until_ready(url: str) -> float:
-    """The time at which /ready says 200 again."""
-    async with aiohttp.ClientSession() as http:
-        while True:
-            async with http.get(url + "/ready") as response:
-                if response.status == 200:
-                    return time.perf_counter()
-            await asyncio.sleep(0.02)
-
-
-async def settled(target: Target) -> dict[str, Any]:
-    """What the server says of itself once it has nothing to do."""
-    info: dict[str, Any] = {}
-    for _ in range(100):
-        info = await target.info()
-        stats = info["stats"]
-        if stats["num_running"] == stats["num_waiting"] == stats["num_held"] == stats["kv_blocks_used"] == 0:
-            return info
-        await asyncio.sleep(0.1)
-    return info
 
 
 def kill(options: argparse.Namespace) -> list[Row]:

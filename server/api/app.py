@@ -17,20 +17,20 @@ from server.api.access.auth import add_rate_limit_headers, auth_middleware
 from server.api.access.control import ACCESS
 from server.api.access.cors import Cors, parse_origins
 from server.api.access.request_id import add_request_id, request_id_middleware
+from server.api.access.route import route_of
 from server.api.errors import Handler, error_middleware
 from server.api.state import STATE, ServerState
 
 
 @web.middleware
 async def _account(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Counts answers by route pattern (not by path: a client could make up any number of those) and status.
+    """Counts answers by route and status.
 
     A server that is leaving closes the connection with its answer.
     """
     response = await handler(request)
     state = request.app[STATE]
-    resource = request.match_info.route.resource
-    state.metrics.count_answer("unknown" if resource is None else resource.canonical, response.status)
+    state.metrics.count_answer(route_of(request), response.status)
     if state.draining and not response.prepared:
         response.force_close()
     return response

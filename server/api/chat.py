@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from server.api.access.auth import check_priority
+from server.api.access.auth import caller_of, check_priority
 from server.api.encoding import encode_chat
 from server.api.engine_requests import context_length, engine_requests
 from server.api.formats import ChatFormat
 from server.api.identity import head, new_id
-from server.api.jobs import caller_of, defaults_for, job_of, wording_of
+from server.api.jobs import defaults_for, job_of, wording_of
 from server.api.messages import plain_messages
 from server.api.options import chat_options
 from server.api.parsing import parse_body

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from server.api.access.auth import check_priority
+from server.api.access.auth import caller_of, check_priority
 from server.api.echo import Echo
 from server.api.encoding import encode_text
 from server.api.engine_requests import check_token_ids, engine_requests
@@ -15,7 +16,7 @@ from server.api.errors import ApiError, invalid
 from server.api.formats import CompletionFormat
 from server.api.identity import head, new_id
 from server.api.interfaces import TextLayerLike
-from server.api.jobs import caller_of, defaults_for, job_of, wording_of
+from server.api.jobs import defaults_for, job_of, wording_of
 from server.api.options import completion_options
 from server.api.parsing import parse_body
 from server.api.respond import read_body, respond
@@ -52,11 +53,8 @@ def prompt_list(prompt: Any) -> list[Prompt]:
         return [prompt]
     if isinstance(prompt, list) and prompt:
         shapes: dict[type, Any] = {str: list[str], list: list[list[int]]}
-        try:
+        with contextlib.suppress(msgspec.ValidationError):  # what it should have been is said below
             checked: Any = msgspec.convert(prompt, shapes.get(type(prompt[0]), list[int]))
-        except msgspec.ValidationError:
-            pass
-        else:
             return [checked] if isinstance(checked[0], int) else checked
     raise _bad_prompt("expected a string, a list of strings, a list of token ids or a list of lists of token ids")
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiohttp import web
-
-from server.api.access.auth import ANONYMOUS, CALLER, Caller
+from server.api.access.auth import Caller
 from server.api.echo import Echo
 from server.api.formats import Format, Wording
 from server.api.options import Defaults, Options
 from server.api.respond import Job
 from server.api.state import ServerState
 from server.core import Request
-
-
-def caller_of(request: web.Request) -> Caller:
-    """Who asks; nobody in particular where no middleware looked."""
-    caller: Caller = request.get(CALLER, ANONYMOUS)
-    return caller
 
 
 def defaults_for(caller: Caller, state: ServerState) -> Defaults:

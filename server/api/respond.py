@@ -12,7 +12,7 @@ from aiohttp import web
 
 from server.api.access import body
 from server.api.access.access_log import Record, record_of
-from server.api.access.auth import ANONYMOUS, CALLER
+from server.api.access.auth import caller_of
 from server.api.choice_text import ChoiceText, Delta
 from server.api.chunks import ChunkWriter
 from server.api.echo import Echo
@@ -59,7 +59,7 @@ async def read_body(request: web.Request, state: ServerState) -> bytes:
 
 async def respond(request: web.Request, state: ServerState, text: TextLayerLike, job: Job) -> web.StreamResponse:
     """Admits the job, runs it and answers. However this is left, no request stays behind in the engine."""
-    key = request.get(CALLER, ANONYMOUS).key
+    key = caller_of(request).key
     num_prompt = _num_prompt(job)
     state.admit(job.requests)
     place = _Place(state, job.requests)

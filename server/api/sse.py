@@ -7,6 +7,7 @@ bound after which the source is told to pause; one that takes nothing for too lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -146,18 +147,21 @@ class EventStream:
 
     async def _drain_kept(self) -> None:
         try:
-            while self._kept:
-                data, num_tokens = self._kept[0]
-                await self._write(data)
-                self._kept.popleft()
-                self._num_kept_tokens -= num_tokens
-                if self._paused and self._num_kept_tokens <= self._flow.max_tokens // 2:
-                    self._paused = False
-                    self._flow.resume()
-        except ConnectionError:
-            pass  # the handler is being cancelled: it closes the stream
+            # A client that is gone: the handler is being cancelled, and closes the stream.
+            with contextlib.suppress(ConnectionError):
+                while self._kept:
+                    await self._send_oldest()
         finally:
             self._pump = None
+
+    async def _send_oldest(self) -> None:
+        data, num_tokens = self._kept[0]
+        await self._write(data)
+        self._kept.popleft()
+        self._num_kept_tokens -= num_tokens
+        if self._paused and self._num_kept_tokens <= self._flow.max_tokens // 2:
+            self._paused = False
+            self._flow.resume()
 
     async def _write(self, data: bytes) -> None:
         """Returns once the connection has room again."""

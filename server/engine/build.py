@@ -21,9 +21,10 @@ from server.engine.drafters import (
     make_device_drafter,
     make_drafter,
 )
+from server.engine.gpu.graphs import GraphStats
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
-from server.engine.memory import explained, plan_memory
+from server.engine.memory import Memory, explained, plan_memory
 from server.engine.messages import EngineInfo
 from server.engine.runner import Runner
 from server.engine.speculation import Speculation
@@ -98,29 +99,36 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
         config.max_waiting,
         config.max_waiting_tokens or WAITING_KV_CACHES * limits.kv_tokens,
     )
-    info = EngineInfo(
+    return core, _info(config, source, core, memory, time.perf_counter() - started)
+
+
+def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: Memory, load_s: float) -> EngineInfo:
+    """What the engine says of itself."""
+    limits, runner = core.scheduler.limits, core.runner
+    model, drafts = runner.model, runner.drafter is not None
+    graphs = runner.executor.graphs.stats if isinstance(runner, GpuRunner) else GraphStats()
+    return EngineInfo(
         model=source.name,
         architecture=model.architecture,
         num_parameters=model.num_parameters,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=str(device),
-        max_model_len=max_len,
+        device=str(pick_device(config.device)),
+        max_model_len=limits.max_model_len,
         vocab_size=model.vocab_size,
         kv_cache_tokens=limits.kv_tokens,
         kv_cache_bytes=memory.num_blocks * memory.bytes_per_block,
-        max_num_seqs=shape.max_num_seqs,
-        max_num_batched_tokens=budget,
-        drafter=config.drafter if drafter is not None else "none",
-        max_draft_tokens=config.max_draft_tokens if drafter is not None else 0,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        drafter=config.drafter if drafts else "none",
+        max_draft_tokens=config.max_draft_tokens if drafts else 0,
         verification=config.verification,
         linear_path=runner.linear_path,
         num_threads=torch.get_num_threads(),
-        load_s=time.perf_counter() - started,
-        num_graphs=0 if isinstance(runner, Runner) else runner.executor.graphs.stats.num_graphs,
-        graph_bytes=0 if isinstance(runner, Runner) else runner.executor.graphs.stats.memory_bytes,
+        load_s=load_s,
+        num_graphs=graphs.num_graphs,
+        graph_bytes=graphs.memory_bytes,
         deterministic=config.deterministic,
     )
-    return core, info
 
 
 def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:

@@ -44,8 +44,8 @@ class EngineCore:
         max_waiting_tokens: int | None = None,
     ) -> None:
         self.runner = runner
-        self._eos = frozenset(t for t in eos_token_ids if 0 <= t < runner.model.vocab_size)
-        self.scheduler = Scheduler(limits, self._eos, drafts=speculation.max_draft_tokens > 0)
+        self.eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < runner.model.vocab_size)
+        self.scheduler = Scheduler(limits, self.eos_token_ids, drafts=speculation.max_draft_tokens > 0)
         self.speculation = speculation
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
@@ -86,7 +86,8 @@ class EngineCore:
             return f"min_tokens: {request.min_tokens} is not valid; use 0 to max_tokens ({request.max_tokens})"
         if len(request.sampling.logit_bias) > MAX_BIASES:
             return f"logit_bias: {len(request.sampling.logit_bias)} tokens are too many; use at most {MAX_BIASES}"
-        size, num_ends = self.runner.model.vocab_size, len(end_ids(request, self._eos)) if request.min_tokens else 0
+        size = self.runner.model.vocab_size
+        num_ends = len(end_ids(request, self.eos_token_ids)) if request.min_tokens else 0
         if num_ends >= size:
             return f"min_tokens: nothing could be sampled, since each of the {size} tokens ends the answer"
         if num_ends > MAX_ENDS:

@@ -6,8 +6,6 @@ on is written to standard error.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import faulthandler
 import json
 import logging
@@ -20,6 +18,7 @@ from typing import TextIO
 import msgspec
 
 from server.config import ConfigError, EngineConfig
+from server.engine.child import belong_to_parent
 from server.engine.collector import frozen_start
 from server.engine.wire import Hub
 
@@ -31,11 +30,9 @@ def main() -> int:
     """Exit codes: 0 asked to stop, 1 could not start (reason on standard output)."""
     endpoint, parent = sys.argv[1], os.getppid()
     verdict = _own_stdout()
-    _die_with_parent()
+    belong_to_parent()  # a killed server must not leave an engine behind that holds the GPU
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the supervisor's last question to an engine that hangs: where?
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they go to the whole group; the server decides when we stop
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -78,12 +75,6 @@ def _own_stdout() -> TextIO:
     verdict = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return verdict
-
-
-def _die_with_parent() -> None:
-    """Linux: a killed server must not leave an engine behind that holds the GPU. Elsewhere the idle loop notices."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from draft_models.eagle3_config import config_for
 from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_weights import random_weights
 from draft_models.small_lm_device import SmallLMDeviceDrafter
-from server.core import Request, SamplingParams, SpeculationParams, StepOutput
+from server.core import Request, SamplingParams, SpeculationParams
 from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
@@ -29,7 +29,7 @@ from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
 from server.models.loader import load_model
 from server.models.paged_forward import TorchForward
-from tests.engine.tiny import EOS_ID, VOCAB_SIZE, Answers, engine, make_drafter, request, run, save_loopy_llama
+from tests.engine.tiny import EOS_ID, VOCAB_SIZE, engine, live, make_drafter, request, run, save_loopy_llama
 
 DRAFTERS = ("none", "ngram", "suffix", "eagle3", "small-lm")
 SAMPLING: list[SamplingParams] = [
@@ -124,30 +124,6 @@ def crowd(draw: random.Random, length: int) -> list[Request]:
             )
         )
     return made
-
-
-def live(core: EngineCore, waiting: list[Request], draw: random.Random) -> tuple[Answers, set[str]]:
-    """Submits, holds, resumes and aborts at random until all has ended; also who was aborted."""
-    outputs: list[StepOutput] = []
-    held: set[str] = set()
-    gone: set[str] = set()
-    for _ in range(5000):
-        while waiting and draw.random() < 0.5:
-            assert core.submit(waiting.pop(0)) is None
-        known = sorted(core.scheduler.by_id)
-        if known and draw.random() < 0.03:
-            held.add(name := draw.choice(known))
-            core.hold(name)
-        if held and draw.random() < 0.1:
-            core.resume(held.pop())
-        if known and draw.random() < 0.01:
-            gone.add(name := draw.choice(known))
-            core.abort(name)
-        if not waiting and not core.has_work and not core.scheduler.by_id:
-            return Answers(outputs), gone
-        outputs += core.step()
-        core.check_integrity()
-    raise AssertionError("it never ended")
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -172,6 +173,30 @@ def run(core: EngineCore, requests: list[Request]) -> Answers:
     stats = core.stats()
     assert stats.num_running == stats.num_waiting == stats.num_waiting_tokens == stats.num_held == 0
     return Answers(outputs)
+
+
+def live(core: EngineCore, waiting: list[Request], draw: random.Random) -> tuple[Answers, set[str]]:
+    """Submits, holds, resumes and aborts at random until all has ended; also who was aborted."""
+    outputs: list[StepOutput] = []
+    held: set[str] = set()
+    gone: set[str] = set()
+    for _ in range(5000):
+        while waiting and draw.random() < 0.5:
+            assert core.submit(waiting.pop(0)) is None
+        known = sorted(core.scheduler.by_id)
+        if known and draw.random() < 0.03:
+            held.add(name := draw.choice(known))
+            core.hold(name)
+        if held and draw.random() < 0.1:
+            core.resume(held.pop())
+        if known and draw.random() < 0.01:
+            gone.add(name := draw.choice(known))
+            core.abort(name)
+        if not waiting and not core.has_work and not core.scheduler.by_id:
+            return Answers(outputs), gone
+        outputs += core.step()
+        core.check_integrity()
+    raise AssertionError("it never ended")
 
 
 class Scripted:

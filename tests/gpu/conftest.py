@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.gpu.small import Engines
+
+_STARTED: list[dict[str, float]] = []
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,7 +46,21 @@ def cpu_model(model_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def engines(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def engines(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Linear layers run as they do before anything is measured: that choice takes longer than all tests here."""
+    from server.engine.gpu import kernel_forward
     from tests.gpu.small import Engines, save_head
 
-    return Engines(model_dir, save_head(tmp_path_factory.mktemp("head")))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernel_forward, "tune", lambda *_: None)
+        made = Engines(model_dir, save_head(tmp_path_factory.mktemp("head")))
+        _STARTED.append(made.started)
+        yield made
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What of the tests' time went into starting engines."""
+    for started in _STARTED:
+        terminalreporter.section(f"{len(started)} runners started in {sum(started.values()):.1f} s")
+        for name, seconds in started.items():
+            terminalreporter.write_line(f"{seconds:6.1f} s  {name}")

@@ -23,8 +23,8 @@ pytestmark = [
 NUM_ROWS = 3
 NUM_STEPS = 24
 """Enough for plain decoding to fill a block and take the next one."""
-SLEEP_CYCLES = 400_000_000
-"""About 0.2 s: many times what the host needs for a step."""
+SLEEP_CYCLES = 120_000_000
+"""About 0.06 s: many times what the host needs for a step."""
 KINDS: dict[str, list[SamplingParams]] = {
     "greedy": [MIXED[0]] * NUM_ROWS,
     "sampled": [MIXED[1]] * NUM_ROWS,

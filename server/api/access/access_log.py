@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 
 from server.api.access.log_writer import LogWriter
 from server.api.access.request_id import REQUEST_ID
+from server.api.access.route import UNKNOWN, route_of
 from server.api.errors import ERROR_CODE, Handler
 from server.api.sse import HIGH_WATER_BYTES, while_taken
 
@@ -109,13 +110,12 @@ class AccessLog:
     def refused(self, remote: str | None, status: int, request_id: str, error_code: str) -> None:
         """A request that was never one: malformed, too large or too slow a head."""
         if self._writer is not None:
-            self._write(_line(request_id, remote, None, "unknown", status, None, Record(error_code=error_code)))
+            self._write(_line(request_id, remote, None, UNKNOWN, status, None, Record(error_code=error_code)))
 
     def _log(self, request: web.Request, record: Record, status: int, duration_ms: float) -> None:
         if self._writer is None:
             return
-        resource = request.match_info.route.resource
-        route = "unknown" if resource is None else resource.canonical
+        route = route_of(request)
         if route in _PROBES:
             return
         request_id = request.get(REQUEST_ID)

@@ -9,6 +9,7 @@ from aiohttp import web
 from server.api.access.access_log import record_of
 from server.api.access.control import ACCESS
 from server.api.access.keys import ApiKey
+from server.api.access.route import route_of
 from server.api.errors import ApiError, Handler
 
 OPEN_ROUTES = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/metrics"})
@@ -42,6 +43,12 @@ class Caller:
 
 CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
 ANONYMOUS = Caller()
+
+
+def caller_of(request: web.Request) -> Caller:
+    """Who asks; nobody in particular where no middleware looked."""
+    caller: Caller = request.get(CALLER, ANONYMOUS)
+    return caller
 
 
 def authenticate(request: web.Request) -> Caller:
@@ -100,9 +107,9 @@ async def auth_middleware(request: web.Request, handler: Handler) -> web.StreamR
 
 async def add_rate_limit_headers(request: web.Request, response: web.StreamResponse) -> None:
     """For `on_response_prepare`: x-ratelimit headers on answers to keys with limits, errors and streams too."""
-    caller = request.get(CALLER)
-    if caller is not None and caller.key is not None:
-        response.headers.update(request.app[ACCESS].limiter.headers(caller.key))
+    key = caller_of(request).key
+    if key is not None:
+        response.headers.update(request.app[ACCESS].limiter.headers(key))
 
 
 def presented_key(request: web.Request) -> str | None:
@@ -112,12 +119,6 @@ def presented_key(request: web.Request) -> str | None:
         return request.headers.get("api-key", "").strip() or None
     scheme, _, key = authorization.partition(" ")
     return (key.strip() or None) if scheme.lower() == "bearer" else None
-
-
-def route_of(request: web.Request) -> str:
-    """The pattern of the route that serves the request; `unknown` where there is none, so that none is open."""
-    resource = request.match_info.route.resource
-    return "unknown" if resource is None else resource.canonical
 
 
 def _masked(presented: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from itertools import count
 
@@ -57,10 +58,9 @@ class PoolMetrics:
         asked = self._rounds[number] = _Round(identities)
         self._ask(number)
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                await asked.complete.wait()
-        except TimeoutError:
-            pass  # the last snapshots do
+            with contextlib.suppress(TimeoutError):  # of a worker that is late the last snapshot counts
+                async with asyncio.timeout(_ANSWER_S):
+                    await asked.complete.wait()
         finally:
             del self._rounds[number]
         done(self.render())

@@ -7,10 +7,7 @@ it hears from the owner.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -34,6 +31,7 @@ from server.api.pool.channel import WorkerChannel
 from server.api.pool.remote_engine import RemoteEngine
 from server.api.state import ServerState
 from server.config import ConfigError
+from server.engine.child import belong_to_parent
 from server.telemetry.merge import snapshot
 from server.telemetry.metrics import Metrics
 
@@ -44,10 +42,7 @@ ANSWER_TIMEOUT_S = 5.0
 
 def main() -> int:
     """Exit codes: 0 asked to end, 1 could not serve (the owner was told why)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: not to outlive the owner
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they go to the whole group; the owner decides
+    belong_to_parent()
     assignment = msgspec.json.decode(sys.stdin.buffer.read(), type=m.Assignment)
     level = assignment.config.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
