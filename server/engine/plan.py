@@ -88,10 +88,10 @@ class MemoryPlan:
         room = self.device.free - self.weight_bytes
         rest = room - self.memory.step_bytes - self.memory.slot_bytes
         block, tokens = self.memory.block.total, self.config.kv_cache_tokens
-        if room < 0:
-            return f"{self.model} does not fit: {self._account(steps=False, short=-room)}; {self._smaller_weights()}"
-        if rest < 0:
-            return f"{self.model} does not fit: {self._account(short=-rest)}; {self._more_room(rest)}"
+        if room < 0 or rest < 0:
+            account = self._account(steps=room >= 0, short=-room if room < 0 else -rest)
+            advice = self._smaller_weights() if room < 0 else self._more_room(rest)
+            return f"not enough memory for {self.model}: {account}; {advice}"
         if tokens is not None and self.memory.pool_bytes > rest:
             most = max(0, rest // block - 1) * self.config.block_size
             advice = f"{most} tokens fit" if most else self._more_room(rest)
@@ -190,4 +190,4 @@ def size(num_bytes: int) -> str:
         if num_bytes >= 1 << scale:
             value = num_bytes / (1 << scale)
             return f"{value:,.2f} {unit}" if unit == "GiB" else f"{value:,.0f} {unit}"
-    return f"{num_bytes} bytes"
+    return f"{num_bytes:,} bytes"

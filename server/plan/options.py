@@ -10,12 +10,12 @@ from server.cli_options import add_engine_options, parse_config
 from server.config import ConfigError, EngineConfig
 from server.models.shapes import SHAPES
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {
     f"{prefix}{end}": base**power
     for power, prefix in enumerate("KMGT", start=1)
     for end, base in (("iB", 1024), ("B", 1000))
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGT]i?B|)", re.ASCII)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

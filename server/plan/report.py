@@ -99,7 +99,10 @@ def _notes(plan: MemoryPlan) -> dict[str, tuple[str, str]]:
     without = "no drafter" if drafter == "none" else f"{drafter}: none"
     steps = "activations, logits, CUDA graphs: an estimate" if on_gpu else "on a CPU part of what is left"
     context = plan.device.assumed and on_gpu
-    if config.kv_cache_tokens is not None:
+    missing = plan.parts()["left"] < 0
+    if missing:
+        left = ""
+    elif config.kv_cache_tokens is not None:
         left = "kv_cache_tokens is given"
     elif plan.full_sequences >= (config.max_num_seqs or 1):
         left = "every sequence already has its full context"
@@ -116,7 +119,7 @@ def _notes(plan: MemoryPlan) -> dict[str, tuple[str, str]]:
             "drafter features",
             "the target's, kept with blocks and sequences" if block.draft_extra else without,
         ),
-        "left": ("left" if plan.parts()["left"] >= 0 else "missing", left),
+        "left": ("missing" if missing else "left", left),
     }
 
 
@@ -141,7 +144,7 @@ def _meaning(plan: MemoryPlan) -> list[str]:
 
 def _verdict(plan: MemoryPlan) -> str:
     reason = plan.shortage()
-    return "It fits." if reason is None else f"It does not fit. {reason}"
+    return "It fits." if reason is None else f"It does not fit: {reason}"
 
 
 def rounded(values: Sequence[int], unit: int, digits: int) -> list[float]:
