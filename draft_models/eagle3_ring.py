@@ -20,6 +20,11 @@ from server.spec.upload import to_device
 NEVER = 1 << 60
 
 
+def ring_length(width: int) -> int:
+    """Positions whose features a slot keeps, for windows of up to `width` tokens."""
+    return 2 * width
+
+
 class FeatureRing:
     """S slots, windows of up to `width` tokens, blocks of `block_size` tokens.
 
@@ -31,7 +36,7 @@ class FeatureRing:
 
     def __init__(self, num_slots: int, num_blocks: int, block_size: int, width: int, hidden: int, like: Tensor) -> None:
         device = like.device
-        self.block_size, self.width, self.size = block_size, width, 2 * width
+        self.block_size, self.width, self.size = block_size, width, ring_length(width)
         self.ring = torch.zeros(num_slots, self.size, hidden, dtype=like.dtype, device=device)
         self.by_block = torch.zeros(num_blocks, hidden, dtype=like.dtype, device=device)
         self.known_from = torch.full((num_slots,), NEVER, dtype=torch.int64, device=device)

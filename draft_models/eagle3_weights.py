@@ -109,7 +109,8 @@ def random_weights(
     config: Eagle3Config, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Eagle3Weights:
     """Weights of the stated shape that keep activations near unit size; draft ids spread over the target's."""
-    generator = torch.Generator(device).manual_seed(seed)
+    sketched = torch.device(device).type == "meta"  # nothing is drawn there
+    generator = None if sketched else torch.Generator(device).manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for field, shape in weight_shapes(config).items():
         if len(shape) == 1:

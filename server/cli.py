@@ -13,6 +13,7 @@ from server.chat.options import add_chat_options
 from server.cli_keys import add_key_commands, run_key_command
 from server.cli_options import OneLineParser, add_options, parse_config
 from server.config import ConfigError, ServerConfig
+from server.plan.options import add_plan_options
 
 
 def version() -> str:
@@ -29,6 +30,7 @@ def build_parser() -> OneLineParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
     serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
     add_options(serve)
+    add_plan_options(commands.add_parser("plan", help="what memory goes where, before anything is loaded"))
     add_key_commands(commands.add_parser("key", help="make and hash API keys"))
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
@@ -47,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "version":
         print(version())
         return 0
+    if options.command == "plan":
+        from server.plan.command import run_plan
+
+        return run_plan(options)
     if options.command == "key":
         return run_key_command(options)
     if options.command == "chat":

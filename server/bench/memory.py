@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from server.bench.engine import Bench
 from server.bench.report import Row, Table, number
+from server.engine.footprint import tensor_bytes
 
 _MIB = 2**20
 _DEFAULT_POOL = (0, 0)
@@ -53,43 +51,3 @@ def _cpu_parts() -> list[tuple[str, float, str]]:
         ("graphs", 0, "none on a CPU"),
         ("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set of the whole process"),
     ]
-
-
-def tensor_bytes(root: object) -> int:
-    """Bytes of all tensors that an object holds, directly or through others of ours; shared memory counts once."""
-    sizes: dict[int, int] = {}
-    seen: set[int] = set()
-    todo: list[Any] = [root]
-    while todo:
-        item = todo.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            key, size = _storage(item)
-            sizes[key] = max(size, sizes.get(key, 0))
-        else:
-            todo += _children(item)
-    return sum(sizes.values())
-
-
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    """(identity, bytes) of a tensor's memory. Prepacked weights of oneDNN have no storage that could be asked."""
-    if tensor.is_mkldnn:
-        return id(tensor), tensor.numel() * tensor.element_size()
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or id(tensor), storage.nbytes()
-
-
-def _children(item: Any) -> list[Any]:
-    """What an object of ours, a module or a container holds; other objects are not looked into."""
-    if isinstance(item, Mapping):
-        return list(item.values())
-    if isinstance(item, (list, tuple)):
-        return list(item)
-    if isinstance(item, torch.nn.Module):
-        return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
-    if not type(item).__module__.startswith(("server.", "draft_models.")):
-        return []
-    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
-    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]

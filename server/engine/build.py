@@ -7,25 +7,22 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from server.config import ConfigError, EngineConfig
+from server.config import EngineConfig
 from server.engine.core import EngineCore
 from server.engine.costs import load_or_measure
-from server.engine.drafters import (
-    draft_kv_layers,
-    draft_values_per_block,
-    load_draft_network,
-    make_device_drafter,
-    make_drafter,
-)
+from server.engine.defaults import max_positions
+from server.engine.drafters import load_draft_network, make_device_drafter, make_drafter
 from server.engine.gpu.graphs import GraphStats
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
-from server.engine.memory import Memory, explained, plan_memory
+from server.engine.memory import Memory, explained, measure
 from server.engine.messages import EngineInfo
+from server.engine.plan import MemoryPlan, make_plan, plan_engine
 from server.engine.runner import Runner
 from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
@@ -39,12 +36,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Find = Callable[[str], ModelSource]
 
-CPU_BATCHED_TOKENS = 256
-GPU_BATCHED_TOKENS = 2048
-"""Default budget of a prefill step: on two CPU cores 256 tokens of a 135M model stall decoding for a third of a
-second."""
-CPU_NUM_SEQS, GPU_NUM_SEQS = 16, 64
-CPU_KV_SHARE, GPU_KV_SHARE = 0.25, 0.85
 WAITING_KV_CACHES = 8
 """Default bound of the prompts that wait, in full KV caches."""
 
@@ -58,15 +49,17 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     torch.set_grad_enabled(False)
     torch.set_num_threads(config.num_threads or _num_cores())
     device = pick_device(config.device)
-    config = with_defaults(config, device)
+    find = cache(find)
     source = find(config.model)
+    plan = plan_engine(config, device, measure(device), find)
+    plan.check()  # nothing is loaded yet
+    config = plan.config
     say(f"loading {source.name} on {device}")
-    max_len = _max_model_len(config, source)
-    dtype = pick_dtype(config.dtype, device)
-    max_positions = max_len + 2 * (config.max_draft_tokens + 1) + 2  # a row that has ended may run one step more
-    model = load_source(source, device, dtype, max_positions)
-    draft_network = load_draft_network(config, model, source.kind, max_positions, say, find)
-    memory = plan_memory(config, model, draft_kv_layers(draft_network), draft_values_per_block(draft_network))
+    dtype, positions = pick_dtype(config.dtype, device), max_positions(config)
+    model = load_source(source, device, dtype, positions)
+    draft_network = load_draft_network(config, model, source, device, positions, say, find)
+    plan = _measured(plan, source, model, draft_network, find)
+    memory, max_len = plan.memory, plan.max_model_len
     shape = RunnerShape(
         config.max_num_seqs or 1,
         max_len,
@@ -116,7 +109,7 @@ def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: M
         max_model_len=limits.max_model_len,
         vocab_size=model.vocab_size,
         kv_cache_tokens=limits.kv_tokens,
-        kv_cache_bytes=memory.num_blocks * memory.bytes_per_block,
+        kv_cache_bytes=memory.pool_bytes,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         drafter=config.drafter if drafts else "none",
@@ -131,18 +124,20 @@ def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: M
     )
 
 
-def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
-    """The settings whose default depends on the device, settled. Raises ConfigError for a GPU's settings on a CPU."""
-    on_gpu = device.type == "cuda"
-    for name, neutral in (("deterministic", False), ("kv_cache_dtype", "auto")):
-        if not on_gpu and getattr(config, name) != neutral:
-            raise ConfigError(f"{name}: {getattr(config, name)!r} is a setting for GPUs; this engine runs on {device}")
-    return replace(
-        config,
-        max_num_seqs=config.max_num_seqs or (GPU_NUM_SEQS if on_gpu else CPU_NUM_SEQS),
-        max_num_batched_tokens=config.max_num_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS),
-        kv_memory_share=config.kv_memory_share or (GPU_KV_SHARE if on_gpu else CPU_KV_SHARE),
-    )
+def _measured(
+    plan: MemoryPlan,
+    source: ModelSource,
+    model: TargetModel,
+    draft_network: TargetModel | Eagle3Network | None,
+    find: Find,
+) -> MemoryPlan:
+    """The plan again, by what is free now that weights are loaded. Raises ConfigError if no block is left."""
+    now = measure(model.device)
+    before = replace(now, free=now.free + plan.weight_bytes)
+    plan = make_plan(plan.config, source, model, draft_network, before, find)
+    if plan.num_blocks == 0:
+        plan.check()
+    return plan
 
 
 def _runner(
@@ -166,14 +161,6 @@ def _runner(
 def _num_cores() -> int:
     """Cores this process may use; not every system can tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _max_model_len(config: EngineConfig, source: ModelSource) -> int:
-    own = int(source.config.get("max_position_embeddings") or source.config.get("n_positions") or 2048)
-    wanted = config.max_model_len
-    if wanted is not None and wanted > own:
-        raise ConfigError(f"max_model_len: {wanted} is too large; {source.name} was trained for {own} positions")
-    return wanted or own
 
 
 def _eos(source: ModelSource) -> tuple[int, ...]:

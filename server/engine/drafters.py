@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
@@ -26,16 +29,39 @@ NETWORK_DRAFTERS = ("small-lm", "eagle3")
 RANDOM_HEAD_VOCABULARY = 32_000
 
 
+@dataclass(frozen=True, slots=True)
+class DraftNeeds:
+    """What a drafter keeps in memory beside its weights.
+
+    `kv_layers` in the KV pool, beside the target's; so many values with every block and with every slot.
+    """
+
+    kv_layers: tuple[KVLayer, ...] = ()
+    values_per_block: int = 0
+    values_per_slot: int = 0
+
+
 def load_draft_network(
-    config: EngineConfig, target: TargetModel, target_kind: str, max_positions: int, say: Say, find: Find
+    config: EngineConfig,
+    target: TargetModel,
+    source: ModelSource,
+    device: torch.device,
+    max_positions: int,
+    say: Say,
+    find: Find,
 ) -> TargetModel | Eagle3Network | None:
-    """The network that the drafter runs, None for drafters without one. Raises ConfigError where it does not fit."""
+    """The network that the drafter runs, None for drafters without one. Raises ConfigError where it does not fit.
+
+    `source` is the target's, `device` where both are to run: a target on torch's `meta` device gets a drafter there.
+    """
     if config.max_draft_tokens == 0:
         return None
     if config.drafter == "small-lm" and config.draft_model is not None:
         return _small_lm(config, config.draft_model, target, max_positions, say, find)
     if config.drafter == "eagle3":
-        return _eagle3(config.draft_model, target, target_kind, max_positions, say, find)
+        if device.type != "cuda":
+            raise ConfigError("drafter: 'eagle3' runs on a GPU only; use suffix, ngram or small-lm on a CPU")
+        return _eagle3(config.draft_model, target, source.kind, max_positions, say, find)
     return None
 
 
@@ -66,8 +92,6 @@ def _eagle3(
     from draft_models.eagle3_network import Eagle3Network
     from draft_models.eagle3_weights import load_weights, random_weights
 
-    if target.device.type != "cuda":
-        raise ConfigError("drafter: 'eagle3' runs on a GPU only; use suffix, ngram or small-lm on a CPU")
     if not isinstance(target, LlamaModel):
         raise ConfigError(f"drafter: 'eagle3' needs a network of our own, not {target.architecture}")
     if name is None:
@@ -79,34 +103,35 @@ def _eagle3(
         source = find(name)
         say(f"loading the EAGLE-3 head {source.name}")
         head = parse_config(source.config, target.config.num_layers)
-        tensors = tensors_of(source, target.device, target.dtype)
-        weights = load_weights(tensors.get, tensors.has, head)
+        if source.kind == "made" and target.device.type == "meta":  # the shapes are enough
+            weights = random_weights(head, 0, target.device, target.dtype)
+        else:
+            tensors = tensors_of(source, target.device, target.dtype)
+            weights = load_weights(tensors.get, tensors.has, head)
     if head.hidden_size != target.config.hidden_size or head.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: the head is for a target of width {head.hidden_size} and {head.vocab_size} tokens, "
             f"this one has {target.config.hidden_size} and {target.vocab_size}"
         )
-    from draft_models.eagle3_kernels import KernelOps
+    if target.device.type == "meta":
+        return Eagle3Network(head, weights, target.embedding, max_positions)
+    from draft_models.eagle3_kernels import KernelOps  # needs Triton
 
     return Eagle3Network(head, weights, target.embedding, max_positions, KernelOps())
 
 
-def draft_kv_layers(network: TargetModel | Eagle3Network | None) -> list[KVLayer]:
-    """What the drafter keeps in the KV pool beside the target's layers."""
+def draft_needs(network: TargetModel | Eagle3Network | None, max_draft_tokens: int) -> DraftNeeds:
+    """What a drafter that runs `network` keeps, in the network's dtype."""
     if network is None:
-        return []
+        return DraftNeeds()
     layers = getattr(network, "kv_layers", None)
     if layers is not None:
-        return list(layers)
+        return DraftNeeds(tuple(layers))
+    from draft_models.eagle3_ring import ring_length
+
     head = network.config  # type: ignore[union-attr]
-    return [KVLayer(head.num_kv_heads, head.head_dim)]
-
-
-def draft_values_per_block(network: TargetModel | Eagle3Network | None) -> int:
-    """Values that the drafter keeps with every block besides: an EAGLE-3 head's features behind the block."""
-    if network is None or hasattr(network, "kv_layers"):
-        return 0
-    return int(network.config.hidden_size)
+    features, width = head.hidden_size, max_draft_tokens + 1
+    return DraftNeeds((KVLayer(head.num_kv_heads, head.head_dim),), features, ring_length(width) * features)
 
 
 def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter | None:

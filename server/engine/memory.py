@@ -3,63 +3,109 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from server.config import ConfigError, EngineConfig
+from server.engine.drafters import DraftNeeds
 from server.engine.working_memory import StepSizes, hidden_size, working_bytes
 from server.models.base import KVLayer, TargetModel
 
 SMALLER_STEPS = "max_num_seqs, max_draft_tokens or max_num_batched_tokens"
+CUDA_CONTEXT_BYTES = 560 << 20
+"""What a process on a GPU takes before it allocates anything, of a device that is not there to be asked: an H100 held
+790 to 810 MiB outside of torch, a quarter GiB of them kernels and graphs (counted with the steps)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a device: all of them and those that are free. `assumed`: somebody said so, nothing was measured."""
+
+    type: str
+    name: str
+    total: int
+    free: int
+    assumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """What one block costs: the target's keys and values, the drafter's, and what else the drafter keeps with it."""
+
+    target: int
+    draft: int
+    draft_extra: int
+
+    @property
+    def total(self) -> int:
+        return self.target + self.draft + self.draft_extra
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Blocks of the KV pool (null block included) and what one costs, drafter's layers included."""
+    """Blocks of the KV pool (null block included), what one costs, and what else is set aside.
+
+    `step_bytes` are for activations, logits and CUDA graphs (an estimate; 0 on a CPU, where the share leaves room),
+    `least_step_bytes` the same for the smallest settings, `slot_bytes` for what the drafter keeps a slot. No block but
+    the null block: there is no room for one.
+    """
 
     num_blocks: int
-    bytes_per_block: int
+    block: BlockBytes
+    step_bytes: int
+    least_step_bytes: int
+    slot_bytes: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block.total
 
 
 def plan_memory(
-    config: EngineConfig, model: TargetModel, draft_layers: list[KVLayer], draft_values_per_block: int = 0
+    config: EngineConfig, model: TargetModel, draft: DraftNeeds, device_type: str, available: int
 ) -> Memory:
-    """How many blocks fit the stated share of what is free now, weights being loaded. One block is the null block.
+    """How the `available` bytes that weights leave are divided. One block is the null block.
 
-    On a GPU the share is of what steps leave (`working_memory`); on a CPU it is small enough to leave them room.
-    `config` has its defaults settled; `draft_layers` are the drafter's, in the network's own dtype, as are
-    `draft_values_per_block`, what else it keeps with a block.
+    The KV pool gets the stated share, or the stated tokens. On a GPU the share is of what steps leave
+    (`working_memory`); on a CPU it is small enough to leave them room. `config` has its defaults settled; `draft` is
+    what the drafter keeps, in the network's own dtype.
     """
-    item = torch.empty(0, dtype=model.dtype).element_size()
-    target_item = 1 if config.kv_cache_dtype == "fp8" else item
-    per_token = sum(2 * kv.num_kv_heads * kv.head_dim for kv in model.kv_layers) * target_item
-    per_token += sum(2 * kv.num_kv_heads * kv.head_dim for kv in draft_layers) * item
-    per_block = per_token * config.block_size + draft_values_per_block * item
+    item = model.dtype.itemsize
+    kv_item = 1 if config.kv_cache_dtype == "fp8" else item
+    block = BlockBytes(
+        _kv_values(model.kv_layers) * config.block_size * kv_item,
+        _kv_values(draft.kv_layers) * config.block_size * item,
+        draft.values_per_block * item,
+    )
+    on_gpu = device_type == "cuda"
+    sizes = step_sizes(config, model)
+    smallest = replace(sizes, num_rows=1, num_drafts=0, num_tokens=config.block_size)
+    steps, least = (working_bytes(sizes), working_bytes(smallest)) if on_gpu else (0, 0)
+    num_slots = (config.max_num_seqs or 1) + (1 if on_gpu else 0)  # padding has one
+    slots = num_slots * draft.values_per_slot * item
     if config.kv_cache_tokens is not None:
-        return Memory(1 + -(-config.kv_cache_tokens // config.block_size), per_block)
-    found = free_memory(model.device)
-    reserved = working_bytes(_step_sizes(config, model, item)) if model.device.type == "cuda" else 0
-    free = max(0, found - reserved)
+        return Memory(1 + -(-config.kv_cache_tokens // config.block_size), block, steps, least, slots)
+    free = max(0, available - steps - slots)
+    shared = int(free * (config.kv_memory_share or 1.0)) // block.total
     # More than every sequence at full context can never be used.
     useful = (config.max_num_seqs or 1) * -(
         -(config.max_model_len or model.max_position_embeddings) // config.block_size
     )
-    num_blocks = min(int(free * (config.kv_memory_share or 1.0)) // per_block, useful)
-    if num_blocks < 1:
-        steps = f" less {reserved >> 20} MiB for steps" if reserved else ""
-        remedy = "; free memory or raise the share" + (f", or lower {SMALLER_STEPS}" if reserved else "")
-        raise ConfigError(
-            f"kv_memory_share: {config.kv_memory_share} of {found >> 20} MiB free{steps} holds not one block of "
-            f"{per_block >> 10} KiB{remedy}"
-        )
-    return Memory(1 + num_blocks, per_block)
+    num_blocks = max(0, min(shared, free // block.total - 1, useful))
+    return Memory(1 + num_blocks, block, steps, least, slots)
 
 
-def _step_sizes(config: EngineConfig, model: TargetModel, item: int) -> StepSizes:
+def _kv_values(layers: Sequence[KVLayer]) -> int:
+    """Values that a token leaves in these layers."""
+    return sum(2 * kv.num_kv_heads * kv.head_dim for kv in layers)
+
+
+def step_sizes(config: EngineConfig, model: TargetModel) -> StepSizes:
+    """The largest steps of an engine; `config` has its defaults settled."""
     drafts = config.max_draft_tokens if config.drafter != "none" else 0
     return StepSizes(
         num_rows=config.max_num_seqs or 1,
@@ -68,7 +114,7 @@ def _step_sizes(config: EngineConfig, model: TargetModel, item: int) -> StepSize
         context=config.max_model_len or model.max_position_embeddings,
         vocab_size=model.vocab_size,
         hidden_size=hidden_size(model.num_parameters, max(1, len(model.kv_layers))),
-        item=item,
+        item=model.dtype.itemsize,
         graphs=config.cuda_graphs,
         ratio=config.verification == "ratio",
     )
@@ -97,24 +143,39 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on the device. On the CPU: what the kernel calls available, or the control group's rest if less."""
+def measure(device: torch.device) -> DeviceMemory:
+    """This machine's memory, now.
+
+    Free on a CPU is what the kernel calls available, or the control group's rest if that is less.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = _meminfo_available()
+        torch.cuda.empty_cache()  # what loading has left to the allocator is free
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory("cuda", torch.cuda.get_device_name(device), int(total), int(free))
+    total, free = _system_memory()
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return min(available, limit - used + int(stat["inactive_file"]))  # page cache gives way
+        rest = limit - used + int(stat["inactive_file"])  # page cache gives way
+        return DeviceMemory("cpu", "CPU", min(total, limit), max(0, min(free, rest)))
     except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
-        return available
+        return DeviceMemory("cpu", "CPU", total, free)
 
 
-def _meminfo_available() -> int:
+def assume(total: int, device: torch.device) -> DeviceMemory:
+    """The memory of a device of `total` bytes that serves nobody else."""
+    on_gpu = device.type == "cuda"
+    free = max(0, total - CUDA_CONTEXT_BYTES) if on_gpu else total
+    return DeviceMemory(device.type, "GPU" if on_gpu else "CPU", total, free, assumed=True)
+
+
+def _system_memory() -> tuple[int, int]:
+    """(all, available) bytes of the machine."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         if "MemAvailable" in fields:
-            return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") // 2 * os.sysconf("SC_PAGE_SIZE")
+            return total, min(total, int(fields["MemAvailable"].split()[0]) * 1024)
+    return total, total // 2

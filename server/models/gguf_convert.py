@@ -118,6 +118,17 @@ def convert(file: GgufFile, directory: Path, *, progress: Progress | None = None
     _write_json(directory / RECORD_NAME, _record(file, directory))
 
 
+def converted_shapes(file: GgufFile) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """What `convert` would write, from the header alone: `config.json` and each tensor's shape.
+
+    Raises `ModelSourceError` for what cannot be converted.
+    """
+    config = hf_config(file)
+    outputs = _outputs(file, config)
+    _check_shapes(file, outputs, config)
+    return config, {output.name: output.shape for output in outputs}
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as stream:

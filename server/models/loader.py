@@ -94,11 +94,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_source(source: ModelSource, device: torch.device, dtype: torch.dtype, max_positions: int) -> TargetModel:
-    """The network of a model's files, or with weights drawn or made where it has none; see `load_model`."""
-    if source.kind not in ("random", "made"):
+    """The network of a model's files, or with weights drawn or made where it has none; see `load_model`.
+
+    On torch's `meta` device no weights are read, drawn or made: the network has its shapes and no memory.
+    """
+    shapeless = source.tensors is None or architecture_of(source.config) not in LLAMA_FAMILY
+    if source.kind not in ("random", "made") and shapeless:
         return load_model(source.directory, source.config, device, dtype, max_positions)
     config = parse_config(source.config)
-    weights = llama_weights(config, dtype, device) if source.kind == "random" else tensors_of(source, device, dtype)
+    drawn = source.kind == "random" or (source.kind == "made" and device.type == "meta")
+    weights = llama_weights(config, dtype, device) if drawn else tensors_of(source, device, dtype)
     return LlamaModel(config, weights.get, weights.has, max_positions)
 
 

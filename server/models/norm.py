@@ -23,6 +23,10 @@ class RMSNorm:
         self._scaled = None if plain else weight * size**0.5
         self._addend = torch.tensor(size * eps)
 
+    def copy_weight(self) -> None:
+        """For a norm without memory (on torch's `meta` device) that stands for one in float32 on a CPU."""
+        self._scaled = torch.empty_like(self.weight)
+
     def __call__(self, x: Tensor) -> Tensor:
         if self._scaled is None:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -55,6 +55,8 @@ class RandomWeights:
     def get(self, name: str) -> Tensor:
         """The tensor. Raises KeyError for a name that the shape does not have."""
         shape = self._shapes[name]
+        if self._device.type == "meta":  # nothing to draw
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
         if name.endswith(".bias"):
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         if len(shape) == 1:

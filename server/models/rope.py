@@ -64,6 +64,8 @@ def _yarn(rope: RopeConfig, head_dim: int, max_positions: int, factor: float) ->
 def rotation_table(rope: RopeConfig, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
     """[max_positions, head_dim / 2] complex64: the rotation of every pair at every position."""
     freqs, factor = inverse_frequencies(rope, head_dim, max_positions)
+    if device.type == "meta":
+        return torch.empty(max_positions, head_dim // 2, dtype=torch.complex64, device=device)
     angles = torch.arange(max_positions).float().unsqueeze(1) * freqs.unsqueeze(0)
     return (torch.polar(torch.ones_like(angles), angles) * factor).to(device)
 

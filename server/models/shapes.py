@@ -12,7 +12,8 @@ from typing import Any
 from server.models.errors import ModelSourceError
 
 RANDOM = "random:"
-"""Begins the name of a model that has a shape and no files. Only the benchmark finds such models."""
+"""Begins the name of a model that has a shape and no files. Only the benchmark finds such models; `outpace plan` knows
+shapes by their plain names."""
 
 _LLAMA_3 = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,8 +19,8 @@ __all__ = ["ModelSource", "ModelSourceError", "SourceKind", "TensorEntry", "load
 
 SourceKind = Literal["embedded", "directory", "gguf", "hub", "random", "made"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack")
 
 
@@ -30,7 +30,8 @@ class ModelSource:
 
     `name` is the short name to serve it under, `config` the content of `config.json`. Of kind `random` it has no files:
     its weights are drawn (`server.models.shapes`, benchmarks only). Of kind `made` it has none either: `tensors` makes
-    them, called with a torch dtype and device (`server.models.loader.Tensors`; benchmarks only).
+    them, called with a torch dtype and device (`server.models.loader.Tensors`; benchmarks only). Other kinds have
+    `tensors` where their files are not to be read or not there (`server.models.peek`): only their shapes can be had.
     """
 
     directory: Path
@@ -49,31 +50,35 @@ def resolve(spec: str, *, progress: Progress | None = None) -> ModelSource:
     """
     path = Path(spec).expanduser()
     if not spec.strip():
-        raise ModelSourceError("the model's name is empty; " + _what_works())
+        raise ModelSourceError("the model's name is empty; " + what_works())
     if path.is_dir():
         return _from_directory(path, path.resolve().name, "directory")
     if path.is_file():
         return _from_file(path, progress)
     if spec.lower() in EMBEDDED_ALIASES:
         return _from_directory(embedded_directory(progress), EMBEDDED_NAME, "embedded")
-    if _HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
+    if HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
         return _from_directory(_download(spec), spec.split("/")[1], "hub")
-    raise ModelSourceError(f"{spec}: there is no such file or directory; {_what_works()}")
+    raise ModelSourceError(f"{spec}: there is no such file or directory; {what_works()}")
 
 
-def _what_works() -> str:
+def what_works() -> str:
+    """How a model can be named."""
     return f"use {EMBEDDED_NAME}, a Hugging Face directory, a .gguf file, or a hub id (organisation/name)"
 
 
 def _from_file(path: Path, progress: Progress | None) -> ModelSource:
-    if path.suffix == ".gguf" or _starts_with_gguf_magic(path):
+    if is_gguf(path):
         shown = progress or stderr_progress(f"converting {path.name} (once)")
         return _from_directory(converted(path, safe_name(path.stem), progress=shown), path.stem, "gguf")
-    hint = "name the directory that holds it" if path.suffix in (".safetensors", ".json") else _what_works()
+    hint = "name the directory that holds it" if path.suffix in (".safetensors", ".json") else what_works()
     raise ModelSourceError(f"{path}: not a GGUF file; {hint}")
 
 
-def _starts_with_gguf_magic(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """By its name or by how it begins."""
+    if path.suffix == ".gguf":
+        return True
     with path.open("rb") as stream:
         return stream.read(4) == b"GGUF"
 
@@ -122,7 +127,7 @@ def _download(hub_id: str) -> Path:
     except ImportError as error:
         raise ModelSourceError(f"{hub_id}: a hub id needs the package huggingface_hub{hint}") from error
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelSourceError(f"{hub_id}: cannot be fetched from the Hugging Face hub: {reason}{hint}") from error

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from server.models.attention import AttentionBatch, paged_attention, write_kv
@@ -134,7 +134,10 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class TransformersModel:
-    """A causal language model of transformers. Implements server.models.base.TargetModel."""
+    """A causal language model of transformers. Implements server.models.base.TargetModel.
+
+    On torch's `meta` device it has shapes and no memory: nothing can be proved there.
+    """
 
     def __init__(self, net: Any, raw: dict[str, Any], max_positions: int) -> None:
         text = net.config.get_text_config()
@@ -145,6 +148,9 @@ class TransformersModel:
         self.num_parameters = sum(p.numel() for p in net.parameters())
         parameter = next(net.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        if self.device.type == "meta":
+            self._sketch(text)
+            return
         probe = self._probe_tokens(int(text.vocab_size))
         with torch.inference_mode():
             expected = net(input_ids=probe, use_cache=False).logits[0]
@@ -155,13 +161,36 @@ class TransformersModel:
             self.vocab_size = int(expected.shape[-1])
             self.linear_path = "onednn-packed" if packed else "torch"
             self.min_rows = MIN_PACKED_ROWS if packed else 1
-            recorder = _Recorder()
-            with _attending(recorder):
-                self._run(probe[0], torch.arange(probe.shape[1], device=self.device), torch.tensor([0]))
-            self.kv_layers = list(recorder.layers.values())
-            self._layers = {module: i for i, module in enumerate(recorder.layers)}
-            self._decoder_layers = _decoder_layers(net, list(recorder.layers))
+            self._record(probe[0])
             self._prove(probe[0], expected)
+
+    def _record(self, token_ids: Tensor) -> Tensor:
+        """Runs `token_ids` [N] to see which modules attend -> logits [1, V] of the first."""
+        recorder = _Recorder()
+        with _attending(recorder):
+            positions = torch.arange(len(token_ids), device=self.device)
+            logits = self._run(token_ids, positions, torch.tensor([0]))
+        self.kv_layers = list(recorder.layers.values())
+        self._layers = {module: i for i, module in enumerate(recorder.layers)}
+        self._decoder_layers = _decoder_layers(self._net, list(recorder.layers))
+        return logits
+
+    def _sketch(self, text: Any) -> None:
+        """What is known without values. A mixture of experts can not route then: its configuration is taken at its
+        word."""
+        self.linear_path, self.min_rows = "torch", 1
+        pack_linears(self._net)  # into layers of ours, whose weights `as_on` knows to be copies
+        self._net.set_attn_implementation(ATTENTION)
+        try:
+            with torch.inference_mode():
+                logits = self._record(torch.zeros(sum(PROBE_CHUNKS), dtype=torch.int64, device=self.device))
+            self.vocab_size = int(logits.shape[-1])
+        except RuntimeError:  # values were asked for
+            self.vocab_size = int(text.vocab_size)
+            heads = int(text.num_attention_heads)
+            kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+            head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+            self.kv_layers = [KVLayer(kv_heads, head_dim)] * int(text.num_hidden_layers)
 
     def forward(
         self,
@@ -263,11 +292,17 @@ def load_transformers_model(
 ) -> TargetModel:
     """Loads the network of a Hugging Face directory and proves it on paged attention; never runs code found there.
 
+    On torch's `meta` device the directory is not read.
+
     Raises UnsupportedModelError, or WeightsError for missing tensors.
     """
     from server.models.loader import WeightsError  # the loader imports this module
 
     check_rope_length(raw, max_positions)
+    if device.type == "meta":
+        with device:
+            net = AutoModelForCausalLM.from_config(_config_of(raw), dtype=dtype, attn_implementation="eager")
+        return _served(net, raw, max_positions)
     try:
         net, info = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -284,7 +319,16 @@ def load_transformers_model(
         raise WeightsError(
             f"{directory}: tensors missing from the checkpoint: {', '.join(sorted(info['missing_keys']))}"
         )
+    return _served(net.to(device), raw, max_positions)
+
+
+def _config_of(raw: dict[str, Any]) -> Any:
+    """The configuration object of `config.json` contents."""
+    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+
+
+def _served(net: Any, raw: dict[str, Any], max_positions: int) -> TransformersModel:
     try:
-        return TransformersModel(net.eval().requires_grad_(False).to(device), raw, max_positions)
+        return TransformersModel(net.eval().requires_grad_(False), raw, max_positions)
     except UnsupportedModelError as e:
         raise UnsupportedModelError(f"{architecture_of(raw)} can not be served: {e}") from e

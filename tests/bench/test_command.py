@@ -12,11 +12,11 @@ import torch
 from server import cli
 from server.bench import run as bench_run
 from server.bench.engine import find, fit, force_acceptance, make_names, make_plan, start_engine
-from server.bench.memory import tensor_bytes
 from server.bench.options import BenchOptions
 from server.bench.report import BenchError
 from server.config import EngineConfig
 from server.engine.build import build_engine
+from server.engine.footprint import tensor_bytes
 from server.engine.runner import Runner
 from tests.bench.conftest import SMALL, Parse
 

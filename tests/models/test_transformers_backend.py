@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from server.engine.footprint import as_on, tensor_bytes
 from server.models.config import UnsupportedModelError
 from server.models.loader import WeightsError, load_model
 from server.models.transformers_backend import supports
@@ -98,6 +99,20 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     model = load(tmp_path, raw)
     assert model.num_parameters == sum(p.numel() for p in reference.parameters())
     check_parity(model, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_sketch_knows_what_the_network_will_hold(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    if OLD_TRANSFORMERS and case in NOT_IN_OLD:
+        pytest.skip("transformers 4 has no complete attention interface for this model")
+    _, raw = save(case, tmp_path)
+    model = load(tmp_path, raw, dtype)
+    sketch = load_model(tmp_path / "absent", raw, torch.device("meta"), dtype, 64)
+    as_on(model.device, sketch)
+    for name in ("kv_layers", "vocab_size", "num_parameters", "max_position_embeddings", "dtype", "architecture"):
+        assert getattr(sketch, name) == getattr(model, name), name
+    assert tensor_bytes(sketch) == tensor_bytes(model)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "gemma2", "cohere", "phi"])

@@ -1,0 +1,78 @@
+"""What objects hold in tensors, in bytes: networks that are loaded, and sketches of ones that are not.
+
+A sketch is a network on torch's `meta` device, where tensors have shapes and no memory. It is made by the code that
+loads the real one, so it holds what that will hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.models.norm import RMSNorm
+from server.quant.dense import Linear, packing_available
+
+META = torch.device("meta")
+
+
+def tensor_bytes(root: object) -> int:
+    """Bytes of all tensors that an object holds, directly or through others of ours; shared memory counts once."""
+    sizes: dict[int, int] = {}
+    for item in _objects(root):
+        if isinstance(item, Tensor):
+            key, size = _storage(item)
+            sizes[key] = max(size, sizes.get(key, 0))
+    return sum(sizes.values())
+
+
+def as_on(device: torch.device, sketch: object) -> None:
+    """Lets a sketch hold what the network holds on `device` besides: in float32 on a CPU, copies for its kernels.
+
+    There a linear layer has a prepacked weight of its own, tied or not, and a norm one that is scaled.
+    """
+    if device.type != "cpu":
+        return
+    for item in list(_objects(sketch)):
+        if isinstance(item, Linear) and item.weight.dtype == torch.float32 and packing_available():
+            item.weight = torch.empty_like(item.weight)
+        elif isinstance(item, RMSNorm) and item.weight.dtype == torch.float32:
+            item.copy_weight()
+
+
+def _objects(root: object) -> Iterator[Any]:
+    """`root` and everything of ours that it holds, each once."""
+    seen: dict[int, object] = {}
+    todo: list[Any] = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # held, so that no other object gets its id
+        yield item
+        if not isinstance(item, Tensor):
+            todo += _children(item)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """(identity, bytes) of a tensor's memory. Prepacked weights of oneDNN have no storage that could be asked."""
+    if tensor.is_mkldnn:
+        return id(tensor), tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata, storage.nbytes()
+
+
+def _children(item: Any) -> list[Any]:
+    """What an object of ours, a module or a container holds; other objects are not looked into."""
+    if isinstance(item, Mapping):
+        return list(item.values())
+    if isinstance(item, (list, tuple)):
+        return list(item)
+    if isinstance(item, torch.nn.Module):
+        return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
+    if not type(item).__module__.startswith(("server.", "draft_models.")):
+        return []
+    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]
