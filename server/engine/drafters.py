@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from draft_models.eagle3_cpu import Eagle3CpuDrafter
 from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
@@ -18,7 +19,11 @@ from server.models.source import ModelSource
 
 if TYPE_CHECKING:
     from draft_models.eagle3_config import Eagle3Config
+    from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
     from draft_models.eagle3_network import Eagle3Network
+
+    DraftNetwork = TargetModel | Eagle3Network | Eagle3CpuNetwork
+    """What a drafter runs."""
 
 Say = Callable[[str], None]
 Find = Callable[[str], ModelSource]
@@ -29,7 +34,7 @@ RANDOM_HEAD_VOCABULARY = 32_000
 
 def load_draft_network(
     config: EngineConfig, target: TargetModel, target_kind: str, max_positions: int, say: Say, find: Find
-) -> TargetModel | Eagle3Network | None:
+) -> DraftNetwork | None:
     """The network that the drafter runs, None for drafters without one. Raises ConfigError where it does not fit."""
     if config.max_draft_tokens == 0:
         return None
@@ -62,13 +67,10 @@ def _small_lm(
 
 def _eagle3(
     name: str | None, target: TargetModel, target_kind: str, max_positions: int, say: Say, find: Find
-) -> Eagle3Network:
+) -> Eagle3Network | Eagle3CpuNetwork:
     from draft_models.eagle3_config import config_for, parse_config
-    from draft_models.eagle3_network import Eagle3Network
     from draft_models.eagle3_weights import load_weights, random_weights
 
-    if target.device.type != "cuda":
-        raise ConfigError("drafter: 'eagle3' runs on a GPU only; use suffix, ngram or small-lm on a CPU")
     if not isinstance(target, LlamaModel):
         raise ConfigError(f"drafter: 'eagle3' needs a network of our own, not {target.architecture}")
     if name is None:
@@ -84,7 +86,12 @@ def _eagle3(
         tensors = tensors_of(source, target.device, target.dtype)
         file_of = getattr(tensors, "file_of", None)
         weights = load_weights(tensors.get, tensors.has, head, target.output_rows, file_of)
+    if target.device.type == "cpu":
+        from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
+
+        return Eagle3CpuNetwork(head, weights, target.embedding, max_positions)
     from draft_models.eagle3_kernels import KernelOps
+    from draft_models.eagle3_network import Eagle3Network
 
     return Eagle3Network(head, weights, target.embedding, max_positions, KernelOps())
 
@@ -104,7 +111,7 @@ def _check_target(head: Eagle3Config, target: LlamaModel, source: ModelSource) -
         )
 
 
-def draft_kv_layers(network: TargetModel | Eagle3Network | None) -> list[KVLayer]:
+def draft_kv_layers(network: DraftNetwork | None) -> list[KVLayer]:
     """What the drafter keeps in the KV pool beside the target's layers."""
     if network is None:
         return []
@@ -115,11 +122,15 @@ def draft_kv_layers(network: TargetModel | Eagle3Network | None) -> list[KVLayer
     return [KVLayer(head.num_kv_heads, head.head_dim)]
 
 
-def draft_values_per_block(network: TargetModel | Eagle3Network | None) -> int:
-    """Values that the drafter keeps with every block besides: an EAGLE-3 head's features behind the block."""
+def draft_values_per_block(network: DraftNetwork | None) -> int:
+    """Values that the drafter keeps with every block besides: an EAGLE-3 head's features behind the block.
+
+    On a GPU they are fused, on a CPU, where a pause may come before the fusion, they are not.
+    """
     if network is None or hasattr(network, "kv_layers"):
         return 0
-    return int(network.config.hidden_size)
+    head = network.config
+    return int(head.hidden_size * (len(head.feature_layers) if network.device.type == "cpu" else 1))
 
 
 def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter | None:
@@ -131,16 +142,19 @@ def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter 
     return SuffixDrafter(recent_outputs=config.recent_outputs) if config.drafter == "suffix" else None
 
 
-def make_drafter(config: EngineConfig, shape: RunnerShape, network: TargetModel | None) -> Drafter | None:
+def make_drafter(config: EngineConfig, shape: RunnerShape, network: DraftNetwork | None) -> Drafter | None:
     """A drafter of the CPU's runner; None for `none` or no draft tokens."""
     if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
         return _make_without_network(config)
     assert network is not None
-    return SmallLMDrafter(network, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+    sizes = (shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+    if config.drafter == "eagle3":
+        return Eagle3CpuDrafter(cast("Eagle3CpuNetwork", network), *sizes)
+    return SmallLMDrafter(cast("TargetModel", network), *sizes)
 
 
 def make_device_drafter(
-    config: EngineConfig, shape: RunnerShape, target: TargetModel, network: TargetModel | Eagle3Network | None, say: Say
+    config: EngineConfig, shape: RunnerShape, target: TargetModel, network: DraftNetwork | None, say: Say
 ) -> DeviceDrafter | None:
     """A drafter whose part of a step runs inside the GPU's graphs; None for `none` or no draft tokens."""
     if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
@@ -156,6 +170,6 @@ def make_device_drafter(
     sampler = KernelSampler(target.vocab_size, shape.rule)
     if isinstance(network, Eagle3Network):
         return Eagle3Drafter(network, chain, sampler)
-    assert network is not None
-    forward = make_forward(network, config.deterministic, say)
-    return SmallLMDeviceDrafter(forward, network.kv_layers, network.dtype, network.device, chain, sampler)
+    draft = cast("TargetModel", network)
+    forward = make_forward(draft, config.deterministic, say)
+    return SmallLMDeviceDrafter(forward, draft.kv_layers, draft.dtype, draft.device, chain, sampler)
