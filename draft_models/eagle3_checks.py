@@ -23,10 +23,18 @@ class Checks:
 
     def damaged(self, name: str, reason: str) -> WeightsError:
         """The error to raise."""
-        return WeightsError(f"EAGLE-3 head: {self.at(name)} {reason}")
+        return WeightsError(f"EAGLE head: {self.at(name)} {reason}")
+
+    def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+        """UnsupportedModelError: the tensor's shape is another."""
+        if tuple(tensor.shape) != expected:
+            found = tuple(tensor.shape)
+            raise UnsupportedModelError(f"EAGLE head: {self.at(name)} is {found}, config.json says {expected}")
 
     def finite(self, name: str, tensor: Tensor) -> None:
         """WeightsError: the tensor holds NaN or infinities. One pass, nothing of its size is allocated."""
+        if tensor.is_meta:
+            return
         low, high = tensor.aminmax()  # both are NaN if any value is
         if not bool(low.isfinite() & high.isfinite()):
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -37,10 +45,7 @@ class Checks:
 
         UnsupportedModelError: its length is not the config's. WeightsError: an id outside the vocabulary, or two alike.
         """
-        if tuple(d2t.shape) != (draft_vocab_size,):
-            raise UnsupportedModelError(
-                f"EAGLE-3 head: {self.at(name)} is {tuple(d2t.shape)}, config.json says {(draft_vocab_size,)}"
-            )
+        self.shape(name, d2t, (draft_vocab_size,))
         ids = d2t + torch.arange(draft_vocab_size)
         outside = ((ids < 0) | (ids >= vocab_size)).nonzero()
         if len(outside):

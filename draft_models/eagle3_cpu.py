@@ -39,8 +39,7 @@ class Eagle3CpuDrafter:
         self.feature_layers = c.feature_layers
         layer = KVLayer(c.num_kv_heads, c.head_dim)
         self.pools = make_pools([layer], num_blocks * block_size, network.dtype, network.device)
-        width = len(c.feature_layers) * c.hidden_size
-        self.backlog = Backlog(max_num_seqs, num_blocks, block_size, width, network.embedding)
+        self.backlog = Backlog(max_num_seqs, num_blocks, block_size, c.feature_width, network.embedding)
         self._blocks: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self._paused = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,36 +14,55 @@ from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
 from server.quant.dense import MIN_PACKED_ROWS, Linear
 
+if TYPE_CHECKING:
+    from draft_models.eagle1 import Eagle1Weights
+
 
 class Eagle3CpuNetwork:
-    """The head's forward pass. `embedding` [V, H] is the target's own tensor; `max_positions` bounds positions.
+    """The head's forward pass. `embedding` [V, H] is the target's own tensor or the head's; `max_positions` bounds
+    positions.
 
     Steps of fewer than `min_rows` tokens are padded to it by the caller (see server/quant/dense.py).
     """
 
     def __init__(self, config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int) -> None:
-        c, w = config, weights
+        self._set_up(config, weights, embedding, max_positions)
+        bias = weights.fc_bias
+        self._fc = Linear(weights.fc.to(self.dtype), None if bias is None else bias.to(self.dtype))
+        self._input_norm, self._hidden_norm = (
+            self._rms_norm(weights.input_layernorm),
+            self._rms_norm(weights.hidden_norm),
+        )
+        self._norm = self._rms_norm(weights.norm)
+        self._use_output(Linear(weights.lm_head.to(self.dtype)))
+
+    def _set_up(
+        self, config: Eagle3Config, w: Eagle3Weights | Eagle1Weights, embedding: Tensor, max_positions: int
+    ) -> None:
+        """What heads of all versions have: the embedding and, of the layer, all but its ends."""
+        c = config
         self.config, self.embedding = config, embedding
         self.device, self.dtype = embedding.device, embedding.dtype
 
         def linear(*parts: Tensor) -> Linear:
             return Linear(torch.cat([part.to(self.dtype) for part in parts]))
 
-        def norm(weight: Tensor) -> RMSNorm:
-            return RMSNorm(weight.to(self.dtype), c.rms_norm_eps)
-
-        self._fc, self._out, self._down = linear(w.fc), linear(w.o_proj), linear(w.down_proj)
         self._qkv = linear(interleave_rows(w.q_proj, c.head_dim), interleave_rows(w.k_proj, c.head_dim), w.v_proj)
-        self._gate_up, self._head = linear(w.gate_proj, w.up_proj), linear(w.lm_head)
-        self._input_norm, self._hidden_norm = norm(w.input_layernorm), norm(w.hidden_norm)
-        self._post_norm, self._norm = norm(w.post_attention_layernorm), norm(w.norm)
+        self._out, self._down = linear(w.o_proj), linear(w.down_proj)
+        self._gate_up = linear(w.gate_proj, w.up_proj)
+        self._post_norm = self._rms_norm(w.post_attention_layernorm)
         self._rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)
         self.target_ids = w.target_ids
-        self.linear_path = self._head.path
+
+    def _use_output(self, head: Linear) -> None:
+        self._head, self.linear_path = head, head.path
         self.min_rows = MIN_PACKED_ROWS if self.linear_path == "onednn-packed" else 1
 
+    def _rms_norm(self, weight: Tensor) -> RMSNorm:
+        return RMSNorm(weight.to(self.dtype), self.config.rms_norm_eps)
+
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features [N, 3 H] -> [N, H]."""
+        """The target's features [N, F] -> [N, H]."""
         return self._fc(features)
 
     def project(self, token_ids: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,18 +71,27 @@ class Eagle3CpuNetwork:
         `x` [N, H] is what the token before each hands over: fused features, or the layer's own output.
         """
         c = self.config
-        normed = self._hidden_norm(x)
-        qkv = self._qkv(torch.cat([self._input_norm(F.embedding(token_ids, self.embedding)), normed], dim=-1))
+        inputs, residual = self._enter(F.embedding(token_ids, self.embedding), x)
+        qkv = self._qkv(inputs)
         by_head = qkv.view(x.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         rotate_(by_head[:, : c.num_heads + c.num_kv_heads], self._rotations[positions].unsqueeze(1))
-        return by_head, normed if c.norm_before_residual else x
+        return by_head, residual
+
+    def _enter(self, embedded: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (what attention's projections read [N, 2 H], residual stream [N, H])."""
+        normed = self._hidden_norm(x)
+        both = torch.cat([self._input_norm(embedded), normed], dim=-1)
+        return both, normed if self.config.norm_before_residual else x
 
     def finish(self, mixed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of the layer: attention's result [M, heads * D] -> (its output [M, H], logits [M, C])."""
         x = self._out(mixed).add_(residual)
         gate, up = self._gate_up(self._post_norm(x)).chunk(2, dim=-1)
         x = self._down(F.silu(gate).mul_(up)).add_(x)
-        return x, self._head(self._norm(x))
+        return x, self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._head(self._norm(x))
 
 
 class Context:

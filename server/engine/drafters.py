@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from draft_models.eagle3_config import Eagle3Config
     from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
     from draft_models.eagle3_network import Eagle3Network
+    from draft_models.eagle3_ops import Eagle3Ops
 
     DraftNetwork = TargetModel | Eagle3Network | Eagle3CpuNetwork
     """What a drafter runs."""
@@ -69,40 +70,36 @@ def _eagle3(
     name: str | None, target: TargetModel, target_kind: str, max_positions: int, say: Say, find: Find
 ) -> Eagle3Network | Eagle3CpuNetwork:
     from draft_models.eagle3_config import config_for, parse_config
-    from draft_models.eagle3_weights import load_weights, random_weights
+    from draft_models.eagle3_weights import random_weights
+    from draft_models.eagle_heads import eagle3_network, load_head
 
     if not isinstance(target, LlamaModel):
         raise ConfigError(f"drafter: 'eagle3' needs a network of our own, not {target.architecture}")
+    ops: Eagle3Ops | None = None
+    if target.device.type == "cuda":
+        from draft_models.eagle3_kernels import KernelOps
+
+        ops = KernelOps()
     if name is None:
         if target_kind != "random":
             raise ConfigError("draft_model: missing; drafter 'eagle3' needs the directory of an EAGLE-3 head")
         head = config_for(target.config, RANDOM_HEAD_VOCABULARY)
         weights = random_weights(head, 0, target.device, target.dtype)
-    else:
-        source = find(name)
-        say(f"loading the EAGLE-3 head {source.name}")
-        head = parse_config(source.config, target.config.num_layers)
-        _check_target(head, target, source)
-        tensors = tensors_of(source, target.device, target.dtype)
-        file_of = getattr(tensors, "file_of", None)
-        weights = load_weights(tensors.get, tensors.has, head, target.output_rows, file_of)
-    if target.device.type == "cpu":
-        from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
-
-        return Eagle3CpuNetwork(head, weights, target.embedding, max_positions)
-    from draft_models.eagle3_kernels import KernelOps
-    from draft_models.eagle3_network import Eagle3Network
-
-    return Eagle3Network(head, weights, target.embedding, max_positions, KernelOps())
+        return eagle3_network(head, weights, target.embedding, max_positions, ops)
+    source = find(name)
+    head = parse_config(source.config, target.config.num_layers)
+    say(f"loading the EAGLE-{head.version} head {source.name}")
+    _check_target(head, target, source)
+    return load_head(head, tensors_of(source, target.device, target.dtype), target, max_positions, ops)
 
 
 def _check_target(head: Eagle3Config, target: LlamaModel, source: ModelSource) -> None:
     """ConfigError: the head was made for another target."""
     c = target.config
-    if head.hidden_size != c.hidden_size or head.vocab_size != target.vocab_size:
+    if head.target_width != c.hidden_size or head.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: {source.directory / 'config.json'} says that the head is for a target of width "
-            f"{head.hidden_size} and {head.vocab_size} tokens; this one has {c.hidden_size} and {target.vocab_size}"
+            f"{head.target_width} and {head.vocab_size} tokens; this one has {c.hidden_size} and {target.vocab_size}"
         )
     if head.feature_layers[-1] >= c.num_layers:
         raise ConfigError(
@@ -130,7 +127,7 @@ def draft_values_per_block(network: DraftNetwork | None) -> int:
     if network is None or hasattr(network, "kv_layers"):
         return 0
     head = network.config
-    return int(head.hidden_size * (len(head.feature_layers) if network.device.type == "cpu" else 1))
+    return int(head.feature_width if network.device.type == "cpu" else head.hidden_size)
 
 
 def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter | None:

@@ -134,7 +134,10 @@ def test_feature_layers_by_dialect(extra: dict[str, Any], layers: tuple[int, ...
     [
         ({"num_hidden_layers": 2}, "num_hidden_layers=2: only 1"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"target_hidden_size": 5120}, "target_hidden_size=5120: only 4096"),
+        (
+            {"architectures": ["LlamaForCausalLMEagle"], "target_hidden_size": 5120},
+            "target_hidden_size=5120: only 4096",
+        ),
         ({"feature_layers": [3, 3, 4]}, "three rising target layers"),
         ({"draft_vocab_size": 200000}, "draft_vocab_size: 200000 is not valid; use 1 to 128256"),
     ],
