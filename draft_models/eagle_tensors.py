@@ -118,7 +118,7 @@ def _named(stored: Iterable[str], version: int) -> dict[str, str]:
     fields = TENSOR_NAMES if version == 3 else EAGLE1_FIELDS
     known = {*(TENSOR_NAMES[f] for f in fields), _QKV, _GATE_UP, FC_BIAS, EMBEDDING, "d2t", "t2d"}
     where: dict[str, str] = {}
-    for name in stored:
+    for name in sorted(stored):
         ours = _PREFIX.sub("midlayer.", name).removeprefix("model.")
         ours = _RENAMED.get(ours, ours)
         if _IGNORED.search(ours):
