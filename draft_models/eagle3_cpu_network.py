@@ -11,21 +11,28 @@ from draft_models.eagle3_weights import Eagle3Weights
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
 from server.quant.dense import MIN_PACKED_ROWS, Linear
+from server.quant.dense_bf16 import Bf16Linear, bf16_pays
 
 
 class Eagle3CpuNetwork:
     """The head's forward pass. `embedding` [V, H] is the target's own tensor; `max_positions` bounds positions.
 
-    Steps of fewer than `min_rows` tokens are padded to it by the caller (see server/quant/dense.py).
+    `fast`: a float32 target's head computes in bfloat16 where that is quicker; drafts are those of a head served in
+    bfloat16. Steps of fewer than `min_rows` tokens are padded to it by the caller (see server/quant/dense.py).
     """
 
-    def __init__(self, config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int) -> None:
+    def __init__(
+        self, config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int, fast: bool = False
+    ) -> None:
         c, w = config, weights
         self.config, self.embedding = config, embedding
         self.device, self.dtype = embedding.device, embedding.dtype
 
-        def linear(*parts: Tensor) -> Linear:
-            return Linear(torch.cat([part.to(self.dtype) for part in parts]))
+        rounded = fast and self.dtype == torch.float32 and bf16_pays()
+
+        def linear(*parts: Tensor) -> Linear | Bf16Linear:
+            weight = torch.cat([part.to(self.dtype) for part in parts])
+            return Bf16Linear(weight) if rounded else Linear(weight)
 
         def norm(weight: Tensor) -> RMSNorm:
             return RMSNorm(weight.to(self.dtype), c.rms_norm_eps)

@@ -89,7 +89,7 @@ def _eagle3(
     if target.device.type == "cpu":
         from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
 
-        return Eagle3CpuNetwork(head, weights, target.embedding, max_positions)
+        return Eagle3CpuNetwork(head, weights, target.embedding, max_positions, fast=True)
     from draft_models.eagle3_kernels import KernelOps
     from draft_models.eagle3_network import Eagle3Network
 
