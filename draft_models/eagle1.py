@@ -114,10 +114,11 @@ class Eagle1Network(Eagle3Network):
 class Eagle1CpuNetwork(Eagle3CpuNetwork):
     """The forward pass on a CPU."""
 
-    def __init__(self, config: Eagle3Config, weights: Eagle1Weights, embedding: Tensor, max_positions: int) -> None:
-        self._set_up(config, weights, embedding, max_positions)
-        bias = weights.fc_bias
-        self._fc = Linear(weights.fc.to(self.dtype), None if bias is None else bias.to(self.dtype))
+    def __init__(
+        self, config: Eagle3Config, weights: Eagle1Weights, embedding: Tensor, max_positions: int, fast: bool = False
+    ) -> None:
+        self._set_up(config, weights, embedding, max_positions, fast)
+        self._fc = self._linear(weights.fc, bias=weights.fc_bias)
         self._final_norm = weights.final_norm
         self._use_output(weights.output)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draft_models.eagle3_backlog import Backlog
@@ -145,29 +146,24 @@ class Eagle3CpuDrafter:
         """Drafts for `rows`, those with the highest limits first, into `tokens` [R, width] and `probs`."""
         net, heads = self.network, self.network.config.num_heads
         qkv, x, contexts = self._catch_up(carry, rows, limits)
-        in_order = rows == list(range(len(limits)))
-        order = torch.tensor(rows)
+        order, whole = torch.tensor(rows), rows == list(range(len(limits)))
         known = carry.state.num_tokens[carry.slot_ids]
-        positions = known[order]
+        positions = known if whole else known[order]
         for j in range(tokens.shape[1]):
             count = sum(limits[r] > j for r in rows)
-            at = order[:count]
             if j > 0:
-                most = max(count, net.min_rows)
-                ids = torch.zeros(most, dtype=torch.int64)
-                ids[:count] = tokens[at, j - 1]
-                where = torch.zeros(most, dtype=torch.int64)
-                where[:count] = positions[:count] + (j - 1)
-                qkv, x = net.project(ids, x[:most], where)
+                ids, where = tokens[order[:count], j - 1], positions[:count] + (j - 1)
+                short = net.min_rows - count
+                if short > 0:
+                    ids, where = F.pad(ids, (0, short)), F.pad(where, (0, short))
+                qkv, x = net.project(ids, x[: len(ids)], where)
                 for context, kv in zip(contexts[:count], qkv[:, heads:], strict=False):
                     context.append(kv)
             x, logits = net.finish(attend(qkv, contexts[:count], heads), x)
-            if in_order and count == len(limits):
-                logits = logits[:count]
-            else:  # others draw from what is there; nobody looks
-                logits = logits.new_zeros(len(limits), logits.shape[1]).index_copy_(0, at, logits[:count])
-            drawn, q = draw(logits, sampling, known + j, self.rule, net.target_ids, net.config.vocab_size)
-            tokens[:, j] = drawn
+            logits = logits[:count]
+            if not whole or count < len(limits):  # others draw from zeros; nobody looks
+                logits = logits.new_zeros(len(limits), logits.shape[1]).index_copy_(0, order[:count], logits)
+            tokens[:, j], q = draw(logits, sampling, known + j, self.rule, net.target_ids, net.config.vocab_size)
             if q is not None:
                 probs.append(q)
 

@@ -13,6 +13,7 @@ from draft_models.eagle3_weights import Eagle3Weights
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
 from server.quant.dense import MIN_PACKED_ROWS, Linear
+from server.quant.dense_bf16 import Bf16Linear, bf16_pays
 
 if TYPE_CHECKING:
     from draft_models.eagle1 import Eagle1Weights
@@ -22,31 +23,33 @@ class Eagle3CpuNetwork:
     """The head's forward pass. `embedding` [V, H] is the target's own tensor or the head's; `max_positions` bounds
     positions.
 
-    Steps of fewer than `min_rows` tokens are padded to it by the caller (see server/quant/dense.py).
+    `fast`: a float32 target's head computes in bfloat16 where that is quicker; drafts are those of a head served in
+    bfloat16. Steps of fewer than `min_rows` tokens are padded to it by the caller (see server/quant/dense.py).
     """
 
-    def __init__(self, config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int) -> None:
-        self._set_up(config, weights, embedding, max_positions)
-        bias = weights.fc_bias
-        self._fc = Linear(weights.fc.to(self.dtype), None if bias is None else bias.to(self.dtype))
-        self._input_norm, self._hidden_norm = (
-            self._rms_norm(weights.input_layernorm),
-            self._rms_norm(weights.hidden_norm),
-        )
-        self._norm = self._rms_norm(weights.norm)
-        self._use_output(Linear(weights.lm_head.to(self.dtype)))
+    def __init__(
+        self, config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int, fast: bool = False
+    ) -> None:
+        w = weights
+        self._set_up(config, w, embedding, max_positions, fast)
+        self._fc = self._linear(w.fc, bias=w.fc_bias)
+        self._input_norm, self._hidden_norm = self._rms_norm(w.input_layernorm), self._rms_norm(w.hidden_norm)
+        self._norm = self._rms_norm(w.norm)
+        self._use_output(self._linear(w.lm_head))
 
     def _set_up(
-        self, config: Eagle3Config, w: Eagle3Weights | Eagle1Weights, embedding: Tensor, max_positions: int
+        self,
+        config: Eagle3Config,
+        w: Eagle3Weights | Eagle1Weights,
+        embedding: Tensor,
+        max_positions: int,
+        fast: bool,
     ) -> None:
         """What heads of all versions have: the embedding and, of the layer, all but its ends."""
-        c = config
+        c, linear = config, self._linear
         self.config, self.embedding = config, embedding
         self.device, self.dtype = embedding.device, embedding.dtype
-
-        def linear(*parts: Tensor) -> Linear:
-            return Linear(torch.cat([part.to(self.dtype) for part in parts]))
-
+        self._rounded = fast and self.dtype == torch.float32 and bf16_pays()
         self._qkv = linear(interleave_rows(w.q_proj, c.head_dim), interleave_rows(w.k_proj, c.head_dim), w.v_proj)
         self._out, self._down = linear(w.o_proj), linear(w.down_proj)
         self._gate_up = linear(w.gate_proj, w.up_proj)
@@ -54,7 +57,13 @@ class Eagle3CpuNetwork:
         self._rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)
         self.target_ids = w.target_ids
 
-    def _use_output(self, head: Linear) -> None:
+    def _linear(self, *parts: Tensor, bias: Tensor | None = None) -> Linear | Bf16Linear:
+        weight = torch.cat([part.to(self.dtype) for part in parts])
+        if bias is None:
+            return Bf16Linear(weight) if self._rounded else Linear(weight)
+        return Linear(weight, bias.to(self.dtype))
+
+    def _use_output(self, head: Linear | Bf16Linear) -> None:
         self._head, self.linear_path = head, head.path
         self.min_rows = MIN_PACKED_ROWS if self.linear_path == "onednn-packed" else 1
 

@@ -21,44 +21,47 @@ from server.models.loader import Tensors
 
 
 def load_head(
-    config: Eagle3Config, tensors: Tensors, target: LlamaModel, max_positions: int, ops: Eagle3Ops | None = None
+    config: Eagle3Config,
+    tensors: Tensors,
+    target: LlamaModel,
+    max_positions: int,
+    ops: Eagle3Ops | None = None,
+    fast: bool = False,
 ) -> Eagle3Network | Eagle3CpuNetwork:
     """The network of the head that `config` describes, for `target`, on its device and in its dtype.
 
-    `ops` are those of a GPU's network; without them a target on a CPU gets a network for the CPU.
-    UnsupportedModelError: the tensors are not those of such a head. WeightsError: one is missing or damaged.
+    `ops` are those of a GPU's network; without them a target on a CPU gets a network for the CPU (`fast` is said
+    there). UnsupportedModelError: the tensors are not those of such a head. WeightsError: one is missing or damaged.
     """
     files = HeadTensors(tensors, config)
     embedding = _embedding(files, config, target)
     if config.version == 1:
-        return _eagle1(config, files, embedding, target, max_positions, ops)
+        weights = load_eagle1(files, config, target.norm, target.head)
+        if _on_cpu(embedding, ops):
+            return Eagle1CpuNetwork(config, weights, embedding, max_positions, fast)
+        return Eagle1Network(config, weights, embedding, max_positions, ops)
     if not files.has(TENSOR_NAMES["lm_head"]) and config.draft_vocab_size == config.vocab_size:
         config = replace(config, share_lm_head=True)  # as SGLang and vLLM do
-    weights = load_weights(files.get, files.has, config, target.output_rows, files.file_of)
-    return eagle3_network(config, weights, embedding, max_positions, ops)
+    eagle3 = load_weights(files.get, files.has, config, target.output_rows, files.file_of)
+    return eagle3_network(config, eagle3, embedding, max_positions, ops, fast)
 
 
 def eagle3_network(
-    config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int, ops: Eagle3Ops | None
+    config: Eagle3Config,
+    weights: Eagle3Weights,
+    embedding: Tensor,
+    max_positions: int,
+    ops: Eagle3Ops | None = None,
+    fast: bool = False,
 ) -> Eagle3Network | Eagle3CpuNetwork:
-    """The network of an EAGLE-3 head for the device of `embedding`."""
-    if embedding.device.type == "cpu" and ops is None:
-        return Eagle3CpuNetwork(config, weights, embedding, max_positions)
+    """The network of an EAGLE-3 head for the device of `embedding`; see `load_head`."""
+    if _on_cpu(embedding, ops):
+        return Eagle3CpuNetwork(config, weights, embedding, max_positions, fast)
     return Eagle3Network(config, weights, embedding, max_positions, ops)
 
 
-def _eagle1(
-    config: Eagle3Config,
-    files: HeadTensors,
-    embedding: Tensor,
-    target: LlamaModel,
-    max_positions: int,
-    ops: Eagle3Ops | None,
-) -> Eagle3Network | Eagle3CpuNetwork:
-    weights = load_eagle1(files, config, target.norm, target.head)
-    if embedding.device.type == "cpu" and ops is None:
-        return Eagle1CpuNetwork(config, weights, embedding, max_positions)
-    return Eagle1Network(config, weights, embedding, max_positions, ops)
+def _on_cpu(embedding: Tensor, ops: Eagle3Ops | None) -> bool:
+    return ops is None and embedding.device.type == "cpu"
 
 
 def _embedding(files: HeadTensors, config: Eagle3Config, target: LlamaModel) -> Tensor:

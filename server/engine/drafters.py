@@ -85,12 +85,13 @@ def _eagle3(
             raise ConfigError("draft_model: missing; drafter 'eagle3' needs the directory of an EAGLE-3 head")
         head = config_for(target.config, RANDOM_HEAD_VOCABULARY)
         weights = random_weights(head, 0, target.device, target.dtype)
-        return eagle3_network(head, weights, target.embedding, max_positions, ops)
+        return eagle3_network(head, weights, target.embedding, max_positions, ops, fast=True)
     source = find(name)
     head = parse_config(source.config, target.config.num_layers)
     say(f"loading the EAGLE-{head.version} head {source.name}")
     _check_target(head, target, source)
-    return load_head(head, tensors_of(source, target.device, target.dtype), target, max_positions, ops)
+    tensors = tensors_of(source, target.device, target.dtype)
+    return load_head(head, tensors, target, max_positions, ops, fast=True)
 
 
 def _check_target(head: Eagle3Config, target: LlamaModel, source: ModelSource) -> None:
