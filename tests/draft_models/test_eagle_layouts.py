@@ -20,7 +20,6 @@ from tests.draft_models.published_heads import (
     NUM_LAYERS,
     SHAPE,
     Layout,
-    as_layers,
     chain_logits,
     eagle3_layouts,
     read,
@@ -264,4 +263,3 @@ def test_only_t2d_of_another_size(model: LlamaModel, tmp_path: Path) -> None:
     tensors["t2d"][tensors["t2d"].nonzero()[0]] = False
     with pytest.raises(UnsupportedModelError, match=r"t2d is \(23,\), config.json says \(24,\)"):
         read(write(tmp_path, (raw, tensors)), model)
-    assert as_layers("midlayer.x") == "layers.0.x"
