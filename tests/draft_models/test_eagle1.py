@@ -49,8 +49,10 @@ FINAL_EPS = 1e-5
 class Dense1(Dense):
     """eagle/model/cnets1.py, every position from scratch. Features are as the target's last layer leaves them."""
 
+    w: Any
+
     def normed(self, features: Tensor) -> Tensor:
-        norm = self.w.final_norm
+        norm: RMSNorm = self.w.final_norm
         return features / (features.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
     def inputs(self, features: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ class Dense1(Dense):
 
     def entered(self, tokens: list[int], inputs: Tensor) -> Tensor:
         both = torch.cat([self.embedding[tokens], inputs], dim=-1)
-        return both @ self.w.fc.T + (0.0 if self.w.fc_bias is None else self.w.fc_bias)
+        out: Tensor = F.linear(both, self.w.fc, self.w.fc_bias)
+        return out
 
     def projected(self, tokens: list[int], inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.entered(tokens, inputs)
@@ -74,12 +77,13 @@ class Dense1(Dense):
         at = torch.arange(len(tokens))
         scores = scores.masked_fill((at > at[:, None]) | (at < first) & (at != at[:, None]), -float("inf"))
         mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(len(tokens), -1)
-        residual = self.entered(tokens, inputs) + mixed @ w.o_proj.T
+        residual: Tensor = self.entered(tokens, inputs) + mixed @ w.o_proj.T
         y = self.norm(residual, w.post_attention_layernorm)
-        return residual + (F.silu(y @ w.gate_proj.T) * (y @ w.up_proj.T)) @ w.down_proj.T
+        return residual.add((F.silu(y @ w.gate_proj.T) * (y @ w.up_proj.T)) @ w.down_proj.T)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.w.output.plain_weight().T
+        weight: Tensor = self.w.output.plain_weight()
+        return hidden @ weight.T
 
 
 @pytest.fixture(autouse=True)

@@ -196,7 +196,11 @@ def test_layers_are_outputs_or_inputs_by_who_names_them(extra: dict[str, Any], l
 def test_configs_that_are_refused(extra: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
         parse_config({**SHAPE, "draft_vocab_size": 24, **extra}, NUM_LAYERS)
-    assert parse_config({**SHAPE, "draft_vocab_size": 24, "sliding_window": 9, "use_sliding_window": False}, NUM_LAYERS)
+
+
+def test_a_window_that_is_not_used() -> None:
+    raw = {**SHAPE, "draft_vocab_size": 24, "sliding_window": 9, "use_sliding_window": False}
+    assert parse_config(raw, NUM_LAYERS) == CONFIG
 
 
 @pytest.mark.parametrize(
