@@ -220,6 +220,16 @@ def test_blocks_that_changed_hands_in_a_pause_are_not_relied_on() -> None:
     assert drafts.tokens.tolist() == [world.expected(2, 3, first=9)], "position 8 takes features that are not known"
 
 
+def test_blocks_that_changed_hands_unnoticed_are_not_relied_on() -> None:
+    """Nobody told the drafter: the tokens are others than those it has written for."""
+    world = cpu_ready({0: 11})
+    world.admit(2, 13)
+    world.tables[2, :2] = world.tables[0, :2]
+    world.features[2] = world.normal(8, 3 * CONFIG.hidden_size)
+    world.prefill({2: 5})
+    assert world.drafter.draft(world.step([2]), 3).tokens.tolist() == [world.expected(2, 3, first=9)]
+
+
 def test_a_hit_counts_from_behind_what_is_missing() -> None:
     world = cpu_ready({0: 17})
     world.cpu.backlog._owner[int(world.tables[0, 1])] = NOBODY
