@@ -50,6 +50,9 @@ class Eagle3CpuDrafter:
         """Nothing is computed yet; what a prefix hit brings shows with the first chunk. A `prediction` is ignored."""
         self.backlog.admit(slot, token_ids)
 
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """The backlog knows by itself which blocks of a prefix hit hold keys and values for these very tokens."""
+
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         self.backlog.tails[slot].tokens.extend(token_ids)
 
@@ -67,6 +70,7 @@ class Eagle3CpuDrafter:
 
     def keep(self, carry: Carry, counts: Sequence[int], features: Tensor) -> None:
         """See KeepsFeatures."""
+        self._paused = True
         at = 0
         for r, count in enumerate(counts):
             self._append(carry, r, features[at : at + count])

@@ -54,7 +54,7 @@ class ChainTimer:
     def _carry(self, rows: int, start: int, length: int, k: int) -> Carry:
         """Rows share blocks where the pool is small, which costs the same."""
         shape = self.shape
-        per_row = -(-(start + length + k) // shape.block_size)
+        per_row = max(1, -(-(start + length + k) // shape.block_size))
         room = max(1, (shape.num_blocks - 1) // per_row)
         firsts = [1 + (r % room) * per_row for r in range(rows)]
         known = torch.full((shape.max_num_seqs,), start, dtype=torch.int64)

@@ -14,7 +14,8 @@ from server.kernels.paged import PagedRows
 from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
-from tests.draft_models.test_eagle3 import BLOCK_SIZE, CONFIG, NUM_BLOCKS, NUM_SLOTS, PADDING, World
+from tests.draft_models.test_eagle3 import BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, PADDING, World
+from tests.draft_models.test_eagle3_network import CONFIG
 
 
 class AsDevice:
