@@ -122,7 +122,7 @@ DAMAGED: dict[str, tuple[Edit, type[Exception], str]] = {
         r"head: tensor 'lm_head.weight' is missing",
     ),
     "wrong shape": (
-        lambda raw, t: t.update(norm=t.pop("norm.weight"), **{"norm.weight": torch.ones(63)}),
+        lambda raw, t: t.update({"norm.weight": torch.ones(63)}),
         UnsupportedModelError,
         r"model.safetensors: norm.weight is \(63,\), config.json says \(64,\)",
     ),
@@ -146,7 +146,7 @@ DAMAGED: dict[str, tuple[Edit, type[Exception], str]] = {
         WeightsError,
         r"model.safetensors: d2t leads draft ids [34] and [34] to the same token 4",
     ),
-    "no map": (lambda raw, t: t.pop("d2t"), UnsupportedModelError, r"without the map 'd2t'"),
+    "no map": (lambda raw, t: (t.pop("d2t"), t.pop("t2d")), UnsupportedModelError, r"without the map 'd2t'"),
 }
 
 
