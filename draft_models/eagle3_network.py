@@ -11,8 +11,9 @@ only has to be remembered costs one projection.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draft_models.eagle3_config import Eagle3Config
@@ -20,10 +21,19 @@ from draft_models.eagle3_ops import Eagle3Ops, TorchOps
 from draft_models.eagle3_weights import Eagle3Weights
 from server.kernels.paged import PagedRows
 from server.models.rope import interleave_rows, rotation_table
+from server.quant.dense import Linear
+
+if TYPE_CHECKING:
+    from draft_models.eagle1 import Eagle1Weights
 
 
 class Eagle3Network:
-    """The head's forward pass. `embedding` [V, H] is the target's own tensor; `max_positions` bounds positions."""
+    """The head's forward pass. `embedding` [V, H] is the target's own tensor or the head's; `max_positions` bounds
+    positions.
+
+    The linears come from `server.quant`, as the target's do. What lies between them is `ops`, whose kernels read norms
+    and the embedding as plain tensors in the network's dtype.
+    """
 
     def __init__(
         self,
@@ -33,30 +43,43 @@ class Eagle3Network:
         max_positions: int,
         ops: Eagle3Ops | None = None,
     ) -> None:
-        c, w = config, weights
+        self._set_up(config, weights, embedding, max_positions, ops)
+        own = self._own
+        self._fc = Linear(own(weights.fc), None if weights.fc_bias is None else own(weights.fc_bias))
+        self._input_norm, self._hidden_norm = own(weights.input_layernorm), own(weights.hidden_norm)
+        self._norm, self._head = own(weights.norm), Linear(own(weights.lm_head))
+
+    def _set_up(
+        self,
+        config: Eagle3Config,
+        w: Eagle3Weights | Eagle1Weights,
+        embedding: Tensor,
+        max_positions: int,
+        ops: Eagle3Ops | None,
+    ) -> None:
+        """What heads of all versions have: the embedding and, of the layer, all but its ends."""
+        c = config
         if tuple(embedding.shape) != (c.vocab_size, c.hidden_size):
             found = tuple(embedding.shape)
             raise ValueError(f"embedding: {found} is not valid; the head needs {(c.vocab_size, c.hidden_size)}")
         self.config, self.embedding, self.ops = config, embedding, ops or TorchOps()
         self.device, self.dtype = embedding.device, embedding.dtype
-
-        def own(weight: Tensor) -> Tensor:
-            return weight.to(self.device, self.dtype)
-
-        self._fc, self._out, self._down = own(w.fc), own(w.o_proj), own(w.down_proj)
-        self._input_norm, self._hidden_norm = own(w.input_layernorm), own(w.hidden_norm)
-        self._post_norm, self._norm = own(w.post_attention_layernorm), own(w.norm)
+        own = self._own
         turned = [interleave_rows(w.q_proj, c.head_dim), interleave_rows(w.k_proj, c.head_dim)]
-        self._qkv = own(torch.cat([*turned, w.v_proj]))
-        self._gate_up = own(torch.cat([w.gate_proj, w.up_proj]))
-        self._head = own(w.lm_head)
+        self._qkv = Linear(own(torch.cat([*turned, w.v_proj])))
+        self._out, self._down = Linear(own(w.o_proj)), Linear(own(w.down_proj))
+        self._gate_up = Linear(own(torch.cat([w.gate_proj, w.up_proj])))
+        self._post_norm = own(w.post_attention_layernorm)
         self.target_ids = w.target_ids.to(self.device)
         table = rotation_table(c.rope, c.head_dim, max_positions, self.device)
         self._rotations = torch.view_as_real(table).contiguous()
 
+    def _own(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, self.dtype)
+
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features [N, 3 H] -> [N, H]."""
-        return F.linear(features, self._fc)
+        """The target's features [N, F] -> [N, H]."""
+        return self._fc(features)
 
     def remember(
         self, token_ids: Tensor, features: Tensor, positions: Tensor, places: Tensor, pool: Tensor
@@ -66,13 +89,19 @@ class Eagle3Network:
         `features` [N, H] are fused ones or the layer's own output, of the token before each; it is left as it is.
         """
         c = self.config
+        x, residual = self._enter(token_ids, features)
+        qkv = self._qkv(x)
+        self.ops.rope_write(qkv, pool, positions, places, self._rotations, c.num_heads)
+        queries = qkv[:, : c.num_heads * c.head_dim].unflatten(-1, (c.num_heads, c.head_dim))
+        return queries, residual
+
+    def _enter(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (what attention's projections read [N, 2 H], residual stream [N, H])."""
+        c = self.config
         both = self.ops.embed_norm(
             token_ids, self.embedding, self._input_norm, features, self._hidden_norm, c.rms_norm_eps
         )
-        qkv = F.linear(both, self._qkv)
-        self.ops.rope_write(qkv, pool, positions, places, self._rotations, c.num_heads)
-        queries = qkv[:, : c.num_heads * c.head_dim].unflatten(-1, (c.num_heads, c.head_dim))
-        return queries, both[:, c.hidden_size :] if c.norm_before_residual else features
+        return both, both[:, c.hidden_size :] if c.norm_before_residual else features
 
     def attend(
         self, queries: Tensor, residual: Tensor, pool: Tensor, rows: PagedRows, first: Tensor
@@ -84,7 +113,10 @@ class Eagle3Network:
         """
         eps = self.config.rms_norm_eps
         mixed = self.ops.attention(queries, pool, rows, first)
-        normed = self.ops.add_rms_norm_(residual, F.linear(mixed, self._out), self._post_norm, eps)
-        inner = self.ops.silu_mul(F.linear(normed, self._gate_up))
-        normed = self.ops.add_rms_norm_(residual, F.linear(inner, self._down), self._norm, eps)
-        return residual, F.linear(normed, self._head)
+        normed = self.ops.add_rms_norm_(residual, self._out(mixed), self._post_norm, eps)
+        inner = self.ops.silu_mul(self._gate_up(normed))
+        return residual, self._leave(residual, self._down(inner))
+
+    def _leave(self, residual: Tensor, delta: Tensor) -> Tensor:
+        """Adds `delta` to the residual stream [R, H] in place -> logits [R, C]."""
+        return self._head(self.ops.add_rms_norm_(residual, delta, self._norm, self.config.rms_norm_eps))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draft_models.eagle3_checks import Checks
 from draft_models.eagle3_config import Eagle3Config
 from server.models.config import UnsupportedModelError
 
@@ -27,13 +28,18 @@ TENSOR_NAMES = {
     "lm_head": "lm_head.weight",
 }
 """Field of Eagle3Weights -> name in the checkpoint. Beside these it holds `d2t` and `t2d`."""
+FC_BIAS = "fc.bias"
+
+OutputRows = Callable[[Tensor], Tensor]
+"""Rows of the target's output layer: ids [C] int64 -> [C, H]."""
 
 
 @dataclass(slots=True)
 class Eagle3Weights:
     """One head, as published: heads' rotary pairs in halves, projections apart.
 
-    H hidden, F = 3 H fused features, C draft vocabulary, V target vocabulary. `fc` [H, F]; norms [H]; `q_proj`
+    H hidden, F features of a token (3 H, or as wide as three layers of a target of another width), C draft vocabulary,
+    V target vocabulary. `fc` [H, F], `fc_bias` [H] in few; norms [H]; `q_proj`
     [heads * D, 2 H], `k_proj` and `v_proj` [kv_heads * D, 2 H], `o_proj` [H, heads * D]; `gate_proj` and `up_proj`
     [I, H], `down_proj` [H, I]; `lm_head` [C, H]. `d2t` [C] int64 is an *offset*: draft id c is target id c + d2t[c].
     `t2d` [V] bool says which target tokens can be drafted.
@@ -54,16 +60,22 @@ class Eagle3Weights:
     lm_head: Tensor
     d2t: Tensor
     t2d: Tensor
+    fc_bias: Tensor | None = None
 
     @property
     def target_ids(self) -> Tensor:
         """The target's id of each draft token, [C] int64."""
         return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Name -> tensor of a published checkpoint."""
-        tensors = {name: getattr(self, field) for field, name in TENSOR_NAMES.items()}
-        return {**tensors, "d2t": self.d2t, "t2d": self.t2d}
+    def state_dict(self, share_lm_head: bool = False) -> dict[str, Tensor]:
+        """Name -> tensor of a published checkpoint; without `lm_head` where it is the target's (`share_lm_head`)."""
+        tensors = {
+            name: getattr(self, field)
+            for field, name in TENSOR_NAMES.items()
+            if not (share_lm_head and field == "lm_head")
+        }
+        bias = {} if self.fc_bias is None else {FC_BIAS: self.fc_bias}
+        return {**tensors, **bias, "d2t": self.d2t, "t2d": self.t2d}
 
 
 def weight_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
@@ -71,7 +83,7 @@ def weight_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
     h, i = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "fc": (h, len(config.feature_layers) * h),
+        "fc": (h, config.feature_width),
         "hidden_norm": (h,),
         "input_layernorm": (h,),
         "q_proj": (q, 2 * h),
@@ -87,22 +99,81 @@ def weight_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_weights(get: Callable[[str], Tensor], has: Callable[[str], bool], config: Eagle3Config) -> Eagle3Weights:
-    """Reads a published checkpoint through `get(name)`; UnsupportedModelError if a shape is not the config's."""
+def load_weights(
+    get: Callable[[str], Tensor],
+    has: Callable[[str], bool],
+    config: Eagle3Config,
+    output_rows: OutputRows | None = None,
+    file_of: Callable[[str], object] | None = None,
+) -> Eagle3Weights:
+    """Reads a published checkpoint through `get(name)`, on one device and in one dtype.
+
+    `output_rows` gives the rows of a head that shares the target's output layer; `file_of(name)` is the file that
+    messages name. UnsupportedModelError: a shape is not the config's. WeightsError: a tensor is damaged; `get` raises
+    it for one that is missing.
+    """
+    checks = Checks(file_of)
+    d2t = read_vocabulary_map(get, has, config.draft_vocab_size, config.vocab_size, checks)
+    shapes = weight_shapes(config)
+    if config.share_lm_head:
+        del shapes["lm_head"]
+    tensors = read_tensors(get, {TENSOR_NAMES[field]: shape for field, shape in shapes.items()}, checks)
+    fields = {field: tensors[TENSOR_NAMES[field]] for field in shapes}
+    if has(FC_BIAS):
+        fields["fc_bias"] = read_tensors(get, {FC_BIAS: (config.hidden_size,)}, checks)[FC_BIAS]
+    d2t = d2t.to(fields["fc"].device)
+    if config.share_lm_head:
+        if has(TENSOR_NAMES["lm_head"]):
+            raise checks.damaged(TENSOR_NAMES["lm_head"], "is there, but config.json says share_lm_head")
+        if output_rows is None or config.target_width != config.hidden_size:
+            raise UnsupportedModelError("EAGLE-3 head without an output layer of its own: the target has none to share")
+        fields["lm_head"] = output_rows(d2t + torch.arange(len(d2t), device=d2t.device))
+    return Eagle3Weights(**fields, d2t=d2t, t2d=drawable(d2t, config.vocab_size))
+
+
+def read_tensors(get: Callable[[str], Tensor], shapes: dict[str, tuple[int, ...]], checks: Checks) -> dict[str, Tensor]:
+    """Tensors by name, each of its shape and finite. UnsupportedModelError, WeightsError: see `load_weights`."""
     tensors: dict[str, Tensor] = {}
-    for field, shape in weight_shapes(config).items():
-        tensors[field] = get(TENSOR_NAMES[field])
-        if tuple(tensors[field].shape) != shape:
-            found = tuple(tensors[field].shape)
-            raise UnsupportedModelError(f"EAGLE-3 head: {TENSOR_NAMES[field]} is {found}, config.json says {shape}")
-    device = tensors["fc"].device
+    for name, shape in shapes.items():
+        tensors[name] = get(name)
+        checks.shape(name, tensors[name], shape)
+        checks.finite(name, tensors[name])
+    return tensors
+
+
+def read_vocabulary_map(
+    get: Callable[[str], Tensor], has: Callable[[str], bool], draft_vocab_size: int, vocab_size: int, checks: Checks
+) -> Tensor:
+    """`d2t` [C] int64 on the CPU, as published or made of `t2d`, with which it agrees where both are there.
+
+    EAGLE makes both of the draft vocabulary's target ids in ascending order (eagle/traineagle3/cnets.py), so `t2d`
+    says as much as `d2t`. An all-zero `d2t` is what modelopt exports of a head whose map was never filled in.
+    """
+    whole = draft_vocab_size == vocab_size
+    t2d = get("t2d").to(torch.bool) if has("t2d") else None
+    if t2d is not None:
+        checks.shape("t2d", t2d, (vocab_size,))
+        if not t2d.is_meta and not bool(t2d.any()):
+            t2d = None  # a buffer that nobody filled in, and that other readers skip
     if has("d2t"):
-        d2t = get("d2t").to(device, torch.int64)
-    elif config.draft_vocab_size == config.vocab_size:
-        d2t = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)
+        d2t = get("d2t").to(torch.int64)
+    elif whole:
+        d2t = torch.zeros(vocab_size, dtype=torch.int64)
+    elif t2d is not None and not t2d.is_meta:
+        ids = t2d.cpu().nonzero().squeeze(1)
+        d2t = ids - torch.arange(len(ids))
     else:
         raise UnsupportedModelError("EAGLE-3 head with a reduced vocabulary but without the map 'd2t'")
-    return Eagle3Weights(**tensors, d2t=d2t, t2d=_drawable(d2t, config.vocab_size))
+    if d2t.is_meta:
+        return torch.zeros(draft_vocab_size, dtype=torch.int64)  # sizes are all that is asked for
+    d2t = d2t.cpu()
+    checks.vocabulary_map("d2t" if has("d2t") else "t2d", d2t, draft_vocab_size, vocab_size)
+    agrees = t2d is None or bool((drawable(d2t, vocab_size) == t2d.cpu()).all())
+    if not whole and not bool(d2t.any()) and (t2d is None or not agrees):
+        raise checks.damaged("d2t", "is all zero: the head's vocabulary map was never filled in")
+    if not agrees:
+        raise checks.damaged("t2d", "does not name the tokens that d2t leads to")
+    return d2t
 
 
 def random_weights(
@@ -120,9 +191,10 @@ def random_weights(
             tensors[field] = drawn.mul_(shape[1] ** -0.5)
     c = torch.arange(config.draft_vocab_size, device=device)
     d2t = c * config.vocab_size // config.draft_vocab_size - c
-    return Eagle3Weights(**tensors, d2t=d2t, t2d=_drawable(d2t, config.vocab_size))
+    return Eagle3Weights(**tensors, d2t=d2t, t2d=drawable(d2t, config.vocab_size))
 
 
-def _drawable(d2t: Tensor, vocab_size: int) -> Tensor:
+def drawable(d2t: Tensor, vocab_size: int) -> Tensor:
+    """`t2d` [V] bool of `d2t` [C]: which target tokens can be drafted."""
     ids = d2t + torch.arange(d2t.shape[0], device=d2t.device)
     return torch.zeros(vocab_size, dtype=torch.bool, device=d2t.device).index_fill_(0, ids, True)

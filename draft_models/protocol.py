@@ -56,6 +56,16 @@ class Drafter(Protocol):
         """Drafting stops until the next `propose`; the drafter must not run meanwhile, prefill included."""
 
 
+class KeepsFeatures(Protocol):
+    """A drafter on the CPU that can close the gap that a pause leaves, from the features of the tokens it missed."""
+
+    def keep(self, carry: Carry, counts: Sequence[int], features: Tensor) -> None:
+        """While drafting is paused, instead of `prefill` and `commit`: of each row, `counts[r]` tokens were computed.
+
+        `features` [N, F] are theirs, row after row, from token `carry.chunks[r][0]` on. To be kept, not computed with.
+        """
+
+
 class DeviceDrafter(Drafter, Protocol):
     """A drafter whose part of a step runs inside CUDA graphs: no host value but shapes, no synchronisation.
 

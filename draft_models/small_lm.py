@@ -16,7 +16,7 @@ from torch import Tensor
 
 from server.models.attention import AttentionBatch
 from server.models.base import TargetModel
-from server.models.paging import Span, make_pools, ragged_batch
+from server.models.paging import Span, make_pools, ragged_batch, side_by_side
 from server.sampling.process import process
 from server.sampling.state import SamplingBatch
 from server.spec.types import Carry, Drafts, Layout, Verdict
@@ -155,12 +155,6 @@ class SmallLMDrafter:
         return full
 
     def _batch(self, carry: Carry, parts: list[tuple[int, int, int]], padding: int) -> AttentionBatch:
-        spans = []
-        for r, start, length in parts:
-            blocks = carry.blocks[r]
-            side_by_side = blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(
-                range(blocks[0], blocks[-1] + 1)
-            )
-            spans.append(Span(start, length, blocks, side_by_side))
+        spans = [Span(start, length, carry.blocks[r], side_by_side(carry.blocks[r])) for r, start, length in parts]
         batch = ragged_batch(spans, self.block_size, padding)
         return batch if self.model.device.type == "cpu" else batch.to(self.model.device)

@@ -22,8 +22,11 @@ def widened_head_config(small: Eagle3Config, target: ModelConfig, c: float, draf
     """The head for a widened `target`, with its dimensions; `c` is the last coordinate of the target's tokens.
 
     Its draft vocabulary has `draft_vocab_size` rows, or as many as the small head if that has more. ModelSourceError:
-    no room, or `norm_before_residual`, whose norm's weights would have to be turned with the stream.
+    no room, `norm_before_residual`, whose norm's weights would have to be turned with the stream, or a head that is not
+    an EAGLE-3 head of its target's width.
     """
+    if small.version != 3 or small.target_hidden_size is not None:
+        raise ModelSourceError("only EAGLE-3 heads of their target's width can be widened")
     if small.norm_before_residual:
         raise ModelSourceError("an EAGLE-3 head with norm_before_residual cannot be widened")
     wide = replace(
@@ -35,6 +38,7 @@ def widened_head_config(small: Eagle3Config, target: ModelConfig, c: float, draf
         intermediate_size=target.intermediate_size,
         vocab_size=target.vocab_size,
         draft_vocab_size=min(max(draft_vocab_size, small.draft_vocab_size), target.vocab_size),
+        share_lm_head=False,
     )
     check_shapes(small, wide)
     rope = replace(small.rope, theta=widened_theta(small.rope.theta, small, wide))
@@ -70,6 +74,10 @@ class WidenedHead:
     weights: Eagle3Weights
     maps: Widening
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.weights.fc_bias is not None:
+            raise ModelSourceError("an EAGLE-3 head with a bias in fc cannot be widened")
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of that name."""

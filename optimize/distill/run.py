@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from draft_models.eagle3_config import Eagle3Config, config_for, default_feature_layers
 from optimize.distill.errors import DistillError, StoppedError
 from optimize.distill.evaluate import Acceptance, evaluate, table
-from optimize.distill.export import Card, export
+from optimize.distill.export import Card, check_file_size, export
 from optimize.distill.gather import EVALUATION_TEMPERATURE, Texts, context, corpus_words, gather
 from optimize.distill.head import Eagle3Head, initial_weights
 from optimize.distill.options import DistillOptions
@@ -87,8 +87,14 @@ def distill(
     say("after training:\n" + table(results))
     work.trainer.swap_average()
     head = work.trainer.head
-    export(options.out, head.weights(), head.config, target, _card(work, source, arguments, version, results))
+    card = _card(work, source, arguments, version, results)
+    export(options.out, head.weights(), head.config, target, card, max_file_bytes(options))
     return results
+
+
+def max_file_bytes(options: DistillOptions) -> int | None:
+    """Most bytes of a safetensors file, None for any number."""
+    return None if options.max_shard_mb is None else options.max_shard_mb * 1_000_000
 
 
 def _checkpoint(options: DistillOptions) -> Path:
@@ -116,7 +122,8 @@ def _prepare(
     say(f"draft vocabulary: {len(ids):,} of {target.vocab_size:,} tokens, {coverage(frequency, ids):.2%} of the text")
     model = load_source(source, device, pick_dtype("auto", device), max_positions)
     assert isinstance(model, LlamaModel)
-    config = config_for(target, len(ids))
+    config = replace(config_for(target, len(ids)), share_lm_head=not options.train_lm_head)
+    check_file_size(config, max_file_bytes(options))
     head = _head(config, source, ids, max_positions, options.seed).to(device)
     batch_tokens = options.batch_tokens or (GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS)
     settings = TrainSettings(

@@ -31,7 +31,7 @@ from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve
 
 if TYPE_CHECKING:
-    from draft_models.eagle3_network import Eagle3Network
+    from server.engine.drafters import DraftNetwork
 
 Say = Callable[[str], None]
 Find = Callable[[str], ModelSource]
@@ -128,7 +128,7 @@ def _measured(
     plan: MemoryPlan,
     source: ModelSource,
     model: TargetModel,
-    draft_network: TargetModel | Eagle3Network | None,
+    draft_network: DraftNetwork | None,
     find: Find,
 ) -> MemoryPlan:
     """The plan again, by what is free now that weights are loaded. Raises ConfigError if no block is left."""
@@ -143,12 +143,12 @@ def _measured(
 def _runner(
     config: EngineConfig,
     model: TargetModel,
-    draft_network: TargetModel | Eagle3Network | None,
+    draft_network: DraftNetwork | None,
     shape: RunnerShape,
     say: Say,
 ) -> Runner | GpuRunner:
     if model.device.type != "cuda":
-        return Runner(model, make_drafter(config, shape, draft_network), shape)  # type: ignore[arg-type]
+        return Runner(model, make_drafter(config, shape, draft_network), shape)
     from server.kernels.tuning import use_cache
 
     use_cache()  # before the first kernel is compiled

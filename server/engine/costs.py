@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from draft_models.eagle3_cpu import Eagle3CpuDrafter
 from server.config import cache_dir
+from server.engine.chain_timer import ChainTimer
 from server.engine.gpu.runner import GpuRunner
 from server.engine.runner import Runner
 from server.models.base import TargetModel
@@ -34,6 +36,8 @@ def load_or_measure(
     draft_model = getattr(runner.drafter, "model", None)
     if draft_model is not None:  # another draft model has other costs
         drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
+    if isinstance(runner.drafter, Eagle3CpuDrafter):
+        drafter += f"|{runner.drafter.network.config}|{runner.drafter.network.linear_path}"
     parts = (source.directory, runner.model.dtype, runner.linear_path, torch.__version__, drafter, settings)
     artifact = "|".join(map(str, parts))
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
@@ -86,7 +90,10 @@ def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:
 
 
 def _draft_timer(runner: Runner) -> Callable[[int, int], float] | None:
-    """Small-LM drafters: k passes of one token a row. Drafters without a network cost next to nothing."""
+    """EAGLE-3: a chain as it runs in a step; small LMs: k passes of one token a row. Other drafters have no network,
+    and cost next to nothing."""
+    if isinstance(runner.drafter, Eagle3CpuDrafter):
+        return ChainTimer(runner.drafter, runner.shape)
     model = getattr(runner.drafter, "model", None)
     if model is None or runner.drafter is None:
         return None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from draft_models.eagle3_cpu import Eagle3CpuDrafter
 from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
@@ -20,7 +21,13 @@ from server.models.loader import load_source, tensors_of
 from server.models.source import ModelSource
 
 if TYPE_CHECKING:
+    from draft_models.eagle3_config import Eagle3Config
+    from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
     from draft_models.eagle3_network import Eagle3Network
+    from draft_models.eagle3_ops import Eagle3Ops
+
+    DraftNetwork = TargetModel | Eagle3Network | Eagle3CpuNetwork
+    """What a drafter runs."""
 
 Say = Callable[[str], None]
 Find = Callable[[str], ModelSource]
@@ -49,7 +56,7 @@ def load_draft_network(
     max_positions: int,
     say: Say,
     find: Find,
-) -> TargetModel | Eagle3Network | None:
+) -> DraftNetwork | None:
     """The network that the drafter runs, None for drafters without one. Raises ConfigError where it does not fit.
 
     `source` is the target's, `device` where both are to run: a target on torch's `meta` device gets a drafter there.
@@ -59,9 +66,7 @@ def load_draft_network(
     if config.drafter == "small-lm" and config.draft_model is not None:
         return _small_lm(config, config.draft_model, target, max_positions, say, find)
     if config.drafter == "eagle3":
-        if device.type != "cuda":
-            raise ConfigError("drafter: 'eagle3' runs on a GPU only; use suffix, ngram or small-lm on a CPU")
-        return _eagle3(config.draft_model, target, source.kind, max_positions, say, find)
+        return _eagle3(config.draft_model, target, source.kind, device, max_positions, say, find)
     return None
 
 
@@ -86,52 +91,73 @@ def _small_lm(
 
 
 def _eagle3(
-    name: str | None, target: TargetModel, target_kind: str, max_positions: int, say: Say, find: Find
-) -> Eagle3Network:
+    name: str | None,
+    target: TargetModel,
+    target_kind: str,
+    device: torch.device,
+    max_positions: int,
+    say: Say,
+    find: Find,
+) -> Eagle3Network | Eagle3CpuNetwork:
     from draft_models.eagle3_config import config_for, parse_config
-    from draft_models.eagle3_network import Eagle3Network
-    from draft_models.eagle3_weights import load_weights, random_weights
+    from draft_models.eagle3_weights import random_weights
+    from draft_models.eagle_heads import eagle3_network, load_head
 
     if not isinstance(target, LlamaModel):
         raise ConfigError(f"drafter: 'eagle3' needs a network of our own, not {target.architecture}")
+    ops: Eagle3Ops | None = None
+    if target.device.type == "cuda":  # kernels need Triton; a sketch runs none
+        from draft_models.eagle3_kernels import KernelOps
+
+        ops = KernelOps()
+    on_cpu = device.type == "cpu"
     if name is None:
         if target_kind != "random":
             raise ConfigError("draft_model: missing; drafter 'eagle3' needs the directory of an EAGLE-3 head")
         head = config_for(target.config, RANDOM_HEAD_VOCABULARY)
         weights = random_weights(head, 0, target.device, target.dtype)
-    else:
-        source = find(name)
-        say(f"loading the EAGLE-3 head {source.name}")
-        head = parse_config(source.config, target.config.num_layers)
-        if source.kind == "made" and target.device.type == "meta":  # the shapes are enough
-            weights = random_weights(head, 0, target.device, target.dtype)
-        else:
-            tensors = tensors_of(source, target.device, target.dtype)
-            weights = load_weights(tensors.get, tensors.has, head)
-    if head.hidden_size != target.config.hidden_size or head.vocab_size != target.vocab_size:
+        return eagle3_network(head, weights, target.embedding, max_positions, ops, on_cpu=on_cpu, fast=True)
+    source = find(name)
+    head = parse_config(source.config, target.config.num_layers)
+    say(f"loading the EAGLE-{head.version} head {source.name}")
+    _check_target(head, target, source)
+    if source.kind == "made" and target.device.type == "meta":  # the shapes are enough
+        weights = random_weights(head, 0, target.device, target.dtype)
+        return eagle3_network(head, weights, target.embedding, max_positions, ops, on_cpu=on_cpu, fast=True)
+    tensors = tensors_of(source, target.device, target.dtype)
+    return load_head(head, tensors, target, max_positions, ops, on_cpu=on_cpu, fast=True)
+
+
+def _check_target(head: Eagle3Config, target: LlamaModel, source: ModelSource) -> None:
+    """ConfigError: the head was made for another target."""
+    c = target.config
+    if head.target_width != c.hidden_size or head.vocab_size != target.vocab_size:
         raise ConfigError(
-            f"draft_model: the head is for a target of width {head.hidden_size} and {head.vocab_size} tokens, "
-            f"this one has {target.config.hidden_size} and {target.vocab_size}"
+            f"draft_model: {source.directory / 'config.json'} says that the head is for a target of width "
+            f"{head.target_width} and {head.vocab_size} tokens; this one has {c.hidden_size} and {target.vocab_size}"
         )
-    if target.device.type == "meta":
-        return Eagle3Network(head, weights, target.embedding, max_positions)
-    from draft_models.eagle3_kernels import KernelOps  # needs Triton
+    if head.feature_layers[-1] >= c.num_layers:
+        raise ConfigError(
+            f"draft_model: {source.directory / 'config.json'} says that the head reads the output of layer "
+            f"{head.feature_layers[-1]}; the target's are 0 to {c.num_layers - 1}"
+        )
 
-    return Eagle3Network(head, weights, target.embedding, max_positions, KernelOps())
 
-
-def draft_needs(network: TargetModel | Eagle3Network | None, max_draft_tokens: int) -> DraftNeeds:
+def draft_needs(network: DraftNetwork | None, max_draft_tokens: int) -> DraftNeeds:
     """What a drafter that runs `network` keeps, in the network's dtype."""
     if network is None:
         return DraftNeeds()
     layers = getattr(network, "kv_layers", None)
     if layers is not None:
         return DraftNeeds(tuple(layers))
+    from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
     from draft_models.eagle3_ring import ring_length
 
     head = network.config  # type: ignore[union-attr]
-    features, width = head.hidden_size, max_draft_tokens + 1
-    return DraftNeeds((KVLayer(head.num_kv_heads, head.head_dim),), features, ring_length(width) * features)
+    kv = (KVLayer(head.num_kv_heads, head.head_dim),)
+    if isinstance(network, Eagle3CpuNetwork):  # a pause may come before features are fused; slots hold few of them
+        return DraftNeeds(kv, head.feature_width)
+    return DraftNeeds(kv, head.hidden_size, ring_length(max_draft_tokens + 1) * head.hidden_size)
 
 
 def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter | None:
@@ -143,16 +169,19 @@ def _make_without_network(config: EngineConfig) -> NgramDrafter | SuffixDrafter 
     return SuffixDrafter(recent_outputs=config.recent_outputs) if config.drafter == "suffix" else None
 
 
-def make_drafter(config: EngineConfig, shape: RunnerShape, network: TargetModel | None) -> Drafter | None:
+def make_drafter(config: EngineConfig, shape: RunnerShape, network: DraftNetwork | None) -> Drafter | None:
     """A drafter of the CPU's runner; None for `none` or no draft tokens."""
     if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
         return _make_without_network(config)
     assert network is not None
-    return SmallLMDrafter(network, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+    sizes = (shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+    if config.drafter == "eagle3":
+        return Eagle3CpuDrafter(cast("Eagle3CpuNetwork", network), *sizes)
+    return SmallLMDrafter(cast("TargetModel", network), *sizes)
 
 
 def make_device_drafter(
-    config: EngineConfig, shape: RunnerShape, target: TargetModel, network: TargetModel | Eagle3Network | None, say: Say
+    config: EngineConfig, shape: RunnerShape, target: TargetModel, network: DraftNetwork | None, say: Say
 ) -> DeviceDrafter | None:
     """A drafter whose part of a step runs inside the GPU's graphs; None for `none` or no draft tokens."""
     if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
@@ -168,6 +197,6 @@ def make_device_drafter(
     sampler = KernelSampler(target.vocab_size, shape.rule)
     if isinstance(network, Eagle3Network):
         return Eagle3Drafter(network, chain, sampler)
-    assert network is not None
-    forward = make_forward(network, config.deterministic, say)
-    return SmallLMDeviceDrafter(forward, network.kv_layers, network.dtype, network.device, chain, sampler)
+    draft = cast("TargetModel", network)
+    forward = make_forward(draft, config.deterministic, say)
+    return SmallLMDeviceDrafter(forward, draft.kv_layers, draft.dtype, draft.device, chain, sampler)

@@ -23,7 +23,7 @@ from server.models.loader import load_source, pick_dtype
 from server.models.source import ModelSource
 
 if TYPE_CHECKING:
-    from draft_models.eagle3_network import Eagle3Network
+    from server.engine.drafters import DraftNetwork
 
 Find = Callable[[str], ModelSource]
 
@@ -159,7 +159,7 @@ def make_plan(
     config: EngineConfig,
     source: ModelSource,
     model: TargetModel,
-    draft: TargetModel | Eagle3Network | None,
+    draft: DraftNetwork | None,
     memory: DeviceMemory,
     find: Find,
 ) -> MemoryPlan:

@@ -32,6 +32,8 @@ from server.spec.verify import verify
 
 Trim = Callable[[Drafts, Carry], Drafts]
 """Cuts drafts that are not worth verifying (ragged batches only)."""
+Keep = Callable[[Carry, list[int], Tensor], None]
+"""`draft_models.protocol.KeepsFeatures.keep`."""
 
 
 class Runner:
@@ -60,6 +62,7 @@ class Runner:
         self._drafting = False
         self._features: Tensor | None = None
         self._feature_layers = drafter.feature_layers if drafter is not None else ()
+        self._keep: Keep | None = getattr(drafter, "keep", None)
 
     # -- host events ---------------------------------------------------------------------------------------
 
@@ -138,6 +141,8 @@ class Runner:
         carry = self._carry(plan, sequences)
         if features is not None:
             self._remember(carry, features[ends.to(self.device, non_blocking=True)])
+        if self._keep is not None and features is not None and plan.num_draft_tokens == 0:
+            self._keep(carry, [len(c) for c in chunks], features[: len(token_ids)])
         if self.drafter is not None and plan.num_draft_tokens > 0:  # paused: it does not run at all
             num = len(token_ids)
             rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device, non_blocking=True)
@@ -255,6 +260,8 @@ class Runner:
                 self._remember(carry, by_row[last, verdict.num_accepted])
             if self._drafting:  # paused: it does not run at all
                 self.drafter.commit(carry, drafts, verdict, by_row)
+            elif self._keep is not None and by_row is not None:  # a step without drafts: one token a row
+                self._keep(carry, [1] * layout.num_rows, by_row[:, 0])
         emitting = torch.arange(layout.width, device=self.device) < verdict.num_emitted.unsqueeze(1)
         broken = (spread(~logits.amax(-1).isfinite(), layout) & emitting).any(1)
         return to_host(verdict, drafts, logprobs, broken, sequences, layout.rows.shape[0])

@@ -35,6 +35,11 @@ class Span:
     contiguous: bool
 
 
+def side_by_side(blocks: list[int]) -> bool:
+    """Whether the blocks lie one behind the other in the pool."""
+    return blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1))
+
+
 def ragged_batch(spans: list[Span], block_size: int, num_padding: int = 0) -> AttentionBatch:
     """Batch of rows laid one after another, then `num_padding` tokens that write to the null block. CPU tensors."""
     positions: list[np.ndarray] = []

@@ -113,7 +113,7 @@ def _why_no_weights(directory: Path) -> str:
         return "the download may be incomplete"
     return (
         f"{found[0]} is of a format that can run code when it is read; convert it with "
-        "transformers' save_pretrained (it writes safetensors)"
+        "transformers' save_pretrained (it writes safetensors), a drafter's head as docs/drafters.md shows"
     )
 
 

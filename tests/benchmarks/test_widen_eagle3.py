@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.widen import HEAD_TENSORS, PREFIX, Widened, write
@@ -89,6 +90,16 @@ def test_heads_that_cannot_be_widened(tmp_path: Path, small: str) -> None:
     turned = write_head(tmp_path / "turned", norm_before_residual=True)
     with pytest.raises(ModelSourceError, match="norm_before_residual"):
         Widened(LARGE, small)(PREFIX + turned)
+    narrow = write_head(tmp_path / "narrow", target_hidden_size=20)
+    config = json.loads((Path(narrow) / "config.json").read_text()) | {"target_hidden_size": 20}
+    (Path(narrow) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelSourceError, match="only EAGLE-3 heads of their target's width"):
+        Widened(LARGE, small)(PREFIX + narrow)
+    biased = write_head(tmp_path / "biased")
+    tensors = load_file(Path(biased) / "model.safetensors")
+    save_file({**tensors, "fc.bias": torch.ones(24)}, Path(biased) / "model.safetensors")
+    with pytest.raises(ModelSourceError, match="a bias in fc"):
+        tensors_of(Widened(LARGE, small)(PREFIX + biased), CPU, torch.float32)
     tight = write_head(tmp_path / "tight", rms_norm_eps=1e-9)
     with pytest.raises(ModelSourceError, match="too small beside the target's"):
         Widened(LARGE, small)(PREFIX + tight)

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from draft_models.eagle3_cpu import Eagle3CpuDrafter
+from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
 from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
@@ -78,7 +80,9 @@ def request(name: str, prompt: list[int], max_tokens: int = 24, **fields: Any) -
     return Request(name, prompt, max_tokens=max_tokens, **options)
 
 
-def make_drafter(name: str, k: int, draft_model: TargetModel | None, shape: RunnerShape) -> Drafter | None:
+def make_drafter(
+    name: str, k: int, draft_model: TargetModel | Eagle3CpuNetwork | None, shape: RunnerShape
+) -> Drafter | None:
     if name == "none":
         return None
     if name == "ngram":
@@ -86,6 +90,8 @@ def make_drafter(name: str, k: int, draft_model: TargetModel | None, shape: Runn
     if name == "suffix":
         return SuffixDrafter()
     assert draft_model is not None
+    if isinstance(draft_model, Eagle3CpuNetwork):
+        return Eagle3CpuDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
     return SmallLMDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
 
 
@@ -94,7 +100,7 @@ def engine(
     drafter: str | Drafter = "none",
     k: int = 3,
     *,
-    draft_model: TargetModel | None = None,
+    draft_model: TargetModel | Eagle3CpuNetwork | None = None,
     max_num_seqs: int = 16,
     budget: int = 64,
     num_blocks: int = 400,

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor
 
 from draft_models.eagle3_config import Eagle3Config
+from draft_models.eagle3_cpu import Eagle3CpuDrafter
+from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
 from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_weights import Eagle3Weights, random_weights
 from optimize.distill.head import Eagle3Head, initial_weights
 from optimize.distill.packing import Batch, make_batch, pack
+from optimize.distill.shards import Document
 from optimize.distill.target import Teacher
 from optimize.distill.ttt import unroll
+from server.core import SamplingParams
 from server.kernels.paged import PagedRows
 from server.models.config import ModelConfig
 from server.models.llama import LlamaModel
 from server.models.loader import Checkpoint
 from server.models.paging import Span, ragged_batch
+from server.sampling.state import SamplingBatch
+from server.spec.types import Carry, SlotState
 from tests.optimize.distill.conftest import MAX_POSITIONS, document
 
 CPU = torch.device("cpu")
@@ -88,6 +94,47 @@ def test_chains_are_those_of_the_served_network(
                     torch.testing.assert_close(got[s][row, where[t]], expected[t, s], rtol=2e-4, atol=2e-4)
                     compared += 1
     assert compared > 100
+
+
+def drafted(network: Eagle3CpuNetwork, ids: list[int], features: Tensor) -> list[int]:
+    """Greedy drafts of the CPU's drafter behind tokens [t + 1], from the features [t, F] of all but the last."""
+    length, blocks = len(ids), [1, 2, 3]
+    drafter = Eagle3CpuDrafter(network, 1, 4, 16, "coupled")
+    drafter.admit(0, ids[:-1], length - 1)
+    num = torch.tensor([length])
+    carry = Carry(
+        slots=[0],
+        slot_ids=torch.tensor([0]),
+        state=SlotState(num.new_zeros(1, 64), num, num),
+        max_tokens_host=length,
+        limits=[STEPS],
+        block_tables=torch.tensor([blocks]),
+        blocks=[blocks],
+        tokens_host=[length],
+        chunks=[(0, length - 1)],
+    )
+    drafter.prefill(carry, num, num, num, features)
+    drafter.observe(0, ids[-1:])
+    greedy = SamplingBatch.of([SamplingParams(temperature=0.0)], network.config.vocab_size)
+    found: list[int] = drafter.propose(carry, STEPS, greedy).tokens[0].tolist()
+    return found
+
+
+def test_drafts_on_the_cpu_are_those_that_training_expects(model: LlamaModel, head_config: Eagle3Config) -> None:
+    """Each draft is the best token of the trained chain that was fed the drafts before it."""
+    weights = random_weights(head_config, 5)
+    head, teacher = make_head(head_config, weights), Teacher(model, head_config.feature_layers)
+    network = Eagle3CpuNetwork(head_config, weights, model.embedding, MAX_POSITIONS)
+    text = document(30, 1)
+    for t in (1, 2, 15, 16, 29):
+        ids = text.ids[: t + 1].tolist()
+        known = make_batch(pack([Document(text.ids[: t + 1], text.kinds[: t + 1], 0.0)], 40), np.arange(1), STEPS, CPU)
+        with torch.inference_mode():
+            drafts = drafted(network, ids, teacher.hidden(known)[0][0, :t])
+        whole = np.array([*ids, *drafts], np.int32)
+        batch = make_batch(pack([Document(whole, np.full(len(whole), 3, np.uint8), 0.0)], 40), np.arange(1), STEPS, CPU)
+        steps = trained(head, model, batch, teacher.hidden(batch)[0])
+        assert drafts == [int(head.target_ids[step[0, t].argmax()]) for step in steps]
 
 
 def test_the_weights_come_back(head_config: Eagle3Config) -> None:
