@@ -70,7 +70,7 @@ def test_ends_of_sequence_that_only_the_generation_config_names(
     assert found.reasons["r"] is (FinishReason.STOP if answer[length - 1] in ends else FinishReason.LENGTH)
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm", "hybrid"])
 def test_the_cost_table_is_measured_once_and_read_again(
     loopy_dir: Path, tmp_path: Path, greedy: Any, drafter: str
 ) -> None:
@@ -93,7 +93,7 @@ def test_a_damaged_cost_table_is_measured_anew(loopy_dir: Path, tmp_path: Path, 
     assert json.loads(file.read_text()).keys() == good.keys()
 
 
-@pytest.mark.parametrize("drafter", ["suffix", "small-lm"])
+@pytest.mark.parametrize("drafter", ["suffix", "small-lm", "hybrid"])
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -1,0 +1,223 @@
+"""Engines whose drafter copies or predicts: what rows get, what is learned of it, what goes on without a chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from draft_models.eagle3_chain import ChainShape, TorchSampler
+from draft_models.hybrid import LEARNED, HybridDrafter
+from draft_models.hybrid_device import HybridDeviceDrafter
+from draft_models.small_lm import SmallLMDrafter
+from draft_models.small_lm_device import SmallLMDeviceDrafter
+from draft_models.suffix import CLASS_NAMES, Match, SuffixDrafter
+from server.core import SamplingParams
+from server.engine.core import EngineCore
+from server.engine.mixed_speculation import MixedSpeculation
+from server.engine.result import StepResult
+from server.models.paged_forward import TorchForward
+from server.spec.cost_table import CostGrid, CostTable
+from tests.engine.tiny import BLOCK_SIZE, Answers, engine, prompts, request, run
+
+K = 5
+LOOP = [5, 9, 17, 30, 41, 8, 22, 60, 33] * 4
+
+
+class Fixed(CostTable):
+    """Costs that no step changes: the tests' own take what they take."""
+
+    def observe(self, num_rows: int, num_tokens: int, context: float, ms: float) -> None:
+        pass
+
+
+def costs(draft: float = 0.01, table: type[CostTable] = Fixed) -> CostTable:
+    """A draft token costs a twentieth of a step to verify and `draft` to draft."""
+    drafts = np.array([0, 1, K])
+    verify = np.tile((1.0 + 0.05 * drafts)[None, :, None], (2, 1, 1))
+    return table(CostGrid((1, 16), (0, 1, K), (64,)), verify, np.tile((draft * drafts)[None], (2, 1)))
+
+
+def hybrid(model: Any, draft_model: Any, device: bool, table: CostTable | None = None, **options: Any) -> EngineCore:
+    drafter: HybridDrafter | HybridDeviceDrafter
+    if device:
+        chain = SmallLMDeviceDrafter(
+            TorchForward(draft_model),
+            draft_model.kv_layers,
+            torch.float32,
+            draft_model.device,
+            ChainShape(17, 400, BLOCK_SIZE, K),
+            TorchSampler(model.vocab_size, options.get("rule", "coupled")),
+        )
+        drafter = HybridDeviceDrafter(SuffixDrafter(), chain, K)
+    else:
+        drafter = HybridDrafter(SuffixDrafter(), SmallLMDrafter(draft_model, 16, 400, BLOCK_SIZE, "coupled"), K)
+    core = engine(model, drafter, K, costs=table, overlapped=device, **options)  # type: ignore[arg-type]
+    assert isinstance(core.speculation, MixedSpeculation) and drafter.arbiter is core.speculation
+    return core
+
+
+def learned_of(core: EngineCore) -> dict[str, float]:
+    """Acceptance of the first draft by class, of the classes that were tried."""
+    tracker = core.speculation.acceptance
+    return {name: tracker.conditional(name, 0) for name in tracker.classes() if tracker._classes[name].trials}
+
+
+def steps(answers: Answers, name: str) -> list[int]:
+    return [len(output.token_ids) for output in answers.outputs if output.request_id == name]
+
+
+@pytest.mark.parametrize("table", [None, "costs"])
+@pytest.mark.parametrize("device", [False, True])
+def test_text_is_what_it_is_without_drafts(
+    model: Any, other_model: Any, greedy: Any, device: bool, table: str | None
+) -> None:
+    core = hybrid(model, other_model, device, costs() if table else None)
+    batch = prompts(12)
+    answers = run(core, [request(f"r{i}", p) for i, p in enumerate(batch)])
+    assert [answers[f"r{i}"] for i in range(12)] == [greedy(p, 24) for p in batch]
+    assert answers.num_accepted > 0
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_text_that_repeats_itself_is_copied_many_tokens_a_step(
+    model: Any, other_model: Any, greedy: Any, device: bool
+) -> None:
+    """Twice the same: what follows is foretold by a prediction, which the poor draft model knows nothing of."""
+    prompt = prompts(1)[0]
+    answer = greedy(prompt, 60)
+    core = hybrid(model, other_model, device, costs())
+    answers = run(core, [request("r", prompt, 60, prediction_ids=answer)])
+    assert answers["r"] == answer
+    assert sum(steps(answers, "r")) / len(steps(answers, "r")) > 4.0
+    assert any(name.startswith("predicted") for name in learned_of(core))
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_new_text_is_left_to_the_chain(model: Any, greedy: Any, device: bool) -> None:
+    """The draft model is the target: its drafts are all accepted, so no short match is preferred for long."""
+    core = hybrid(model, model, device, costs(0.0))
+    batch = prompts(8)
+    for _ in range(3):
+        answers = run(core, [request(f"r{i}", p, 40) for i, p in enumerate(batch)])
+    found = learned_of(core)
+    assert found[LEARNED] > 0.9
+    assert answers.num_accepted > 0.75 * answers.num_drafted
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_copying_goes_on_where_the_chain_does_not_pay(model: Any, greedy: Any, device: bool) -> None:
+    """The best of draft models, but each of its drafts costs ten steps."""
+    prompt = prompts(1)[0]
+    answer = greedy(prompt, 60)
+    core = hybrid(model, model, device, costs(10.0))
+    chain: Any = core.runner.drafter.learned  # type: ignore[union-attr]
+    calls = []
+    name = "draft" if device else "propose"
+    original = getattr(chain, name)
+    setattr(chain, name, lambda *args: calls.append(1) or original(*args))
+    for i in range(4):
+        answers = run(core, [request(f"r{i}", prompt, 60, prediction_ids=answer)])
+        assert answers[f"r{i}"] == answer
+    assert sum(steps(answers, "r3")) / len(steps(answers, "r3")) > 4.0
+    assert not calls and not core.stats().speculation_paused
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_chain_that_is_left_out_comes_back_and_knows_everything(model: Any, greedy: Any, device: bool) -> None:
+    core = hybrid(model, model, device, costs(10.0))
+    batch = prompts(4)
+    run(core, [request(f"a{i}", p, 30) for i, p in enumerate(batch)])
+    assert isinstance(core.speculation, MixedSpeculation)
+    for i, p in enumerate(batch):
+        core.submit(request(f"b{i}", p, 60))
+    for _ in range(12):
+        core.step()
+    core.speculation.costs = costs(0.0)
+    answers = run(core, [])
+    for i, p in enumerate(batch):
+        assert greedy(p, 60)[-len(answers[f"b{i}"]) :] == answers[f"b{i}"]
+    assert learned_of(core)[LEARNED] > 0.9
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_sampled_text_is_the_same_too(model: Any, other_model: Any, device: bool) -> None:
+    batch = prompts(6)
+    warm = [SamplingParams(temperature=0.9, seed=i, top_p=0.9) for i in range(6)]
+    requests = [request(f"r{i}", p, 40, sampling=warm[i]) for i, p in enumerate(batch)]
+    assert dict(run(hybrid(model, other_model, device, costs()), requests)) == dict(run(engine(model), requests))
+
+
+def speculation(model: Any, device: bool = True) -> MixedSpeculation:
+    made = hybrid(model, model, device, costs()).speculation
+    assert isinstance(made, MixedSpeculation)
+    return made
+
+
+def result(classes: list[str], copied: list[int], drafted: list[int], accepted: list[int]) -> StepResult:
+    n = len(classes)
+    return StepResult(
+        [[1]] * n, drafted, accepted, classes, [None] * n, [False] * n, n, verify_ms=1.0, num_copied=copied
+    )
+
+
+def test_a_row_that_copied_tells_of_what_it_copied_only(model: Any) -> None:
+    made = speculation(model)
+    made.record(result(["prompt:2", LEARNED], [2, 0], [5, 5], [4, 1]), 64.0, [True, True])
+    trials = {name: found.trials for name, found in made.acceptance._classes.items() if found.trials}
+    assert trials == {"prompt:2": [1.0, 1.0], LEARNED: [1.0, 1.0, 0.0, 0.0, 0.0]}
+    assert made.accepted_per_position == [2, 1, 1, 1, 0] and made.drafted_per_position == [2] * 5
+    before = made.acceptance.survival(LEARNED, 5)
+    for _ in range(50):
+        made.record(result(["prompt:9+"], [5], [5], [0]), 64.0, [True])
+    assert made.acceptance.survival(LEARNED, 5) == before
+    assert made.acceptance.conditional("prompt:9+", 0) < 0.1 < made.acceptance.conditional("output:9+", 0)
+
+
+def test_lengths_that_are_copied_follow_what_was_accepted(model: Any) -> None:
+    made = speculation(model)
+    match = Match([1] * 6, 6, 1, False)
+    for _ in range(200):
+        made.record(result([LEARNED, "prompt:5-8", "prompt:9+"], [0, 5, 5], [5] * 3, [2, 1, 5]), 64.0, [True] * 3)
+    made._state = made._state.__class__(credit=0.0)  # no probes
+    made._lengths.clear()
+    assert made.lengths(match, 5) >> 5 & 0b11111 == 0b10000
+    made._state = made._state.__class__(credit=4.0)
+    assert -1 in {made.lengths(match, 5) for _ in range(4)}, "now and then it is tried"
+
+
+def test_cost_is_corrected_without_the_chain_s_part(model: Any) -> None:
+    made = speculation(model)
+    assert made.costs is not None
+    made.costs = costs(0.5, CostTable)
+    for _ in range(50):
+        step = result([LEARNED], [0], [5], [0])
+        step.num_tokens_run, step.chain_tokens, step.verify_ms = 6, 5, 1.25 + 2.5
+        made.record(step, 64.0, [True])
+    assert made.costs.verify_ms(1, 6, 64.0) == pytest.approx(1.25, rel=0.01)
+    assert made.costs.draft_ms(1, 5) == pytest.approx(2.5, rel=0.01)
+
+
+def test_k_is_chosen_for_what_can_be_copied_now(model: Any) -> None:
+    """One k for the rows as they are: long where the host sees a repeat, none where chain and costs promise nothing."""
+    made = speculation(model)
+    drafter = made.drafter
+    assert isinstance(drafter, HybridDeviceDrafter)
+    made.costs = costs(1.0)
+    for _ in range(100):
+        made.record(result([LEARNED, "output:9+"], [0, 5], [5, 5], [0, 5]), 64.0, [True, True])
+    made._state = made._state.__class__(credit=-9.0)
+    assert made.num_draft_tokens(1, 1) == 0 and made.paused
+    drafter.admit(0, LOOP, 1)
+    drafter.observe(0, [LOOP[0]])
+    assert made.num_draft_tokens(1, 1) == K and not drafter.chain and not made.paused
+    assert made.num_draft_tokens(1, 0) == 0
+
+
+def test_first_estimates_try_long_matches_and_leave_short_ones(model: Any) -> None:
+    made = speculation(model)
+    first = {name: made.acceptance.conditional(name, 0) for name in CLASS_NAMES}
+    assert first["prompt:1"] < first["prompt:2"] < first["prompt:3-4"] < first["prompt:5-8"] < first["prompt:9+"]
+    assert first["output:2?"] < first["output:2"] and first["predicted:start"] == 0.5
