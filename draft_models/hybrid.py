@@ -10,7 +10,7 @@ distribution a draft was drawn from is a point mass where it was copied and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,7 @@ from server.spec.types import Carry, Drafts, Verdict
 if TYPE_CHECKING:
     from server.sampling.state import SamplingBatch
 
+Keep = Callable[[Carry, Sequence[int], Tensor], None]
 LEARNED = "learned"
 """Acceptance class of drafts that were not copied."""
 LONG_MATCH = 5
@@ -79,6 +80,7 @@ class HybridDrafter:
         self.feature_layers = learned.feature_layers
         self.arbiter: Arbiter = ByLength(max_draft_tokens)
         self._chain_runs = True
+        self._keep: Keep | None = getattr(learned, "keep", None)
 
     @property
     def pools(self) -> list[Tensor]:
@@ -117,6 +119,14 @@ class HybridDrafter:
         """Prompts run through the chain's network only while it drafts."""
         if self._chain_runs:
             self.learned.prefill(carry, token_ids, positions, rows, features)
+        elif features is not None:
+            self.keep(carry, [length for _, length in carry.chunks], features)
+
+    def keep(self, carry: Carry, counts: Sequence[int], features: Tensor) -> None:
+        """While nothing or only copies are drafted: features [N, F] of `counts` [R] tokens a row, for a learned drafter
+        that has a use for them when its chain runs again."""
+        if self._keep is not None:
+            self._keep(carry, counts, features)
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
         """At most `k` drafts a row, copied or of a chain that the arbiter may make shorter."""
@@ -173,3 +183,6 @@ class HybridDrafter:
         """The chain's own state is rolled to the committed end, of rows that copied too."""
         if self._chain_runs:
             self.learned.commit(carry, drafts, verdict, features)
+        elif features is not None and self._keep is not None:
+            counts: list[int] = verdict.num_emitted.tolist()
+            self.keep(carry, counts, torch.cat([row[:n] for row, n in zip(features, counts, strict=True)]))

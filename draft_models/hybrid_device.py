@@ -27,8 +27,8 @@ from server.kernels.paged import PagedRows
 from server.spec.device import DeviceStep
 from server.spec.types import Drafts, Verdict
 
-_EXTRA = 3
-_COUNT_BITS = 8
+_EXTRA, _COUNT_BITS = 3, 8
+"""MATCH and COUNT_BITS of `server.kernels.align`, which is imported where kernels run."""
 _ANY_LENGTH = -1
 
 
@@ -163,8 +163,8 @@ class HybridDeviceDrafter(DeviceOnly):
 
     def draft(self, step: DeviceStep, k: int) -> Drafts:
         """See DeviceDrafter: as far as a row copies, then its chain."""
-        tokens, counts, origins = self._copies(step, k)
-        self._sampler.begin(tokens, torch.arange(k, device=tokens.device) < counts[:, None])
+        tokens, copied, _, origins = self._copies(step, k)
+        self._sampler.begin(tokens, copied)
         drafts = self.learned.draft(replace(step, uploads=None), k)
         self._sampler.end()
         drafts.origins = origins
@@ -172,19 +172,16 @@ class HybridDeviceDrafter(DeviceOnly):
 
     def draft_copies(self, step: DeviceStep, k: int) -> Drafts:
         """The same drafts as far as they are copied, and no others; the chain does not run."""
-        tokens, counts, origins = self._copies(step, k)
+        tokens, _, counts, origins = self._copies(step, k)
         return Drafts(tokens, counts, origins=origins)
 
-    def _copies(self, step: DeviceStep, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [R, k], how many of them are copied [R] and `Drafts.origins` [R]."""
+    def _copies(self, step: DeviceStep, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [R, k], which of them are copied [R, k], how many [R] and `Drafts.origins` [R]."""
         assert step.uploads is not None
-        of_suffix = step.uploads[:, :-_EXTRA]
-        drafts = self.suffix.draft(replace(step, uploads=of_suffix), k)
-        length, family, worth = step.uploads[:, -_EXTRA:].unbind(1)
-        unseen = step.state.num_tokens.index_select(0, step.slots) - of_suffix[:, 0]
-        place = (length + unseen).clamp_(0, 9)
-        counts = drafts.num_valid * ((worth >> place) & 1)
-        return drafts.tokens, counts, ((family + place) << _COUNT_BITS) + counts
+        from server.kernels.align import copy_drafts, copy_reference  # a kernel module: imported where one runs
+
+        copy = copy_drafts if step.slots.is_cuda else copy_reference
+        return copy(step.uploads, step.state.history, step.slots, step.state.num_tokens, k)
 
     def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
         """See DeviceDrafter."""

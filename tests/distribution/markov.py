@@ -114,7 +114,7 @@ def propose(
     n = slot_ids.shape[0]
     tokens, probs = torch.zeros(n, 0, dtype=torch.int64), []
 
-    def draw(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+    def draw(logits: Tensor, step: Any, positions: Any, vocab_ids: Any) -> tuple[Tensor, Tensor | None]:
         j = tokens.shape[1]
         layout, so_far = Layout(slot_ids, torch.full((n,), j), n, 1), Drafts(tokens, torch.full((n,), j))
         processed = process(logits, layout, so_far, batch, state, slot_ids, state.history.shape[1])

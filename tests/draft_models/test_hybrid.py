@@ -16,7 +16,7 @@ from draft_models.suffix import CLASS_NAMES, Match, SuffixDrafter
 from server.core import SamplingParams
 from server.models.loader import load_model
 from server.sampling.state import SamplingBatch
-from server.spec.types import Drafts
+from server.spec.types import Carry, Drafts, Verdict
 from tests.draft_models.test_small_lm import BLOCK_SIZE, GREEDY, NUM_BLOCKS, Rows
 
 NEW = [5, 9, 17, 30, 41, 8]
@@ -170,6 +170,35 @@ def test_host_events_reach_both(model: Any) -> None:
     drafter.release(1, True)
     assert [name for name, *_ in calls] == ["admit", "observe", "commit", "pause", "release"]
     assert calls[0][1:] == ("1", str(REPEAT), "3", "[4]") and calls[-1][1:] == ("1", "True")
+
+
+def test_while_only_copies_are_drafted_features_are_kept_for_a_learned_drafter_that_wants_them(model: Any) -> None:
+    kept: list[tuple[list[int], list[float]]] = []
+    seen: list[str] = []
+
+    class Keeper:
+        name, feature_layers = "keeper", (0, 1, 2)
+
+        def keep(self, carry: Carry, counts: Sequence[int], features: torch.Tensor) -> None:
+            kept.append((list(counts), features[:, 0].tolist()))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: seen.append(name)
+
+    drafter = HybridDrafter(SuffixDrafter(), Keeper(), 4)  # type: ignore[arg-type]
+    rows = Rows(drafter, {2: REPEAT, 0: NEW})  # type: ignore[arg-type]
+    carry = rows.carry({2: 4, 0: 4})
+    carry.chunks = [(0, 1), (0, 2)]
+    sampling = SamplingBatch.of([GREEDY] * 2, 8)
+    features = torch.arange(6.0).view(2, 3, 1)
+    verdict = Verdict(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([2, 0]), torch.tensor([3, 1]))
+    for length, copying in ((0, [True, False]), (2, [True, True])):
+        drafter.arbiter = Told(length, copying)
+        drafts = drafter.propose(carry, 4, sampling)
+        drafter.prefill(carry, torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.arange(3.0)[:, None])
+        drafter.commit(carry, drafts, verdict, features)
+    assert kept == [([1, 2], [0.0, 1.0, 2.0]), ([3, 1], [0.0, 1.0, 2.0, 3.0])]
+    assert [name for name in seen if name not in ("admit", "observe")] == ["pause", "prefill", "commit"]
 
 
 def test_by_length_knows_nothing_but_the_length() -> None:

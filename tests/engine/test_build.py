@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from draft_models.hybrid import HybridDrafter
 from server.config import ConfigError, EngineConfig
 from server.core import FinishReason
+from server.engine import drafters
 from server.engine.build import build_engine
+from server.engine.mixed_speculation import MixedSpeculation
 from tests.engine.tiny import EOS_ID, Answers, request
 
 
@@ -133,3 +137,28 @@ def test_a_draft_model_must_share_vocabulary_and_reach_as_far(loopy_dir: Path, t
         build(loopy_dir, drafter="small-lm", draft_model=str(tiny_llama_dir))
     with pytest.raises(ConfigError, match=r"draft_model"):
         EngineConfig(drafter="small-lm")
+
+
+def test_a_hybrid_drafter_predicts_with_whatever_draft_model_is(
+    loopy_dir: Path, tmp_path: Path, greedy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, info = build(loopy_dir, drafter="hybrid", draft_model=str(loopy_dir), adaptive=True, max_draft_tokens=3)
+    assert info.drafter == "hybrid" and isinstance(core.speculation, MixedSpeculation)
+    assert isinstance(core.runner.drafter, HybridDrafter) and core.runner.drafter.learned.name == "small-lm"
+    assert core.speculation.costs is not None and core.speculation.costs.draft_ms(1, 3) > 0.0, (
+        "the chain's cost is known"
+    )
+    found = Answers(list(core.generate([request("r", [5, 6, 7, 8], 24)])))
+    assert found["r"] == greedy([5, 6, 7, 8], 24)
+    heads: list[str | None] = []
+    monkeypatch.setattr(drafters, "_eagle3", lambda name, *_: heads.append(name))
+    for name, raw in (
+        ("a", {"draft_vocab_size": 7}),
+        ("b", {"architectures": ["LlamaForCausalLMEagle3"]}),
+        ("c", {"speculators_model_type": "eagle3"}),
+        (None, {}),
+    ):
+        find = lambda _, raw=raw: SimpleNamespace(config=raw)  # noqa: E731
+        config = EngineConfig(drafter="hybrid", draft_model=name)
+        drafters.load_draft_network(config, core.runner.model, "", 64, print, find)  # type: ignore[arg-type]
+    assert heads == ["a", "b", "c", None]
