@@ -15,7 +15,9 @@ from draft_models.small_lm import SmallLMDrafter
 from draft_models.small_lm_device import SmallLMDeviceDrafter
 from draft_models.suffix import CLASS_NAMES, Match, SuffixDrafter
 from server.core import SamplingParams
+from server.engine import costs as costs_module
 from server.engine.core import EngineCore
+from server.engine.gpu.runner import GpuRunner
 from server.engine.mixed_speculation import MixedSpeculation
 from server.engine.result import StepResult
 from server.models.paged_forward import TorchForward
@@ -54,7 +56,7 @@ def hybrid(model: Any, draft_model: Any, device: bool, table: CostTable | None =
         drafter = HybridDeviceDrafter(SuffixDrafter(), chain, K)
     else:
         drafter = HybridDrafter(SuffixDrafter(), SmallLMDrafter(draft_model, 16, 400, BLOCK_SIZE, "coupled"), K)
-    core = engine(model, drafter, K, costs=table, overlapped=device, **options)  # type: ignore[arg-type]
+    core = engine(model, drafter, K, costs=table, overlapped=device, **options)
     assert isinstance(core.speculation, MixedSpeculation) and drafter.arbiter is core.speculation
     return core
 
@@ -100,8 +102,9 @@ def test_new_text_is_left_to_the_chain(model: Any, greedy: Any, device: bool) ->
     """The draft model is the target: its drafts are all accepted, so no short match is preferred for long."""
     core = hybrid(model, model, device, costs(0.0))
     batch = prompts(8)
-    for _ in range(3):
-        answers = run(core, [request(f"r{i}", p, 40) for i, p in enumerate(batch)])
+    for _ in range(2):
+        run(core, [request(f"r{i}", p, 40) for i, p in enumerate(batch)])
+    answers = run(core, [request(f"r{i}", p, 40) for i, p in enumerate(batch)])
     found = learned_of(core)
     assert found[LEARNED] > 0.9
     assert answers.num_accepted > 0.75 * answers.num_drafted
@@ -116,11 +119,11 @@ def test_copying_goes_on_where_the_chain_does_not_pay(model: Any, greedy: Any, d
     chain: Any = core.runner.drafter.learned  # type: ignore[union-attr]
     calls = []
     name = "draft" if device else "propose"
-    original = getattr(chain, name)
-    setattr(chain, name, lambda *args: calls.append(1) or original(*args))
-    for i in range(4):
-        answers = run(core, [request(f"r{i}", prompt, 60, prediction_ids=answer)])
-        assert answers[f"r{i}"] == answer
+    setattr(chain, name, lambda *args: calls.append(name))
+    for i in range(3):
+        run(core, [request(f"r{i}", prompt, 60, prediction_ids=answer)])
+    answers = run(core, [request("r3", prompt, 60, prediction_ids=answer)])
+    assert answers["r3"] == answer
     assert sum(steps(answers, "r3")) / len(steps(answers, "r3")) > 4.0
     assert not calls and not core.stats().speculation_paused
 
@@ -221,3 +224,50 @@ def test_first_estimates_try_long_matches_and_leave_short_ones(model: Any) -> No
     first = {name: made.acceptance.conditional(name, 0) for name in CLASS_NAMES}
     assert first["prompt:1"] < first["prompt:2"] < first["prompt:3-4"] < first["prompt:5-8"] < first["prompt:9+"]
     assert first["output:2?"] < first["output:2"] and first["predicted:start"] == 0.5
+
+
+def test_half_a_without_a_chain_leaves_its_values_where_half_b_reads_them(model: Any) -> None:
+    """Half B is captured on the tensors of a step with a chain, q among them."""
+    core = hybrid(model, model, True, rule="ratio")
+    assert isinstance(core.runner, GpuRunner)
+    executor, state = core.runner.executor, core.runner.state
+    state.slots.history[0, :3] = torch.tensor([5, 6, 7])
+    state.slots.num_tokens[0] = 3
+    state.block_tables[0, :4] = torch.arange(1, 5)
+    executor.program.drafter.admit(0, [5, 6, 7], 3, [40, 41, 42, 43, 44, 45, 46])  # type: ignore[union-attr]
+    state.sampling.set(0, SamplingParams(temperature=1.0, seed=3), 0)
+    executor.send(1, K, [0], [K], [])
+    executor.forward(1, K)
+    kept = executor._staged[1, K]
+    tokens, probs = kept.drafts.tokens, kept.drafts.probs
+    assert probs is not None
+    tokens.zero_(), probs.fill_(-1.0)
+    executor.forward(1, K, chain=False)
+    assert executor._staged[1, K] is kept and kept.drafts.tokens is tokens and kept.drafts.probs is probs
+    assert tokens.tolist() == [[40, 41, 42, 43, 44]] and kept.drafts.num_valid.tolist() == [K]
+    assert torch.equal(probs.argmax(-1), tokens) and torch.equal(probs.sum(-1), torch.ones(1, K))
+
+
+def test_what_the_chain_costs_is_a_step_with_it_less_one_without(model: Any) -> None:
+    core = hybrid(model, model, True)
+    assert isinstance(core.runner, GpuRunner)
+    calls: list[tuple[int, int, int, bool]] = []
+
+    def time_step(rows: int, k: int, context: int, repeats: int = 3, chain: bool = True) -> float:
+        calls.append((rows, k, context, chain))
+        return 5.0 if chain else 3.5
+
+    core.runner.executor.time_step = time_step  # type: ignore[assignment, method-assign]
+    timer = costs_module._gpu_draft_timer(core.runner, 32)
+    assert timer is not None and timer(4, 3) == 1.5
+    assert calls == [(4, 3, 32, True), (4, 3, 32, False)]
+    plain = engine(model, "suffix", K, overlapped=True)
+    assert isinstance(plain.runner, GpuRunner) and costs_module._gpu_draft_timer(plain.runner, 32) is None
+
+
+def test_a_step_can_be_timed_without_the_chain(model: Any) -> None:
+    core = hybrid(model, model, True)
+    assert isinstance(core.runner, GpuRunner)
+    for chain in (True, False):
+        assert core.runner.executor.time_step(2, K, 8, 1, chain=chain) > 0.0
+    assert run(core, [request("r", [5, 6, 7])])["r"] == run(engine(model), [request("r", [5, 6, 7])])["r"]
