@@ -55,9 +55,9 @@ class MixedSpeculation(Speculation):
 
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
         """See Speculation; says to the drafter whether its chain runs in that step."""
+        self._lengths.clear()
         if not isinstance(self.drafter, HybridDeviceDrafter) or self.costs is None or num_eligible == 0:
             return super().num_draft_tokens(num_rows, num_eligible)
-        self._lengths.clear()
         known = Counter(match.name for match in self.drafter.foreseen())
         # Which of the sequences have rows is not known here; beyond as many as there are rows, each counts for less.
         share = min(1.0, num_eligible / max(1, known.total()))

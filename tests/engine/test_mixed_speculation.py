@@ -191,6 +191,17 @@ def test_lengths_that_are_copied_follow_what_was_accepted(model: Any) -> None:
     assert -1 in {made.lengths(match, 5) for _ in range(4)}, "now and then it is tried"
 
 
+def test_without_costs_too_each_step_copies_by_what_was_learned_until_then(model: Any) -> None:
+    made = hybrid(model, model, True).speculation
+    assert isinstance(made, MixedSpeculation)
+    match = Match([1] * 6, 9, 1, False)
+    assert made.num_draft_tokens(1, 1) == K and made.lengths(match, K) >> 9 & 1
+    for _ in range(100):
+        made.record(result([LEARNED, "prompt:9+"], [0, 5], [5, 5], [5, 0]), 64.0, [True, True])
+    made._state = made._state.__class__(credit=-9.0)
+    assert made.num_draft_tokens(1, 1) == K and not made.lengths(match, K) >> 9 & 1
+
+
 def test_cost_is_corrected_without_the_chain_s_part(model: Any) -> None:
     made = speculation(model)
     assert made.costs is not None
