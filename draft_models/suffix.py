@@ -8,7 +8,7 @@ continuation long enough for the tokens it has not seen yet, and the device alig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,43 @@ _CLASSES = {source: [f"{source}:{bucket}" for bucket in _BUCKETS] for source in 
 _CLASSES["predicted"][0] = "predicted:start"
 _UNSURE = {source: [f"{name}?" for name in names] for source, names in _CLASSES.items()}
 
+
+class Match(NamedTuple):
+    """A continuation of what is known, after a match of `length` tokens (0: there is none) in `source` of _SOURCES.
+
+    Of a match in a prediction `length` counts what lies in the output. `is_unsure`: no majority follows the match.
+    """
+
+    tokens: list[int]
+    length: int
+    source: int
+    is_unsure: bool
+
+    @property
+    def name(self) -> str:
+        """Its acceptance class."""
+        return CLASS_NAMES[self.family + min(self.length, 9)] if self.tokens else _NO_MATCH
+
+    @property
+    def family(self) -> int:
+        """Where in CLASS_NAMES the classes of matches like this one begin; a match of n tokens has the n-th."""
+        return 10 * (2 * self.source + self.is_unsure)
+
+
+def _class_names() -> tuple[str, ...]:
+    names: list[str] = []
+    for source in _SOURCES:
+        unsure = [
+            name if length > 2 else other
+            for length, (name, other) in enumerate(zip(_CLASSES[source], _UNSURE[source], strict=True))
+        ]
+        names += [*_CLASSES[source], *unsure]
+    return tuple(names)
+
+
+CLASS_NAMES = _class_names()
+"""Every acceptance class: by source, by whether it is unsure, by length of the match from 0 to 9 or more."""
+_MISS = Match([], 0, 0, False)
 
 _PREDICTION_CONTEXT = 16
 _NO_TOKEN = -1
@@ -163,10 +200,13 @@ class SuffixDrafter:
 
     def continuation(self, slot: int, num_tokens: int) -> list[int]:
         """At most `num_tokens` tokens that the slot's known tokens probably continue with; [] without a match."""
-        return self._draft(slot, num_tokens)[0]
+        return self.match(slot, num_tokens).tokens
 
-    def _draft(self, slot: int, num_tokens: int) -> tuple[list[int], str]:
-        """Draft tokens and their class; the longer match of own tokens and recent outputs wins, own on a tie."""
+    def match(self, slot: int, num_tokens: int) -> Match:
+        """The continuation to draft from, of at most `num_tokens` tokens.
+
+        The longer match of own tokens and recent outputs wins, own on a tie.
+        """
         sequence = self._sequences[slot]
         tokens, length, source, is_majority = sequence.follow(num_tokens)
         if self._recent is not None:
@@ -174,11 +214,15 @@ class SuffixDrafter:
             if shared_length > length:
                 tokens, length, source, is_majority = shared, shared_length, "shared", True
         if not tokens or length < self._min_match:
-            return [], _NO_MATCH
-        names = (_CLASSES if is_majority or length > 2 else _UNSURE)[source]
+            return _MISS
+        is_unsure = not is_majority and length <= 2
         if source == "predicted":
             length = min(length, len(sequence.tokens) - sequence.prompt_len)
-        return tokens, names[min(length, 9)]
+        return Match(tokens, length, _SOURCES.index(source), is_unsure)
+
+    def num_known(self, slot: int) -> int:
+        """How many tokens of the slot the host has seen."""
+        return len(self._sequences[slot].tokens)
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
         """Drafts for every row, as wide as the longest one; on the CPU, where the host knows every token."""
@@ -187,9 +231,9 @@ class SuffixDrafter:
         rows: list[list[int]] = []
         classes: list[str] = []
         for slot, limit in zip(carry.slots, carry.limits, strict=True):
-            tokens, name = self._draft(slot, min(k, limit)) if limit > 0 else ([], _NO_MATCH)
-            rows.append(tokens)
-            classes.append(name)
+            found = self.match(slot, min(k, limit)) if limit > 0 else _MISS
+            rows.append(found.tokens)
+            classes.append(found.name)
         num_valid = [len(tokens) for tokens in rows]
         width = max(num_valid)
         padded = [tokens + [0] * (width - len(tokens)) for tokens in rows]
@@ -217,8 +261,8 @@ class SuffixDrafter:
         width = 2 * (k + 1)
         rows = []
         for slot, limit in zip(slots, limits, strict=True):
-            tokens = self._draft(slot, width)[0] if limit > 0 else []
-            rows.append([len(self._sequences[slot].tokens), min(limit, k), *tokens] + [-1] * (width - len(tokens)))
+            tokens = self.match(slot, width).tokens if limit > 0 else []
+            rows.append([self.num_known(slot), min(limit, k), *tokens] + [-1] * (width - len(tokens)))
         return rows
 
     def draft(self, step: DeviceStep, k: int) -> Drafts:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DRAFTERS = ("suffix", "ngram", "small-lm", "eagle3", "none")
+DRAFTERS = ("suffix", "ngram", "small-lm", "eagle3", "hybrid", "none")
 VERIFICATION_RULES = ("coupled", "ratio")
 SPEC_METRICS = ("none", "summary", "detailed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

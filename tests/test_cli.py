@@ -62,7 +62,7 @@ def test_the_model_by_position_or_by_name(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--drafter", "magic"], ["drafter", "'magic'", "suffix, ngram, small-lm, eagle3, none"]),
+        (["--drafter", "magic"], ["drafter", "'magic'", "suffix, ngram, small-lm, eagle3, hybrid, none"]),
         (["--port", "abc"], ["--port", "'abc'", "a whole number"]),
         (["--port", "70000"], ["port", "70000", "0 to 65535"]),
         (["--kv-memory-share", "lots"], ["--kv-memory-share", "'lots'", "a number"]),

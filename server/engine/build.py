@@ -22,9 +22,9 @@ from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
 from server.engine.memory import Memory, explained, measure
 from server.engine.messages import EngineInfo
+from server.engine.mixed_speculation import make_speculation
 from server.engine.plan import MemoryPlan, make_plan, plan_engine
 from server.engine.runner import Runner
-from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.loader import load_source, pick_device, pick_dtype
@@ -82,8 +82,7 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     if drafter is not None and config.adaptive:
         settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
         costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
-    trims = runner.ragged and drafter is not None and not drafter.has_distribution
-    speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0, trims)
+    speculation = make_speculation(costs, config.max_draft_tokens, runner)
     core = EngineCore(
         runner,
         limits,

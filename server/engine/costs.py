@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from draft_models.eagle3_cpu import Eagle3CpuDrafter
+from draft_models.protocol import Drafter
 from server.config import cache_dir
 from server.engine.chain_timer import ChainTimer
 from server.engine.gpu.runner import GpuRunner
@@ -28,16 +30,18 @@ def load_or_measure(
 ) -> CostTable:
     """The cached table of this machine and model, or a new one. `settings` name what else a step's cost depends on.
 
-    A GPU's steps are timed whole, drafting included; on the CPU drafting is a cost of its own.
+    A GPU's steps are timed whole, drafting included; on the CPU, and where a hybrid drafter may leave its chain out,
+    drafting is a cost of its own.
     """
     grid = _gpu_grid(runner) if isinstance(runner, GpuRunner) else _grid(runner)
     machine = {**machine_identity(), "device": str(runner.device), "threads": str(torch.get_num_threads())}
     drafter = runner.drafter.name if runner.drafter is not None else "none"
-    draft_model = getattr(runner.drafter, "model", None)
+    draft_model = getattr(_chain_of(runner), "model", None)
     if draft_model is not None:  # another draft model has other costs
         drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
-    if isinstance(runner.drafter, Eagle3CpuDrafter):
-        drafter += f"|{runner.drafter.network.config}|{runner.drafter.network.linear_path}"
+    chain = _chain_of(runner)
+    if isinstance(chain, Eagle3CpuDrafter):
+        drafter += f"|{chain.network.config}|{chain.network.linear_path}"
     parts = (source.directory, runner.model.dtype, runner.linear_path, torch.__version__, drafter, settings)
     artifact = "|".join(map(str, parts))
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
@@ -46,7 +50,9 @@ def load_or_measure(
         return cached
     say("measuring what drafting and verifying cost here (once)")
     if isinstance(runner, GpuRunner):
-        table = measure(grid, runner.executor.time_step, None, BUDGET_S, repeats=1)
+        step = functools.partial(runner.executor.time_step, chain=not runner.program.can_copy)
+        draft = _gpu_draft_timer(runner, grid.contexts[0])
+        table = measure(grid, step, draft, BUDGET_S, repeats=1)
     else:
         table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
     _clear(runner)
@@ -82,6 +88,24 @@ def _gpu_grid(runner: GpuRunner) -> CostGrid:
     return CostGrid(runner.executor.tiers, runner.executor.k_tiers, tuple(contexts))
 
 
+def _chain_of(runner: Runner | GpuRunner) -> Drafter | None:
+    """The drafter, or the part of a hybrid one that costs something."""
+    found: Drafter | None = getattr(runner.drafter, "learned", runner.drafter)
+    return found
+
+
+def _gpu_draft_timer(runner: GpuRunner, context: int) -> Callable[[int, int], float] | None:
+    """A hybrid drafter's chain, which not every step runs: a whole step less one that only copies."""
+    if not runner.program.can_copy:
+        return None
+    step = runner.executor.time_step
+
+    def draft(rows: int, k: int) -> float:
+        return max(0.0, step(rows, k, context) - step(rows, k, context, chain=False))
+
+    return draft
+
+
 def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:
     def run(rows: int, drafts: int, context: int) -> float:
         return _timed(runner, runner.model, runner.pools, rows, 1 + drafts, context)
@@ -92,12 +116,13 @@ def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:
 def _draft_timer(runner: Runner) -> Callable[[int, int], float] | None:
     """EAGLE-3: a chain as it runs in a step; small LMs: k passes of one token a row. Other drafters have no network,
     and cost next to nothing."""
-    if isinstance(runner.drafter, Eagle3CpuDrafter):
-        return ChainTimer(runner.drafter, runner.shape)
-    model = getattr(runner.drafter, "model", None)
-    if model is None or runner.drafter is None:
+    drafter = _chain_of(runner)
+    if isinstance(drafter, Eagle3CpuDrafter):
+        return ChainTimer(drafter, runner.shape)
+    model = getattr(drafter, "model", None)
+    if model is None or drafter is None:
         return None
-    pools: list[torch.Tensor] = runner.drafter.pools  # type: ignore[attr-defined]
+    pools: list[torch.Tensor] = drafter.pools  # type: ignore[attr-defined]
 
     def draft(rows: int, k: int) -> float:
         context = min(128, runner.shape.max_model_len - 2)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from draft_models.eagle3_cpu import Eagle3CpuDrafter
+from draft_models.hybrid import HybridDrafter
+from draft_models.hybrid_device import ChainDrafter, HybridDeviceDrafter
 from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Find = Callable[[str], ModelSource]
 
-NETWORK_DRAFTERS = ("small-lm", "eagle3")
+NETWORK_DRAFTERS = ("small-lm", "eagle3", "hybrid")
 RANDOM_HEAD_VOCABULARY = 32_000
 
 
@@ -65,9 +67,21 @@ def load_draft_network(
         return None
     if config.drafter == "small-lm" and config.draft_model is not None:
         return _small_lm(config, config.draft_model, target, max_positions, say, find)
-    if config.drafter == "eagle3":
+    if config.drafter == "eagle3" or (config.drafter == "hybrid" and _is_head(config.draft_model, find)):
         return _eagle3(config.draft_model, target, source.kind, device, max_positions, say, find)
+    if config.drafter == "hybrid" and config.draft_model is not None:
+        return _small_lm(config, config.draft_model, target, max_positions, say, find)
     return None
+
+
+def _is_head(name: str | None, find: Find) -> bool:
+    """Whether a hybrid drafter's `draft_model` is an EAGLE-3 head rather than a language model; without one it has to
+    be."""
+    if name is None:
+        return True
+    raw = find(name).config
+    named = " ".join([*(raw.get("architectures") or []), str(raw.get("speculators_model_type", ""))])
+    return "draft_vocab_size" in raw or "eagle" in named.lower()
 
 
 def _small_lm(
@@ -175,9 +189,14 @@ def make_drafter(config: EngineConfig, shape: RunnerShape, network: DraftNetwork
         return _make_without_network(config)
     assert network is not None
     sizes = (shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
-    if config.drafter == "eagle3":
-        return Eagle3CpuDrafter(cast("Eagle3CpuNetwork", network), *sizes)
-    return SmallLMDrafter(cast("TargetModel", network), *sizes)
+    learned: Drafter
+    if hasattr(network, "kv_layers"):
+        learned = SmallLMDrafter(cast("TargetModel", network), *sizes)
+    else:
+        learned = Eagle3CpuDrafter(cast("Eagle3CpuNetwork", network), *sizes)
+    if config.drafter == "hybrid":
+        return HybridDrafter(SuffixDrafter(recent_outputs=config.recent_outputs), learned, config.max_draft_tokens)
+    return learned
 
 
 def make_device_drafter(
@@ -186,6 +205,16 @@ def make_device_drafter(
     """A drafter whose part of a step runs inside the GPU's graphs; None for `none` or no draft tokens."""
     if config.drafter not in NETWORK_DRAFTERS or config.max_draft_tokens == 0:
         return _make_without_network(config)
+    learned = _make_device_chain(config, shape, target, network, say)
+    if config.drafter == "hybrid":
+        suffix = SuffixDrafter(recent_outputs=config.recent_outputs)
+        return HybridDeviceDrafter(suffix, learned, config.max_draft_tokens)
+    return learned
+
+
+def _make_device_chain(
+    config: EngineConfig, shape: RunnerShape, target: TargetModel, network: DraftNetwork | None, say: Say
+) -> ChainDrafter:
     from draft_models.eagle3 import Eagle3Drafter
     from draft_models.eagle3_chain import ChainShape
     from draft_models.eagle3_network import Eagle3Network

@@ -20,7 +20,9 @@ class StepResult:
     `num_tokens_run` counts the tokens that went through the target; `verify_ms` is what the step took, a host-side
     drafter's time apart.
     `broken` marks rows whose logits are not finite: nothing they emitted means anything. `prompt_logprobs` are of the
-    next prompt tokens that were to be scored, row by row (None: no row has any).
+    next prompt tokens that were to be scored, row by row (None: no row has any). `num_copied` are a hybrid drafter's
+    drafts that were copied, each row's first ones (None: all of a row's drafts are of its class); `chain_tokens` is the
+    length of the chain that its learned part ran within `verify_ms`.
     """
 
     emitted: list[list[int]]
@@ -32,6 +34,8 @@ class StepResult:
     num_tokens_run: int
     verify_ms: float = 0.0
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
+    num_copied: list[int] | None = None
+    chain_tokens: int = 0
 
     @staticmethod
     def silent(num_rows: int, num_tokens_run: int) -> StepResult:

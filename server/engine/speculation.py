@@ -62,9 +62,7 @@ class Speculation:
         valid = drafts.num_valid_host
         if self.costs is None or not self.trims or valid is None or drafts.classes is None or not any(valid):
             return drafts
-        survivals = [self.acceptance.survival(c, n) for c, n in zip(drafts.classes, valid, strict=True)]
-        context = sum(carry.tokens_host) / len(valid)
-        counts, self._state = plan_ragged(self._state, self.costs, drafts.classes, survivals, context)
+        counts = self._worth(self.costs, drafts.classes, valid, sum(carry.tokens_host) / len(valid))
         self.paused = not any(counts)
         if counts == valid:
             return drafts
@@ -77,12 +75,18 @@ class Speculation:
             probs=None if drafts.probs is None else drafts.probs[:, :width],
         )
 
+    def _worth(self, costs: CostTable, classes: Sequence[str], valid: Sequence[int], context: float) -> list[int]:
+        """How many of its `valid` drafts each row should verify."""
+        survivals = [self.acceptance.survival(c, n) for c, n in zip(classes, valid, strict=True)]
+        counts, self._state = plan_ragged(self._state, costs, classes, survivals, context)
+        return counts
+
     def record(self, result: StepResult, context: float, counts: Sequence[bool]) -> None:
         """Learns from a verify step of mean length `context`: what it cost without drafting, and what was accepted in
         the rows that count (the others' owners had gone before it was read)."""
         self._context = context
         if self.costs is not None:
-            self.costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
+            self._observe(self.costs, result, context)
         if any(result.num_drafted):
             self.num_draft_steps += 1
         lengths: Counter[int] = Counter()
@@ -90,12 +94,19 @@ class Speculation:
         for row, (drafted, accepted) in enumerate(zip(result.num_drafted, result.num_accepted, strict=True)):
             if drafted == 0 or not counts[row]:
                 continue
-            name = result.classes[row] if self.trims and result.classes is not None else ANY
-            self.acceptance.update(name, drafted, accepted)
-            self._state = record_probe(self._state, name if self.trims else None, accepted)
+            self._learn(result, row)
             lengths[drafted] += 1
             hits[accepted] += 1
         for counts_by_length, positions in ((lengths, self.drafted_per_position), (hits, self.accepted_per_position)):
             for length, count in counts_by_length.items():
                 for j in range(length):
                     positions[j] += count
+
+    def _observe(self, costs: CostTable, result: StepResult, context: float) -> None:
+        costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
+
+    def _learn(self, result: StepResult, row: int) -> None:
+        """What the verdict on a row with drafts says of its class."""
+        name = result.classes[row] if self.trims and result.classes is not None else ANY
+        self.acceptance.update(name, result.num_drafted[row], result.num_accepted[row])
+        self._state = record_probe(self._state, name if self.trims else None, result.num_accepted[row])

@@ -1,6 +1,7 @@
-"""Alignment of a continuation that the host predicted a step ago with what was really emitted since: one kernel.
+"""Alignment of a continuation that the host predicted a step ago with what was really emitted since.
 
-The semantics of `draft_models.suffix.align`, and the number of drafts that count.
+The semantics of `draft_models.suffix.align`, and the number of drafts that count: one kernel. A second one also
+decides, for a hybrid drafter, by the length that the match has by now whether a row copies at all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,33 @@ from torch import Tensor
 from server.kernels import runtime
 
 _HEADER = 2
+MATCH = 3
+"""Integers of a match behind a row's predicted tokens: its length, its family, and the lengths worth copying."""
+COUNT_BITS = 8
+"""Of an origin: how many tokens were copied; the bits above name the kind of match."""
+LONGEST = 9
+"""Longer matches count as this long."""
+
+
+@triton.jit
+def _aligned(
+    uploads, history, history_stride, history_length, slot, num_tokens, j, width, k, WP: tl.constexpr, KP: tl.constexpr
+):  # type: ignore[no-untyped-def] # fmt: skip
+    """Number of tokens that the host had not seen, drafts [KP] (-1: missing) and how many of them count."""
+    seen = tl.load(uploads)
+    unseen = tl.load(num_tokens + slot) - seen
+    w = tl.arange(0, WP)
+    places = tl.minimum(seen + w, history_length - 1)
+    due = (w < width) & (w < unseen)
+    predicted = tl.load(uploads + 2 + w, mask=due, other=0)
+    emitted = tl.load(history + slot * history_stride + places, mask=due, other=0)
+    on_track = tl.max((predicted != emitted).to(tl.int32), 0) == 0
+    source = unseen + j
+    draft = tl.load(uploads + 2 + source, mask=(j < k) & (source >= 0) & (source < width), other=-1)
+    # A prediction that is missing ends the drafts, whatever comes behind it.
+    run = tl.min(tl.where((draft >= 0) & (j < k), KP, j), 0).to(tl.int64)
+    count = tl.where(on_track, tl.minimum(tl.minimum(run, k), tl.maximum(tl.load(uploads + 1), 0)), 0)
+    return unseen, draft, count
 
 
 @triton.jit
@@ -24,24 +52,35 @@ def _align_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slots + row)
-    uploads += row * stride
-    seen = tl.load(uploads)
-    unseen = tl.load(num_tokens + slot) - seen
-    w = tl.arange(0, WP)
-    places = tl.minimum(seen + w, history_length - 1)
-    due = (w < width) & (w < unseen)
-    predicted = tl.load(uploads + 2 + w, mask=due, other=0)
-    emitted = tl.load(history + slot * history_stride + places, mask=due, other=0)
-    on_track = tl.max((predicted != emitted).to(tl.int32), 0) == 0
-    j = tl.arange(0, KP)
-    source = unseen + j
-    draft = tl.load(uploads + 2 + source, mask=(j < k) & (source >= 0) & (source < width), other=-1)
-    # A prediction that is missing ends the drafts, whatever comes behind it.
-    run = tl.min(tl.where((draft >= 0) & (j < k), KP, j), 0).to(tl.int64)
-    count = tl.where(on_track, tl.minimum(tl.minimum(run, k), tl.maximum(tl.load(uploads + 1), 0)), 0)
+    slot, j = tl.load(slots + row), tl.arange(0, KP)
+    _, draft, count = _aligned(
+        uploads + row * stride, history, history_stride, history_length, slot, num_tokens, j, width, k, WP, KP
+    )
     tl.store(drafts + row * k + j, tl.maximum(draft, 0), mask=j < k)
     tl.store(num_valid + row, count)
+
+
+@triton.jit
+def _copy_kernel(
+    uploads, stride, history, history_stride, history_length, slots, num_tokens, drafts, copied, counts, origins,
+    width, k, WP: tl.constexpr, KP: tl.constexpr, LONGEST: tl.constexpr, COUNT_BITS: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot, j = tl.load(slots + row), tl.arange(0, KP)
+    line = uploads + row * stride
+    unseen, draft, count = _aligned(
+        line, history, history_stride, history_length, slot, num_tokens, j, width, k, WP, KP
+    )
+    match = line + 2 + width
+    place = tl.minimum(tl.maximum(tl.load(match) + unseen, 0), LONGEST)
+    count = count * ((tl.load(match + 2) >> place) & 1)
+    tl.store(drafts + row * k + j, tl.maximum(draft, 0), mask=j < k)
+    tl.store(copied + row * k + j, (j < count).to(tl.int8), mask=j < k)
+    tl.store(counts + row, count)
+    tl.store(origins + row, ((tl.load(match + 1) + place) << COUNT_BITS) + count)
 
 
 def align_drafts(
@@ -62,6 +101,42 @@ def align_drafts(
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return drafts, num_valid
+
+
+def copy_drafts(
+    uploads: Tensor, history: Tensor, slots: Tensor, num_tokens: Tensor, k: int, *, pdl: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`align_drafts` of rows that copy only where their match is worth it.
+
+    `uploads` [R, 2 + W + MATCH] int64 end with the length of the match behind the tokens that the host had seen, the
+    number of its family's first kind, and a mask whose bit n says that a match of n tokens is copied. What was emitted
+    since makes the match longer; it counts as LONGEST at most. Returns drafts [R, k] int64, which of them are copied
+    [R, k] bool, how many [R] int64, and origins [R] int64: (first kind + length) << COUNT_BITS | how many.
+    """
+    num_rows, width, device = uploads.shape[0], uploads.shape[1] - _HEADER - MATCH, uploads.device
+    drafts = torch.empty(num_rows, k, dtype=torch.int64, device=device)
+    copied = torch.empty(num_rows, k, dtype=torch.bool, device=device)
+    counts, origins = torch.empty(2, num_rows, dtype=torch.int64, device=device).unbind(0)
+    _copy_kernel[(num_rows,)](
+        uploads, uploads.stride(0), history, history.stride(0), history.shape[1], slots, num_tokens,
+        drafts, copied.view(torch.int8), counts, origins, width, k, WP=runtime.next_power_of_2(width),
+        KP=runtime.next_power_of_2(k + 1), LONGEST=LONGEST, COUNT_BITS=COUNT_BITS, PDL=pdl, num_warps=1,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return drafts, copied, counts, origins
+
+
+def copy_reference(
+    uploads: Tensor, history: Tensor, slots: Tensor, num_tokens: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `copy_drafts` computes, with torch."""
+    lines = uploads[:, :-MATCH]
+    length, family, worth = uploads[:, -MATCH:].unbind(1)
+    drafts, valid = align_reference(lines, history, slots, num_tokens, k)
+    place = (length + num_tokens.index_select(0, slots) - lines[:, 0]).clamp_(0, LONGEST)
+    counts = valid * ((worth >> place) & 1)
+    copied = torch.arange(k, device=uploads.device) < counts[:, None]
+    return drafts, copied, counts, ((family + place) << COUNT_BITS) + counts
 
 
 def align_reference(

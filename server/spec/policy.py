@@ -19,7 +19,7 @@ PROBE_SHARE = 0.008
 _FIRST_PROBE_INTERVAL = 2
 _MAX_PROBE_INTERVAL = 64
 _FIRST_CREDIT = 1.0
-_MAX_CREDIT = 4.0
+MAX_CREDIT = 4.0
 _MIN_GAIN = 0.01
 _ALL_ROWS = "all rows"
 _PLAIN = "plain"
@@ -145,17 +145,17 @@ def plan_ragged(
     drafted = {name for name, count in zip(classes, counts, strict=True) if count}
     trimmed = {name: row for row, name in enumerate(classes) if survivals[row] and name not in drafted}
     probes = {name: probe for name, probe in state.probes.items() if name not in drafted}
-    credit = min(state.credit + PROBE_SHARE, _MAX_CREDIT)
+    credit = min(state.credit + PROBE_SHARE, MAX_CREDIT)
     if num_drafts:
         emitted = len(counts) + sum(sum(row[:count]) for row, count in zip(survivals, counts, strict=True))
         loss = 1.0 - len(counts) / emitted * curve[num_drafts] / curve[0]
-        if _is_due(probes, _PLAIN, loss, credit):
+        if is_due(probes, _PLAIN, loss, credit):
             return [0] * len(counts), replace(state, probes=probes, credit=credit - max(0.0, loss))
     else:
-        _postpone(probes, _PLAIN)
+        postpone(probes, _PLAIN)
     for name, row in trimmed.items():
         loss, size = _cheapest_probe(curve, num_drafts, len(survivals[row]))
-        if _is_due(probes, name, loss, credit):
+        if is_due(probes, name, loss, credit):
             counts[row] = size
             return counts, replace(state, probes=probes, credit=credit - loss)
     return counts, replace(state, probes=probes, credit=credit)
@@ -184,7 +184,7 @@ def plan_uniform(
     smallest = min((tier for tier in tiers if tier > 0), default=0)
     if num_rows == 0 or smallest == 0:
         return k, state
-    credit = min(state.credit + PROBE_SHARE, _MAX_CREDIT)
+    credit = min(state.credit + PROBE_SHARE, MAX_CREDIT)
     probes = dict(state.probes)
     plain_ms = cost.verify_ms(num_rows, num_rows, context)
     size = k or smallest
@@ -194,15 +194,15 @@ def plan_uniform(
         loss = 1.0 - num_rows / (num_rows + _column_sums(survivals, k)[k]) * ms / plain_ms
         name, other = _PLAIN, 0
     else:
-        _postpone(probes, _PLAIN)
+        postpone(probes, _PLAIN)
         loss = ms / plain_ms - 1.0
         name, other = _ALL_ROWS, smallest
-    if _is_due(probes, name, loss, credit):
+    if is_due(probes, name, loss, credit):
         return other, PolicyState(k, probes, credit - max(0.0, loss))
     return k, PolicyState(k, probes, credit)
 
 
-def _is_due(probes: dict[str, Probe], name: str, loss: float, credit: float) -> bool:
+def is_due(probes: dict[str, Probe], name: str, loss: float, credit: float) -> bool:
     """Count one step towards the probe `name`; True, and the next one is farther off, if it is due and affordable."""
     probe = probes.get(name) or _FIRST_PROBES.get(name, Probe())
     wait = max(0, probe.wait - 1)
@@ -212,7 +212,7 @@ def _is_due(probes: dict[str, Probe], name: str, loss: float, credit: float) -> 
     return due
 
 
-def _postpone(probes: dict[str, Probe], name: str) -> None:
+def postpone(probes: dict[str, Probe], name: str) -> None:
     """What a probe would show was just seen anyway."""
     if name in probes:
         probes[name] = replace(probes[name], wait=probes[name].interval)

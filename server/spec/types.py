@@ -17,7 +17,8 @@ class Drafts:
     the drafter knows it without a device sync (host-side drafters; any drafter on the CPU), else None.
     `probs` [R, k, V] float32 is the distribution q each draft was drawn from; None means a point mass.
     `classes` names, per row, how the draft was made (for instance a match-length bucket), so that
-    acceptance is tracked per kind of draft.
+    acceptance is tracked per kind of draft. `origins` [R] int64 says the same where only the device knows, as a number
+    that the drafter can read.
     """
 
     tokens: Tensor
@@ -25,6 +26,7 @@ class Drafts:
     num_valid_host: list[int] | None = None
     probs: Tensor | None = None
     classes: list[str] | None = None
+    origins: Tensor | None = None
 
     @staticmethod
     def none(num_rows: int, device: torch.device) -> Drafts:

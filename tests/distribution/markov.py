@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from draft_models.hybrid_device import CopyingSampler
 from server.core import SamplingParams
 from server.sampling.distribution import Processed
 from server.sampling.process import process
@@ -46,6 +47,7 @@ def drafter_table(kind: str) -> Tensor:
         "wrong": 1.5 * noise,
         "shifted": target.roll(1, dims=-1),
         "point": target + 0.8 * noise,
+        "mixed": target + 0.4 * noise,  # where it does not copy
         "avoids": -4.0 * target,  # near zero wherever the target is likely
     }[kind]
 
@@ -111,15 +113,22 @@ def propose(
     """k drafts a row, drawn by the production sampler from the drafter's processed logits."""
     n = slot_ids.shape[0]
     tokens, probs = torch.zeros(n, 0, dtype=torch.int64), []
+
+    def draw(logits: Tensor, step: Any, positions: Any, vocab_ids: Any) -> tuple[Tensor, Tensor | None]:
+        j = tokens.shape[1]
+        layout, so_far = Layout(slot_ids, torch.full((n,), j), n, 1), Drafts(tokens, torch.full((n,), j))
+        processed = process(logits, layout, so_far, batch, state, slot_ids, state.history.shape[1])
+        return draft_token(processed, batch, state.num_tokens + j, case.rule)
+
+    sampler = CopyingSampler(draw)
+    if case.drafter == "mixed":
+        sampler.begin(*copies(state, case.k))
     for j in range(case.k):
         logits = drafter[contexts(state, tokens)[:, -1].unbind(-1)]
         if case.drafter == "point":
             drawn = logits.argmax(-1)
         else:
-            layout = Layout(slot_ids, torch.full((n,), j), n, 1)
-            so_far = Drafts(tokens, torch.full((n,), j))
-            processed = process(logits, layout, so_far, batch, state, slot_ids, state.history.shape[1])
-            drawn, q = draft_token(processed, batch, state.num_tokens + j, case.rule)
+            drawn, q = sampler(logits, None, state.num_tokens + j, None)  # type: ignore[arg-type]
             probs += [] if q is None else [q]
         tokens = torch.cat([tokens, drawn[:, None]], 1)
     hidden = torch.arange(case.k) >= num_valid[:, None]
@@ -127,6 +136,13 @@ def propose(
     return Drafts(
         tokens, num_valid, probs=torch.stack(probs, 1).masked_fill(hidden[:, :, None], 0.0) if probs else None
     )
+
+
+def copies(state: SlotState, k: int) -> tuple[Tensor, Tensor]:
+    """What a hybrid drafter copies [N, k] and where [N, k]: none, some or all of a row, as its known tokens say."""
+    last, before = (state.history.gather(1, state.num_tokens[:, None] - n)[:, 0] for n in (1, 2))
+    steps = torch.arange(k)
+    return (last[:, None] + before[:, None] * steps) % V, steps < ((last + 2 * before) % (k + 1))[:, None]
 
 
 def commit(state: SlotState, verdict: Verdict) -> None:

@@ -28,7 +28,7 @@ VARIANTS = {
     "repetition_top_p": SamplingParams(repetition_penalty=1.6, top_p=0.9),
     "bias": SamplingParams(logit_bias={0: 1.5, 3: -2.0, 5: -100.0}),
 }
-DRAFTERS = ("good", "wrong", "shifted", "point", "avoids")
+DRAFTERS = ("good", "wrong", "shifted", "point", "avoids", "mixed")
 
 exact = functools.cache(lambda name: joint(VARIANTS.get(name, PLAIN)))
 
@@ -97,6 +97,8 @@ def test_trials_see_acceptance_rejection_and_bonus() -> None:
         seen.append(verify(*args).num_accepted)
         return verify(*args)
 
-    simulate(Case("ratio", "good", PLAIN), 2_000, spy)
-    share = torch.bincount(torch.cat(seen), minlength=3) / torch.cat(seen).numel()
-    assert share.min() > 0.1
+    for drafter, least in (("good", 0.1), ("mixed", 0.05)):
+        seen.clear()
+        simulate(Case("ratio", drafter, PLAIN), 2_000, spy)
+        share = torch.bincount(torch.cat(seen), minlength=3) / torch.cat(seen).numel()
+        assert share.min() > least

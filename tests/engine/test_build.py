@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from draft_models.hybrid import HybridDrafter
 from server.config import ConfigError, EngineConfig
 from server.core import FinishReason
+from server.engine import drafters
 from server.engine.build import build_engine
+from server.engine.mixed_speculation import MixedSpeculation
 from tests.engine.tiny import EOS_ID, Answers, request
 
 
@@ -70,7 +74,7 @@ def test_ends_of_sequence_that_only_the_generation_config_names(
     assert found.reasons["r"] is (FinishReason.STOP if answer[length - 1] in ends else FinishReason.LENGTH)
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm", "hybrid"])
 def test_the_cost_table_is_measured_once_and_read_again(
     loopy_dir: Path, tmp_path: Path, greedy: Any, drafter: str
 ) -> None:
@@ -93,7 +97,7 @@ def test_a_damaged_cost_table_is_measured_anew(loopy_dir: Path, tmp_path: Path, 
     assert json.loads(file.read_text()).keys() == good.keys()
 
 
-@pytest.mark.parametrize("drafter", ["suffix", "small-lm"])
+@pytest.mark.parametrize("drafter", ["suffix", "small-lm", "hybrid"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -133,3 +137,29 @@ def test_a_draft_model_must_share_vocabulary_and_reach_as_far(loopy_dir: Path, t
         build(loopy_dir, drafter="small-lm", draft_model=str(tiny_llama_dir))
     with pytest.raises(ConfigError, match=r"draft_model"):
         EngineConfig(drafter="small-lm")
+
+
+def test_a_hybrid_drafter_predicts_with_whatever_draft_model_is(
+    loopy_dir: Path, tmp_path: Path, greedy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, info = build(loopy_dir, drafter="hybrid", draft_model=str(loopy_dir), adaptive=True, max_draft_tokens=3)
+    assert info.drafter == "hybrid" and isinstance(core.speculation, MixedSpeculation)
+    assert isinstance(core.runner.drafter, HybridDrafter) and core.runner.drafter.learned.name == "small-lm"
+    assert core.speculation.costs is not None and core.speculation.costs.draft_ms(1, 3) > 0.0, (
+        "the chain's cost is known"
+    )
+    found = Answers(list(core.generate([request("r", [5, 6, 7, 8], 24)])))
+    assert found["r"] == greedy([5, 6, 7, 8], 24)
+    heads: list[str | None] = []
+    monkeypatch.setattr(drafters, "_eagle3", lambda name, *_: heads.append(name))
+    for name, raw in (
+        ("a", {"draft_vocab_size": 7}),
+        ("b", {"architectures": ["LlamaForCausalLMEagle3"]}),
+        ("c", {"speculators_model_type": "eagle3"}),
+        (None, {}),
+    ):
+        find = lambda _, raw=raw: SimpleNamespace(config=raw, kind="directory")  # noqa: E731
+        config = EngineConfig(drafter="hybrid", draft_model=name)
+        target = core.runner.model
+        drafters.load_draft_network(config, target, find("target"), target.device, 64, print, find)  # type: ignore[arg-type]
+    assert heads == ["a", "b", "c", None]

@@ -10,10 +10,12 @@ from server.core import FinishReason
 from tests.engine.tiny import Scripted, engine, prompts, request, run
 
 LENGTH = 24
-DRAFTERS = ("ngram", "suffix", "small-lm", "same-lm")
+DRAFTERS = ("ngram", "suffix", "small-lm", "same-lm", "hybrid", "same-hybrid")
 
 
 def options(name: str, model: Any, other_model: Any) -> dict[str, Any]:
+    if name.endswith("hybrid"):
+        return {"drafter": "hybrid", "draft_model": model if name == "same-hybrid" else other_model}
     if name.endswith("-lm"):
         return {"drafter": "small-lm", "draft_model": model if name == "same-lm" else other_model}
     return {"drafter": name}
@@ -57,7 +59,7 @@ def test_alone_with_drafts(model: Any, other_model: Any, greedy: Any, drafter: s
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("drafter", ["none", "suffix", "same-lm"])
+@pytest.mark.parametrize("drafter", ["none", "suffix", "same-lm", "same-hybrid"])
 def test_chunked_prefill(model: Any, other_model: Any, greedy: Any, drafter: str, budget: int) -> None:
     """Budgets around the block size and around k + 1 = 4."""
     core = engine(model, k=3, budget=budget, max_num_seqs=4, **options(drafter, model, other_model))

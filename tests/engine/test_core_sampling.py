@@ -53,7 +53,7 @@ def alone(model: Any) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("ragged", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 7])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm", "same-lm"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm", "same-lm", "hybrid"])
 def test_seeded_output_is_the_same_in_a_crowd_with_drafts(
     model: Any, other_model: Any, alone: dict[str, list[int]], drafter: str, k: int, ragged: bool
 ) -> None:
@@ -102,7 +102,12 @@ def test_choices_of_one_request_differ(model: Any) -> None:
 
 def test_the_rule_ratio_runs_and_repeats(model: Any, other_model: Any, greedy: Any) -> None:
     """Its sampled output depends on the drafts, its greedy output does not."""
-    for drafter, draft_model in (("suffix", None), ("small-lm", other_model), ("small-lm", model)):
+    for drafter, draft_model in (
+        ("suffix", None),
+        ("small-lm", other_model),
+        ("hybrid", other_model),
+        ("small-lm", model),
+    ):
         for ragged in (True, False):
             found = []
             for _ in range(2):

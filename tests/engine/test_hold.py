@@ -73,7 +73,7 @@ def run_with_holds(core: EngineCore, rng: random.Random) -> list[StepOutput]:
 
 @pytest.mark.parametrize("ragged", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("drafter", ["none", "suffix", "ngram", "small-lm"])
+@pytest.mark.parametrize("drafter", ["none", "suffix", "ngram", "small-lm", "hybrid"])
 def test_a_held_request_says_what_it_would_have_said(
     model: Any, other_model: Any, alone: Any, drafter: str, seed: int, ragged: bool
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from draft_models.eagle3_chain import ChainShape, TorchSampler
 from draft_models.eagle3_config import config_for
 from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_weights import random_weights
+from draft_models.hybrid_device import HybridDeviceDrafter
 from draft_models.small_lm_device import SmallLMDeviceDrafter
+from draft_models.suffix import Match, SuffixDrafter
 from server.core import Request, SamplingParams, SpeculationParams
 from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
@@ -31,7 +34,7 @@ from server.models.loader import load_model
 from server.models.paged_forward import TorchForward
 from tests.engine.tiny import EOS_ID, VOCAB_SIZE, engine, live, make_drafter, request, run, save_loopy_llama
 
-DRAFTERS = ("none", "ngram", "suffix", "eagle3", "small-lm")
+DRAFTERS = ("none", "ngram", "suffix", "eagle3", "small-lm", "hybrid-eagle3", "hybrid-small-lm")
 SAMPLING: list[SamplingParams] = [
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=0.9, seed=1),
@@ -47,12 +50,28 @@ SPECULATION = [SpeculationParams(), SpeculationParams(), SpeculationParams(False
 class Wavering(Speculation):
     """k changes from step to step, 0 among them."""
 
-    def __init__(self, k: int, seed: int, tiers: tuple[int, ...]) -> None:
+    def __init__(self, k: int, seed: int, tiers: tuple[int, ...], drafter: Any = None) -> None:
         super().__init__(None, k, False)
-        self.random, self.choices = random.Random(seed), (0, *tiers)
+        self.random, self.choices, self.drafter = random.Random(seed), (0, *tiers), drafter
 
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
+        if isinstance(self.drafter, HybridDeviceDrafter):
+            self.drafter.chain = self.random.random() < 0.7
+            self.drafter.arbiter = Fickle(self.random)
         return self.random.choice(self.choices) if num_eligible else 0
+
+
+@dataclass
+class Fickle:
+    """Copies what it likes."""
+
+    random: random.Random
+
+    def divide(self, matches: Any, limits: Any, context: float) -> tuple[int, list[bool]]:
+        raise AssertionError("not on a GPU")
+
+    def lengths(self, match: Match, k: int) -> int:
+        return self.random.choice([0, -1, self.random.getrandbits(10)])
 
 
 class PausedAtFirst(Speculation):
@@ -81,15 +100,17 @@ def build(model: Any, name: str, draw: random.Random, seed: int) -> EngineCore:
     shape = RunnerShape(num_seqs, length, k, size, num_blocks)
     chain, sampler = ChainShape(num_seqs + 1, num_blocks, size, k), TorchSampler(model.vocab_size, "coupled")
     drafter: Any
-    if name == "eagle3":
+    if name.endswith("eagle3"):
         head = config_for(model.config, 32)
         network = Eagle3Network(head, random_weights(head, 0), model.embedding, length + 2 * (k + 1) + 2)
         drafter = Eagle3Drafter(network, chain, sampler)
-    elif name == "small-lm":
+    elif name.endswith("small-lm"):
         forward = TorchForward(model)
         drafter = SmallLMDeviceDrafter(forward, model.kv_layers, torch.float32, model.device, chain, sampler)
     else:
         drafter = make_drafter(name, k, None, shape)
+    if name.startswith("hybrid"):
+        drafter = HybridDeviceDrafter(SuffixDrafter(), drafter, k)
     tiers = (1, k) if k > 1 else (1,)
     parts = GpuParts(TorchForward(model), TorchOps("coupled"), drafter, prompt_tokens=64)
     runner = GpuRunner(model, parts, shape, tiers)
@@ -98,7 +119,7 @@ def build(model: Any, name: str, draw: random.Random, seed: int) -> EngineCore:
         pool[size:].normal_()
     most = k if drafter is not None else 0
     waver = drafter is not None and draw.random() < 0.5
-    speculation = Wavering(k, seed, tiers) if waver else Speculation(None, most, False)
+    speculation = Wavering(k, seed, tiers, drafter) if waver else Speculation(None, most, False)
     limits = Limits(num_seqs, draw.choice([1, 3, 7, 16, 64]), length, size, num_blocks, draw.random() < 0.7)
     return EngineCore(runner, limits, speculation, (EOS_ID,))
 

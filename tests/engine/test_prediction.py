@@ -60,7 +60,7 @@ def test_it_finds_back_after_an_edit(model: Any, prompt: list[int], answer: list
 
 
 @RAGGED
-@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "small-lm", "hybrid"])
 @pytest.mark.parametrize("kind", ["wrong", "right", "long", "prompt", "one"])
 def test_no_prediction_changes_a_token(
     model: Any,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from draft_models.eagle3_cpu import Eagle3CpuDrafter
 from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
+from draft_models.hybrid import HybridDrafter
 from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
@@ -21,8 +22,8 @@ from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
 from server.engine.limits import Limits
+from server.engine.mixed_speculation import make_speculation
 from server.engine.runner import Runner
-from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import TorchForward
@@ -90,9 +91,12 @@ def make_drafter(
     if name == "suffix":
         return SuffixDrafter()
     assert draft_model is not None
+    learned: Drafter
     if isinstance(draft_model, Eagle3CpuNetwork):
-        return Eagle3CpuDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
-    return SmallLMDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+        learned = Eagle3CpuDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+    else:
+        learned = SmallLMDrafter(draft_model, shape.max_num_seqs, shape.num_blocks, shape.block_size, shape.rule)
+    return HybridDrafter(SuffixDrafter(), learned, k) if name == "hybrid" else learned
 
 
 def engine(
@@ -131,8 +135,7 @@ def engine(
     else:
         runner = Runner(model, made, shape)
     limits = Limits(max_num_seqs, budget, max_model_len, BLOCK_SIZE, num_blocks, prefix_cache)
-    trims = runner.ragged and made is not None and not made.has_distribution
-    speculation = Speculation(costs, k if made is not None else 0, trims)
+    speculation = make_speculation(costs, k, runner)
     return EngineCore(runner, limits, speculation, eos, max_waiting, max_waiting_tokens)
 
 

@@ -33,7 +33,7 @@ MAX_MODEL_LEN = 1024
 MAX_NUM_BATCHED_TOKENS = 256
 """What prompt graphs are measured for at every start; a chunk may be larger, and runs eagerly then."""
 KV_CACHE_TOKENS = 16384
-DRAFTERS = ("none", "ngram", "suffix", "small-lm", "eagle3")
+DRAFTERS = ("none", "ngram", "suffix", "small-lm", "eagle3", "hybrid")
 
 _SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -141,7 +141,7 @@ class Engines:
             "prefix_cache": False,
             **settings,
         }
-        draft_model = {"small-lm": str(self.model), "eagle3": str(self.head)}.get(drafter)
+        draft_model = {"small-lm": str(self.model), "eagle3": str(self.head), "hybrid": str(self.head)}.get(drafter)
         config = EngineConfig(
             model=str(self.model), drafter=drafter, draft_model=draft_model, max_draft_tokens=k, **options
         )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from draft_models.hybrid_device import HybridDeviceDrafter
 from server.core import FinishReason, Phase, Request, SamplingParams
 from server.engine.core import EngineCore
 from server.engine.gpu.kinds import SamplingClass
@@ -101,14 +102,14 @@ def test_requests_that_vanish_while_a_step_runs(engines: Engines, greedy: Answer
         assert found[name] == greedy[name]
 
 
-@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3"])
+@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3", "hybrid"])
 def test_preemption(engines: Engines, greedy: Answers, drafter: str) -> None:
     core = engines.get(drafter, 3, dtype="float32", kv_cache_tokens=256)
     assert dict(run(core, batch())) == dict(greedy)
     assert core.stats().num_preemptions > 0
 
 
-@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3"])
+@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3", "hybrid"])
 def test_prefix_hits(engines: Engines, greedy: Answers, drafter: str) -> None:
     core = engines.get(drafter, 3, dtype="float32", prefix_cache=True)
     for _ in range(2):
@@ -123,7 +124,7 @@ def every_class() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3"])
+@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm", "eagle3", "hybrid"])
 def test_graphs_and_eager_steps_agree(engines: Engines, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     captured, eager = engines.get(drafter), engines.get(drafter, cuda_graphs=False)
     assert gpu(captured).executor.graphs.stats.num_graphs > 0
@@ -132,6 +133,23 @@ def test_graphs_and_eager_steps_agree(engines: Engines, drafter: str, monkeypatc
     monkeypatch.setattr(gpu(eager).executor.prompts, "tiers", tiers)  # padded alike: the same bits
     assert dict(run(captured, every_class())) == dict(run(eager, every_class()))
     assert captured.stats().num_graph_misses == eager.stats().num_graph_misses == 0
+
+
+def test_a_chain_that_comes_and_goes_changes_neither_text_nor_graphs(engines: Engines, greedy: Answers) -> None:
+    """A hybrid drafter with its chain and without, step by step: copies are drafted in either."""
+    core = engines.get("hybrid", 3, dtype="float32")
+    drafter = core.runner.drafter
+    assert isinstance(drafter, HybridDeviceDrafter)
+    outputs = []
+    for wanted in batch():
+        assert core.submit(wanted) is None
+    while core.has_work:
+        drafter.chain = not drafter.chain
+        outputs += core.step()
+    drafter.chain = True
+    found = Answers(outputs)
+    assert dict(found) == dict(greedy) and found.num_accepted > 0
+    assert core.stats().num_graph_misses == 0
 
 
 def test_every_step_has_its_graph(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ def build_gpu_runner(
 ) -> GpuRunner:
     """A runner whose graphs are captured. Raises ConfigError for what this network's path can not do."""
     own = isinstance(model, LlamaModel)
-    capturable = own and not isinstance(getattr(drafter, "forward", None), AttentionKernels)
+    chain = getattr(drafter, "learned", drafter)  # of a hybrid drafter, the part with a network
+    capturable = own and not isinstance(getattr(chain, "forward", None), AttentionKernels)
     if not own and (config.deterministic or config.kv_cache_dtype != "auto"):
         wanted = "deterministic" if config.deterministic else "kv_cache_dtype"
         raise ConfigError(f"{wanted}: {model.architecture} runs through transformers, which has no such path")

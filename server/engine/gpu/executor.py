@@ -65,9 +65,12 @@ class Executor:
             sent[len(slots) :] = 0
         self.program.inputs.send(fields.size)
 
-    def forward(self, num_rows: int, k: int) -> None:
-        """Half A, on the inputs that were sent last."""
-        self.graphs.run(("forward", num_rows, k), partial(self._forward, num_rows, k))
+    def forward(self, num_rows: int, k: int, chain: bool = True) -> None:
+        """Half A, on the inputs that were sent last; without `chain` a hybrid drafter only copies."""
+        if chain or k == 0:
+            self.graphs.run(("forward", num_rows, k), partial(self._forward, num_rows, k))
+        else:
+            self.graphs.run(("copies", num_rows, k), partial(self._copies, num_rows, k))
 
     def verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
         """Half B, on what half A of the same (rows, k) or `stage_prompts` has left."""
@@ -89,6 +92,13 @@ class Executor:
     def _forward(self, num_rows: int, k: int) -> None:
         self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)
 
+    def _copies(self, num_rows: int, k: int) -> None:
+        """Half A without a chain leaves its results where half A with one does."""
+        staged = self.program.draft_and_forward(num_rows, k, chain=False)
+        kept = self._staged.setdefault((num_rows, k), staged)
+        if kept is not staged:
+            kept.overwrite(staged)
+
     def _verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
         self.program.verify(num_rows, k, kind, self._staged[num_rows, k])
 
@@ -106,6 +116,8 @@ class Executor:
     def _capture_pair(self, num_rows: int, k: int, kinds: tuple[SamplingClass, ...]) -> None:
         self.send(num_rows, k, [], [], [])
         self.graphs.capture(("forward", num_rows, k), partial(self._forward, num_rows, k))
+        if k > 0 and self.program.can_copy:
+            self.graphs.capture(("copies", num_rows, k), partial(self._copies, num_rows, k))
         for kind in kinds:
             self.graphs.capture(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
         if k > 0:
@@ -129,7 +141,7 @@ class Executor:
         for kind in SamplingClass:
             program.verify(num_rows, k, kind, Staged(drafts, logits, None, complete=False))
 
-    def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3) -> float:
+    def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3, chain: bool = True) -> float:
         """Milliseconds of a greedy step of `num_rows` rows with `k` drafts and `context` tokens before, drafts
         included.
 
@@ -152,7 +164,7 @@ class Executor:
                 self.program.inputs.device[:num_rows] = torch.arange(num_rows, device=self.device)
             timer.start()
             started = time.perf_counter()
-            self.forward(rows, k)
+            self.forward(rows, k, chain)
             self.verify(rows, k, GREEDY)
             timer.end()
             elapsed = timer.wait() or (time.perf_counter() - started) * 1e3

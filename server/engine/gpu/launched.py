@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,8 @@ class Launched:
     """Implements LaunchedStep.
 
     `report` holds the tier's rows, the first `len(emitting)` of them real: row i of it belongs to row `emitting[i]` of
-    the plan's `num_rows`. `width` is 1 + k.
+    the plan's `num_rows`. `width` is 1 + k. Where `origin_of` can read them, the report ends with the rows'
+    `Drafts.origins`.
     """
 
     timer: StepTimer
@@ -80,12 +82,14 @@ class Launched:
     width: int
     logprobs: DownloadedLogprobs | None = None
     scores: PromptScores | None = None
+    origin_of: Callable[[int], tuple[str, int]] | None = None
+    chain_tokens: int = 0
 
     def read(self) -> StepResult:
         """Waits for the step and unpacks what it emitted."""
         elapsed_ms = self.timer.wait()
         result = StepResult.silent(len(self.sequences), self.num_tokens_run)
-        result.verify_ms = elapsed_ms
+        result.verify_ms, result.chain_tokens = elapsed_ms, self.chain_tokens
         if self.report is not None:
             self._unpack(result, self.report)
         if self.scores is not None:
@@ -93,15 +97,27 @@ class Launched:
         return result
 
     def _unpack(self, result: StepResult, report: Tensor) -> None:
-        lines: list[list[int]] = report.view(-1, self.width + NUM_REPORTED).tolist()
+        line = self.width + NUM_REPORTED
+        if self.origin_of is not None:
+            num_rows = report.shape[0] // (line + 1)
+            report, origins = report.split([num_rows * line, num_rows])
+            self._explain(result, origins.tolist())
+        lines: list[list[int]] = report.view(-1, line).tolist()
         drafted, accepted = [0] * len(self.sequences), [0] * len(self.sequences)
         for i, row in enumerate(self.emitting):
-            line = lines[i]
-            num_emitted, num_drafted, broken = line[self.width :]
-            tokens = line[:num_emitted]
+            reported = lines[i]
+            num_emitted, num_drafted, broken = reported[self.width :]
+            tokens = reported[:num_emitted]
             result.emitted[row], result.broken[row] = tokens, bool(broken)
             drafted[row], accepted[row] = num_drafted, num_emitted - 1
             num_top = self.sequences[row].request.sampling.logprobs
             if self.logprobs is not None and num_top is not None:
                 result.logprobs[row] = self.logprobs.of_row(i, self.width, tokens, num_top)
         result.num_drafted, result.num_accepted = drafted, accepted
+
+    def _explain(self, result: StepResult, origins: list[int]) -> None:
+        """How the drafts of each row were made."""
+        assert self.origin_of is not None
+        result.classes, result.num_copied = [""] * len(self.sequences), [0] * len(self.sequences)
+        for i, row in enumerate(self.emitting):
+            result.classes[row], result.num_copied[row] = self.origin_of(origins[i])

@@ -78,6 +78,7 @@ class GpuRunner:
         self._num_launched = 0
         self._drafting = False
         self._behind: dict[int, int] = {}  # slots whose drafter has not seen every token: how many it has seen
+        self._origin_of = getattr(parts.drafter, "origin_of", None)
         bind = getattr(parts.drafter, "bind", None)
         if bind is not None:
             bind(self.state.block_tables)
@@ -157,11 +158,19 @@ class GpuRunner:
         limits = [row.max_drafts for row in plan.rows]
         k = plan.num_draft_tokens if self.drafter is not None and any(limits) else 0
         num_rows = tier_of(self.executor.tiers, len(sequences))
-        self._begin_drafting(k, plan.num_draft_tokens > 0, sequences)
+        chain = self._chain_runs
+        self._begin_drafting(k if chain else 0, plan.num_draft_tokens > 0 and chain, sequences)
         slots = [seq.slot for seq in sequences]
         self.executor.send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
-        self.executor.forward(num_rows, k)
-        return self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
+        self.executor.forward(num_rows, k, chain)
+        launched = self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
+        launched.chain_tokens = k if chain else 0
+        return launched
+
+    @property
+    def _chain_runs(self) -> bool:
+        """Whether drafting runs the drafter's network; a hybrid drafter may do without."""
+        return bool(getattr(self.drafter, "chain", True))
 
     def _begin_drafting(self, k: int, wanted: bool, sequences: list[Sequence]) -> None:
         """Before a verify step: rows that steps without drafts have left behind catch up, if it drafts."""
@@ -201,7 +210,8 @@ class GpuRunner:
         program = self.program
         kind = max(self._kinds[sequences[row].slot] for row in emitting)
         self.executor.verify(num_rows, k, kind)
-        report = program.results.fetch(num_rows * (1 + k + NUM_REPORTED))
+        origin_of = self._origin_of if k else None
+        report = program.results.fetch(num_rows * (1 + k + NUM_REPORTED + (origin_of is not None)))
         logprobs = None
         if any(sequences[row].request.sampling.logprobs is not None for row in emitting):
             count = num_rows * (1 + k)
@@ -210,7 +220,7 @@ class GpuRunner:
                 program.top_ids.fetch(count * TOP_LOGPROBS),
                 program.top_logprobs.fetch(count * TOP_LOGPROBS),
             )
-        return Launched(timer, sequences, num_run, emitting, report, 1 + k, logprobs)
+        return Launched(timer, sequences, num_run, emitting, report, 1 + k, logprobs, origin_of=origin_of)
 
     # -- prompt chunks -------------------------------------------------------------------------------------
 
@@ -224,7 +234,7 @@ class GpuRunner:
             at = positions(scored, plan.rows, torch.from_numpy(chunks.ends)).numpy()
             chunks.logits_at = np.concatenate([chunks.logits_at, at])
         inputs, logits, features = self.executor.prompts.run(chunks, lasting=bool(scored))
-        if self.drafter is not None and plan.num_draft_tokens > 0:
+        if self.drafter is not None and plan.num_draft_tokens > 0 and self._chain_runs:
             slots = inputs.rows.slots
             step = self.state.step(slots, torch.zeros_like(slots), None)
             self.drafter.prefill_chunk(step, inputs.token_ids, inputs.rows, features)

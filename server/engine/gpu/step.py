@@ -43,6 +43,16 @@ class Staged:
     features: Tensor | None
     complete: bool = True
 
+    def overwrite(self, other: Staged) -> None:
+        """Takes the values of `other`, whose drafts are point masses: half B was captured on these tensors."""
+        mine, theirs = self.drafts, other.drafts
+        pairs = [(self.logits, other.logits), (mine.tokens, theirs.tokens), (mine.num_valid, theirs.num_valid)]
+        for kept, new in [*pairs, (self.features, other.features), (mine.origins, theirs.origins)]:
+            if kept is not None and new is not None:
+                kept.copy_(new)
+        if mine.probs is not None:
+            mine.probs.zero_().scatter_(2, theirs.tokens[:, :, None], 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Fields:
@@ -92,7 +102,7 @@ class StepProgram:
         widest = max((self.upload_width(k) for k in range(1, max_drafts + 1)), default=0)
         self.inputs = Upload(Fields(max_rows, widest).size, device)
         self.results = Download(
-            torch.zeros(max_rows * (1 + max_drafts + NUM_REPORTED), dtype=torch.int64, device=device)
+            torch.zeros(max_rows * (2 + max_drafts + NUM_REPORTED), dtype=torch.int64, device=device)
         )
         num_positions = max_rows * (1 + max_drafts)
         self.chosen = Download(torch.zeros(num_positions, dtype=torch.float32, device=device))
@@ -134,12 +144,12 @@ class StepProgram:
             found = self._no_drafts[num_rows] = Drafts.none(num_rows, self.inputs.device.device)
         return found
 
-    def draft_and_forward(self, num_rows: int, k: int) -> Staged:
-        """Half A."""
+    def draft_and_forward(self, num_rows: int, k: int, chain: bool = True) -> Staged:
+        """Half A; without `chain` a hybrid drafter only copies."""
         step = self._device_step(num_rows, k)
         fields = self.fields(num_rows, k)
         self.ops.update_tables(self.inputs.device[fields.updates].view(-1, 3), self.state.block_tables)
-        drafts = self.drafter.draft(step, k) if k > 0 and self.drafter is not None else self.no_drafts(num_rows)
+        drafts = self._draft(step, k, chain)
         inputs = self.ops.gather(step, drafts)
         rows = PagedRows(
             slots=step.slots,
@@ -154,6 +164,19 @@ class StepProgram:
         )
         return Staged(drafts, logits, features)
 
+    def _draft(self, step: DeviceStep, k: int, chain: bool) -> Drafts:
+        if self.drafter is None or k == 0:
+            return self.no_drafts(step.num_rows)
+        if chain:
+            return self.drafter.draft(step, k)
+        drafts: Drafts = self.drafter.draft_copies(step, k)  # type: ignore[attr-defined]
+        return drafts
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether the drafter can draft without its network."""
+        return hasattr(self.drafter, "draft_copies")
+
     def verify(self, num_rows: int, k: int, kind: SamplingClass, staged: Staged) -> None:
         """Half B."""
         step = self._device_step(num_rows, k)
@@ -161,6 +184,9 @@ class StepProgram:
         verdict, logprobs = self.ops.finish(
             step, staged.logits, staged.drafts, self._batch(step, kind), kind, self.forced if k else None, report
         )
+        origins = staged.drafts.origins
+        if origins is not None:
+            self.results.source[report.numel() :][:num_rows].copy_(origins)
         if self.drafter is not None and staged.complete:
             features = None if staged.features is None else staged.features.view(num_rows, 1 + k, -1)
             self.drafter.after_verify(step, staged.drafts, verdict, features)

@@ -1,0 +1,154 @@
+"""How much to draft where a hybrid drafter copies or predicts row by row. Host only.
+
+Acceptance is learned of copies, per class of match, and of the chain apart, so neither spoils the other's estimate: a
+draft that copied m tokens and went on with the chain tells of its first m only. On ragged batches the chain's length
+is chosen after the matches are known and rows are cut afterwards; elsewhere one k holds for copies and chain alike,
+chosen for the matches that the host knows when it plans the step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from draft_models.hybrid import LEARNED, HybridDrafter
+from draft_models.hybrid_device import HybridDeviceDrafter
+from draft_models.suffix import CLASS_NAMES, Match
+from server.engine.gpu.runner import GpuRunner
+from server.engine.result import StepResult
+from server.engine.runner import Runner
+from server.engine.speculation import Speculation
+from server.spec.acceptance import AcceptanceTracker
+from server.spec.cost_table import CostTable
+from server.spec.mixture import Choice, Mixture, loss_of_copying, plan_chain, plan_mixture, take_copy
+from server.spec.policy import record as record_probe
+
+_FIRST_ACCEPTANCE = {"start": 0.5, "1": 0.3, "2": 0.45, "3-4": 0.6, "5-8": 0.75, "9+": 0.85}
+"""Of copies by length of the match, before anything is known: about what SmolLM2-135M accepts. The longest are tried at
+once, the shortest where the chain is no good."""
+
+_PROBE_DRAFTS = 2
+_ANY_LENGTH = -1
+
+
+def _prior(name: str) -> float:
+    length = name.partition(":")[2]
+    return _FIRST_ACCEPTANCE.get(length.removesuffix("?"), 0.5) * (0.6 if length.endswith("?") else 1.0)
+
+
+class MixedSpeculation(Speculation):
+    """Speculation of a hybrid drafter, and its Arbiter (see draft_models.hybrid)."""
+
+    def __init__(
+        self, costs: CostTable | None, max_draft_tokens: int, drafter: HybridDrafter | HybridDeviceDrafter, ragged: bool
+    ) -> None:
+        super().__init__(costs, max_draft_tokens, trims=ragged)
+        self.drafter = drafter
+        self.acceptance = AcceptanceTracker(priors={name: _prior(name) for name in CLASS_NAMES})
+        self.choice = Choice(0, False)
+        self._probing: set[int] = set()
+        self._lengths: dict[tuple[int, int], int] = {}
+        drafter.arbiter = self
+
+    # -- one k for all rows --------------------------------------------------------------------------------
+
+    def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
+        """See Speculation; says to the drafter whether its chain runs in that step."""
+        self._lengths.clear()
+        if not isinstance(self.drafter, HybridDeviceDrafter) or self.costs is None or num_eligible == 0:
+            return super().num_draft_tokens(num_rows, num_eligible)
+        known = Counter(match.name for match in self.drafter.foreseen())
+        # Which of the sequences have rows is not known here; beyond as many as there are rows, each counts for less.
+        share = min(1.0, num_eligible / max(1, known.total()))
+        copies = [(self._survival(name), count * share) for name, count in known.items()]
+        mixture = Mixture(num_rows, num_eligible, copies, self._survival(LEARNED), self._context)
+        planned, self._state = plan_mixture(self._state, self.costs, mixture, self.tiers, self.choice)
+        self.choice = planned
+        self.drafter.chain = planned.chain
+        self.paused = planned.k == 0
+        return planned.k
+
+    def lengths(self, match: Match, k: int) -> int:
+        """See Arbiter. A probe is of the length that is known here: what it turns out to be is no better."""
+        key = match.family, k
+        if key not in self._lengths:
+            self._lengths[key] = self._worth_copying(match.family, self._survival(LEARNED)[:k])
+        found = self._lengths[key]
+        if not found >> min(match.length, 9) & 1 and self._takes(
+            match.name, self._survival(match.name)[:k], self._survival(LEARNED)[:k]
+        ):
+            return _ANY_LENGTH
+        return found
+
+    def _worth_copying(self, family: int, learned: Sequence[float]) -> int:
+        names = CLASS_NAMES[family : family + 10]
+        losses = [loss_of_copying(self._survival(name)[: len(learned)], learned) for name in names]
+        return sum(1 << length for length, loss in enumerate(losses) if loss <= 0.0)
+
+    # -- ragged batches ------------------------------------------------------------------------------------
+
+    def divide(self, matches: Sequence[Match | None], limits: Sequence[int], context: float) -> tuple[int, list[bool]]:
+        """See Arbiter."""
+        learned = self._survival(LEARNED)
+        copies = [[] if m is None else self.acceptance.survival(m.name, len(m.tokens)) for m in matches]
+        self._probing.clear()
+        copying: list[bool] = []
+        for r, (match, copy, limit) in enumerate(zip(matches, copies, limits, strict=True)):
+            takes = match is not None and self._takes(match.name, copy, learned[:limit])
+            if takes and sum(copy) < sum(learned[:limit]):
+                self._probing.add(r)
+            copying.append(takes)
+        if self.costs is None:
+            return self.max_draft_tokens, copying
+        chained = [[] if takes else learned[:limit] for takes, limit in zip(copying, limits, strict=True)]
+        before = self._state
+        length, self._state = plan_chain(before, self.costs, copies, chained, context, self.tiers)
+        if length and self._state.previous_k == 0:
+            self._probing.update(r for r, row in enumerate(chained) if row)
+        return length, copying
+
+    def _worth(self, costs: CostTable, classes: Sequence[str], valid: Sequence[int], context: float) -> list[int]:
+        """Probes are cut to few drafts at most: what those cost is paid for already."""
+        counts = super()._worth(costs, classes, valid, context)
+        least = [min(n, _PROBE_DRAFTS) if r in self._probing else 0 for r, n in enumerate(valid)]
+        return [max(pair) for pair in zip(counts, least, strict=True)]
+
+    # -- what was accepted ---------------------------------------------------------------------------------
+
+    def _survival(self, name: str) -> list[float]:
+        return self.acceptance.survival(name, self.max_draft_tokens)
+
+    def _takes(self, name: str, copy: Sequence[float], learned: Sequence[float]) -> bool:
+        takes, self._state = take_copy(self._state, name, copy, learned)
+        return takes
+
+    def _learn(self, result: StepResult, row: int) -> None:
+        drafted, accepted = result.num_drafted[row], result.num_accepted[row]
+        if result.classes is None:
+            return super()._learn(result, row)
+        name = result.classes[row]
+        if name != LEARNED:
+            drafted = drafted if result.num_copied is None else min(drafted, result.num_copied[row])
+            accepted = min(accepted, drafted)
+        self.acceptance.update(name, drafted, accepted)
+        for probe in (name, f"copy {name}" if name != LEARNED else "chain"):
+            self._state = record_probe(self._state, probe, accepted)
+        return None
+
+    def _observe(self, costs: CostTable, result: StepResult, context: float) -> None:
+        """Where steps are timed whole, with the chain, its part is what it was measured to be."""
+        if isinstance(self.drafter, HybridDeviceDrafter) and result.chain_tokens:
+            num_rows = len(result.emitted)
+            ms = result.verify_ms - costs.draft_ms(num_rows, result.chain_tokens)
+            result = replace(result, verify_ms=max(ms, 0.1 * result.verify_ms))
+        super()._observe(costs, result, context)
+
+
+def make_speculation(costs: CostTable | None, max_draft_tokens: int, runner: Runner | GpuRunner) -> Speculation:
+    """Draft-length control for the drafter of `runner`."""
+    drafter = runner.drafter
+    if isinstance(drafter, HybridDrafter | HybridDeviceDrafter):
+        return MixedSpeculation(costs, max_draft_tokens, drafter, runner.ragged)
+    trims = runner.ragged and drafter is not None and not drafter.has_distribution
+    return Speculation(costs, max_draft_tokens if drafter is not None else 0, trims)

@@ -1,0 +1,192 @@
+"""Draft length where two kinds of draft compete: copies, which cost nothing, and a learned chain. Pure functions.
+
+A row with a match may copy what follows it, or leave its drafts to the chain; what is copied may be followed by more of
+the chain. Both are judged by the same measure, expected accepted drafts, from acceptance learned for each kind apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from server.spec.cost_table import CostTable
+from server.spec.policy import MAX_CREDIT, PROBE_SHARE, PolicyState, choose_ragged, is_due, postpone
+
+Survival = Sequence[float]
+
+_CHAIN = "chain"
+_PLAIN = "plain"
+
+
+def joined(copy: Survival, learned: Survival) -> list[float]:
+    """Survival of a draft that copies as long as `copy` is and then goes on with the chain, as long as `learned`."""
+    found = list(copy[: len(learned)])
+    for j in range(len(found), len(learned)):
+        before = learned[j - 1] if j else 1.0
+        found.append((found[-1] if found else 1.0) * (learned[j] / before if before > 0.0 else 0.0))
+    return found
+
+
+def loss_of_copying(copy: Survival, learned: Survival) -> float:
+    """Share of a row's expected tokens that copying would lose against the chain; below 0 where it wins."""
+    return 1.0 - (1.0 + sum(copy)) / (1.0 + sum(learned))
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What a step of `num_rows` rows can draft: `num_eligible` of them may draft at all.
+
+    `copies` are groups of eligible rows with a match: survival of what they could copy, and how many rows. `learned` is
+    the chain's survival, as long as the longest chain. `context` is the rows' mean length in tokens.
+    """
+
+    num_rows: int
+    num_eligible: int
+    copies: Sequence[tuple[Survival, float]]
+    learned: Survival
+    context: float
+
+    def gain(self, k: int, chain: bool) -> float:
+        """Expected accepted drafts of a step that drafts `k` tokens a row."""
+        learned = sum(self.learned[:k]) if chain else 0.0
+        total, rest = 0.0, float(self.num_eligible)
+        for copy, count in self.copies:
+            own = sum(joined(copy, self.learned[:k])) if chain else sum(copy[:k])
+            total += count * max(own, learned)
+            rest -= count
+        return total + rest * learned
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Draft `k` tokens a row, with the chain or by copying alone. k = 0: not at all."""
+
+    k: int
+    chain: bool
+
+
+_NOTHING = Choice(0, False)
+
+
+def plan_mixture(
+    state: PolicyState,
+    cost: CostTable,
+    mixture: Mixture,
+    tiers: Sequence[int],
+    previous: Choice,
+    hysteresis: float = 0.03,
+) -> tuple[Choice, PolicyState]:
+    """The choice of a uniform k that emits most per millisecond, and now and then a probe of what it advises against.
+
+    The same k holds for rows that copy and rows that do not, so what counts is the sum over the rows as they are now:
+    a batch that copies long repeats gets a long k, the same requests get a short one where they write new text. More
+    drafts than before, or the chain where it was off, must promise `hysteresis` more.
+    """
+    rates, plain_ms = _rates(cost, mixture, tiers), cost.verify_ms(mixture.num_rows, mixture.num_rows, mixture.context)
+
+    def worth(choice: Choice) -> float:
+        longer = choice.k > previous.k or (choice.chain and not previous.chain)
+        return rates[choice] / (1.0 + hysteresis) if longer else rates[choice]
+
+    best = max(rates, key=worth)
+    credit, probes = min(state.credit + PROBE_SHARE, MAX_CREDIT), dict(state.probes)
+    other, name = _probe_of(best, tiers)
+    if best.k == 0:
+        postpone(probes, _PLAIN)
+    if best.chain:
+        probes.pop(_CHAIN, None)
+    if other in rates and mixture.num_rows:
+        # Judged by cost alone where the estimate may be what is wrong: a probe of the chain may gain nothing.
+        loss = 1.0 - rates[other] / rates[best] if name == _PLAIN else _slowdown(cost, mixture, best, other, plain_ms)
+        if is_due(probes, name, loss, credit):
+            return other, replace(state, probes=probes, credit=credit - max(0.0, loss))
+    return best, replace(state, probes=probes, credit=credit)
+
+
+def _rates(cost: CostTable, mixture: Mixture, tiers: Sequence[int]) -> dict[Choice, float]:
+    """Tokens per millisecond of every choice."""
+    rows = mixture.num_rows
+    ks = sorted({0, *tiers})
+    verify = dict(zip(ks, cost.verify_many(rows, [rows * (1 + k) for k in ks], mixture.context), strict=True))
+    rates = {_NOTHING: rows / verify[0]}
+    for k in ks[1:]:
+        for chain in (False, True):
+            ms = verify[k] + (cost.draft_ms(rows, k) if chain else 0.0)
+            rates[Choice(k, chain)] = (rows + mixture.gain(k, chain)) / ms
+    return rates
+
+
+def _probe_of(best: Choice, tiers: Sequence[int]) -> tuple[Choice, str]:
+    if best.chain:
+        return _NOTHING, _PLAIN
+    return Choice(best.k or min(tiers, default=0), True), _CHAIN
+
+
+def _slowdown(cost: CostTable, mixture: Mixture, best: Choice, other: Choice, plain_ms: float) -> float:
+    rows = mixture.num_rows
+    ms = plain_ms if best.k == 0 else cost.verify_ms(rows, rows * (1 + best.k), mixture.context)
+    more = cost.verify_ms(rows, rows * (1 + other.k), mixture.context) + cost.draft_ms(rows, other.k)
+    return max(0.0, more / ms - 1.0)
+
+
+def plan_chain(
+    state: PolicyState,
+    cost: CostTable,
+    copies: Sequence[Survival],
+    learned: Sequence[Survival],
+    context: float,
+    tiers: Sequence[int],
+    hysteresis: float = 0.03,
+) -> tuple[int, PolicyState]:
+    """How long a chain to run for the rows of a ragged step that do not copy; 0: for none.
+
+    `copies` [R][drafts of row r] are of drafts that exist, `learned` [R][most drafts of row r] of those the chain would
+    make ([]: the row takes its copy, or may not draft). Rows are cut to what pays once their drafts exist, as
+    `choose_ragged` does, so that is how each length is priced here.
+    """
+    widest = max(map(len, learned), default=0)
+    num_chained = sum(map(bool, learned))
+    ks = sorted({0, *(k for k in tiers if k <= widest)} | {widest})
+    best_k, best_rate = 0, 0.0
+    for k in ks:
+        rate = _ragged_rate(cost, copies, [row[:k] for row in learned], context, k, num_chained)
+        if k > state.previous_k:
+            rate /= 1.0 + hysteresis
+        if rate > best_rate:
+            best_k, best_rate = k, rate
+    probes = dict(state.probes)  # credit for probes is earned where the drafts are cut
+    if best_k > 0:
+        probes.pop(_CHAIN, None)
+    elif len(ks) > 1:
+        smallest, rows = ks[1], len(copies)
+        tokens = rows + num_chained * smallest
+        ms = cost.verify_ms(rows, tokens, context) + cost.draft_ms(num_chained, smallest)
+        loss = max(0.0, ms / cost.verify_ms(rows, rows, context) - 1.0)
+        if is_due(probes, _CHAIN, loss, state.credit):
+            return smallest, replace(state, previous_k=0, probes=probes, credit=state.credit - loss)
+    return best_k, replace(state, previous_k=best_k, probes=probes)
+
+
+def _ragged_rate(
+    cost: CostTable, copies: Sequence[Survival], learned: Sequence[Survival], context: float, k: int, num_chained: int
+) -> float:
+    survivals = [chained or copy for copy, chained in zip(copies, learned, strict=True)]
+    counts = choose_ragged(cost, survivals, context)
+    emitted = len(copies) + sum(sum(row[:count]) for row, count in zip(survivals, counts, strict=True))
+    ms = cost.verify_ms(len(copies), len(copies) + sum(counts), context)
+    return emitted / (ms + (cost.draft_ms(num_chained, k) if k else 0.0))
+
+
+def take_copy(state: PolicyState, name: str, copy: Survival, learned: Survival) -> tuple[bool, PolicyState]:
+    """Whether a row with a match of class `name` copies rather than leaving its drafts to the chain.
+
+    Where the chain promises more, a copy is tried now and then, so that a class whose estimate is too low comes back.
+    """
+    loss, key = loss_of_copying(copy, learned), f"copy {name}"
+    if loss <= 0.0:
+        if key in state.probes:
+            state = replace(state, probes={n: p for n, p in state.probes.items() if n != key})
+        return True, state
+    probes = dict(state.probes)
+    due = is_due(probes, key, loss, state.credit)
+    return due, replace(state, probes=probes, credit=state.credit - loss if due else state.credit)
