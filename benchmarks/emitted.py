@@ -2,7 +2,7 @@
 
     python benchmarks/emitted.py [--prompts FILE] [--drafters eagle3,suffix,…] [--draft-model DIR] [--small-lm DIR]
         [--modes greedy,t08] [--rules coupled,ratio] [--k 5] [--limit N] [--budget SECONDS]
-    python benchmarks/emitted.py --speed [--widened DIR] …        tokens a second at batch 1: benchmarks/text/speed.py
+    python benchmarks/emitted.py --speed [--widened] …      tokens a second of one stream: benchmarks/text/speed.py
 
 Both turns of each prompt through the chat template, at most 256 new tokens a turn, end-of-sequence honoured, always `k`
 drafts (no policy). A row of a batch that is verified is one verify step; the first token of an answer is its prompt's
@@ -42,6 +42,8 @@ from benchmarks.engine import Prompter, build, device_name
 from benchmarks.text.acceptance import Total, macro, macro_survival, table, total
 from benchmarks.text.closed_loop import Answer, closed_loop
 from benchmarks.text.conversations import Conversation, by_category, interleaved, load_conversations, loops
+from benchmarks.text.draft_length import DraftLengths
+from benchmarks.text.speed import measure
 from server.config import DRAFTERS, ConfigError
 from server.core import Request, SamplingParams
 from server.engine.core import EngineCore
@@ -53,6 +55,7 @@ WITH_HEAD = ("eagle3", "hybrid")
 """Drafters that take `--draft-model`."""
 GPU_STREAMS, CPU_STREAMS = 64, 8
 GPU_BATCHED_TOKENS = 8192
+MAX_TOKENS = 256
 PROGRESS_S = 10.0
 
 
@@ -188,7 +191,7 @@ class Emitted:
         self.on_gpu = pick_device(args.device).type == "cuda"
         self.streams: int = args.streams or (GPU_STREAMS if self.on_gpu else CPU_STREAMS)
         self.conversations = interleaved(load_conversations(args.prompts, args.limit))
-        self.talker = Talker(Prompter(args.model), args.max_tokens, args.max_prompt)
+        self.talker = Talker(Prompter(args.model), args.max_tokens or MAX_TOKENS, args.max_prompt)
         self.rows: list[Row] = []
         self.tables: dict[str, Any] = {}
         self.left_out: list[str] = []
@@ -203,6 +206,7 @@ class Emitted:
         except ConfigError as error:
             self.left_out.append(f"{job.drafter} {job.rule}: {error}")
             return
+        DraftLengths(core).fixed(self.args.k)
         print(f"== {job.drafter} {job.rule}: ready after {time.monotonic() - started:.1f} s", flush=True)
         for mode in job.modes:
             self._mode(core, job, mode)
@@ -232,12 +236,11 @@ class Emitted:
 
     def _build(self, job: Job) -> EngineCore:
         args = self.args
-        draft_model = {"small-lm": args.small_lm, **dict.fromkeys(WITH_HEAD, args.draft_model)}.get(job.drafter)
-        longest = args.max_prompt + args.max_tokens
+        longest = args.max_prompt + self.talker.max_tokens
         return build(
             job.drafter,
             model=args.model,
-            draft_model=draft_model,
+            draft_model=draft_model_of(args, job.drafter),
             device=args.device,
             dtype=args.dtype,
             verification=job.rule,
@@ -253,11 +256,16 @@ class Emitted:
 
 
 def drafters_of(args: argparse.Namespace) -> list[str]:
-    """Those that were asked for; else all that the engine offers and a model was given for."""
+    """Those that were asked for; else all that the engine offers, small-lm if there is a model for it."""
     if args.drafters:
         return [name.strip() for name in args.drafters.split(",")]
+    small = ["small-lm"] if args.small_lm else []
+    return [name for name in (*WITH_HEAD, "suffix", "ngram", *small) if name in DRAFTERS]
+
+
+def draft_model_of(args: argparse.Namespace, drafter: str) -> str | None:
     given = {"small-lm": args.small_lm, **dict.fromkeys(WITH_HEAD, args.draft_model)}
-    return [name for name in (*WITH_HEAD, "suffix", "ngram", "small-lm") if name in DRAFTERS and given.get(name, "-")]
+    return given.get(drafter)
 
 
 def options() -> argparse.ArgumentParser:
@@ -273,22 +281,33 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--rules", default="coupled,ratio")
-    parser.add_argument("--limit", type=int, help="prompts of each category (default: all)")
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--limit", type=int, help="prompts of each category (default: all, 1 with --speed)")
+    parser.add_argument("--max-tokens", type=int, help=f"of an answer (default: {MAX_TOKENS}, 128 with --speed)")
     parser.add_argument("--max-prompt", type=int, default=2560)
     parser.add_argument("--streams", type=int, help="answers under way at once")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no answer is begun")
     parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--speed", action="store_true", help="measure tokens a second of one stream instead")
+    parser.add_argument("--passes", type=int, default=3, help="speed: over the prompts")
+    parser.add_argument(
+        "--fixed", help="speed: draft lengths to measure, comma-separated (default: the engine's tiers)"
+    )
+    parser.add_argument("--widened", action="store_true", help="speed: model and head in the shape of --shape")
+    parser.add_argument("--shape", default="llama-3.1-8b", help="a named shape or a directory with a config.json")
     return parser
 
 
 def main() -> None:
     args = options().parse_args()
-    run = Emitted(args)
-    for job in jobs(drafters_of(args), args.modes.split(","), args.rules.split(",")):
-        run.run(job)
-    print("\n".join(f"not run: {what}" for what in run.left_out) or "all was run", flush=True)
-    sys.exit(1 if run.left_out else 0)
+    if args.speed:
+        left_out = measure(args, [(name, draft_model_of(args, name)) for name in drafters_of(args)])
+    else:
+        run = Emitted(args)
+        for job in jobs(drafters_of(args), args.modes.split(","), args.rules.split(",")):
+            run.run(job)
+        left_out = run.left_out
+    print("\n".join(f"not run: {what}" for what in left_out) or "all was run", flush=True)
+    sys.exit(1 if left_out else 0)
 
 
 if __name__ == "__main__":
