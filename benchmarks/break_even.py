@@ -29,6 +29,7 @@ from benchmarks.engine import build, device_name
 from benchmarks.text.draft_length import DraftLengths
 from server.bench.engine import find
 from server.core import Request, SamplingParams
+from server.engine.collector import frozen_start
 from server.engine.core import EngineCore
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -126,7 +127,8 @@ def main() -> None:
         max_num_batched_tokens=min(most * args.input, 16384),
     )
     print(f"ready after {time.monotonic() - started:.1f} s", flush=True)
-    rows = measure(core, args.k, batch, args, started + args.budget)
+    with frozen_start():
+        rows = measure(core, args.k, batch, args, started + args.budget)
     write_result(args.name or f"{device_name(core)}_break_even", rows)
     sys.exit(0 if len(rows) == len(batch) else 1)
 

@@ -22,10 +22,8 @@ import argparse
 import gc
 import sys
 import time
-import zlib
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +37,14 @@ import torch
 
 from benchmarks.common import PROMPTS, Row, write_result
 from benchmarks.engine import Prompter, build, device_name
-from benchmarks.text.acceptance import Total, macro, macro_survival, table, total
-from benchmarks.text.closed_loop import Answer, closed_loop
-from benchmarks.text.conversations import Conversation, by_category, interleaved, load_conversations, loops
+from benchmarks.text.acceptance import table
+from benchmarks.text.conversations import interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
 from benchmarks.text.speed import measure
+from benchmarks.text.talk import Talker, rows_of
 from server.config import DRAFTERS, ConfigError
-from server.core import Request, SamplingParams
 from server.engine.core import EngineCore
 from server.models.loader import pick_device
-from server.text.chat_template import encode_chat
 
 MODES = ("greedy", "t08")
 WITH_HEAD = ("eagle3", "hybrid")
@@ -56,7 +52,6 @@ WITH_HEAD = ("eagle3", "hybrid")
 GPU_STREAMS, CPU_STREAMS = 64, 8
 GPU_BATCHED_TOKENS = 8192
 MAX_TOKENS = 256
-PROGRESS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -70,109 +65,6 @@ class Job:
     def case(self, device: str, label: str, mode: str) -> str:
         suffix = "" if self.rule == "coupled" else f"-{self.rule}"
         return f"{device}/emitted_per_step/{label}-{self.drafter}/{mode}{suffix}"
-
-
-@dataclass
-class Talk:
-    """What one drafter said in one mode: (category, answer), and how many answers there would have been in all."""
-
-    categories: list[str]
-    wanted: int
-    answers: list[tuple[str, Answer]] = field(default_factory=list)
-
-    def totals(self, *, with_loops: bool = True) -> dict[str, Total]:
-        """By category, in a fixed order, those without a verify step too."""
-        kept: dict[str, list[Answer]] = {category: [] for category in self.categories}
-        for category, answer in self.answers:
-            if with_loops or not loops(answer.tokens):
-                kept[category].append(answer)
-        return {category: total(answers) for category, answers in kept.items()}
-
-    @property
-    def num_loops(self) -> int:
-        return sum(loops(answer.tokens) for _, answer in self.answers)
-
-
-class Talker:
-    """Runs conversations; remembers, for every mode, the first answer that was given to each turn."""
-
-    def __init__(self, prompter: Prompter, max_tokens: int, max_prompt: int) -> None:
-        self.prompter, self.max_tokens, self.max_prompt = prompter, max_tokens, max_prompt
-        self._said: dict[tuple[str, str, int], str] = {}
-
-    def talk(
-        self, core: EngineCore, conversations: list[Conversation], mode: str, num_streams: int, deadline: float
-    ) -> Talk:
-        """All turns of all conversations, except those that would begin after `deadline` (time.monotonic)."""
-        talk = Talk(list(by_category(conversations)), sum(len(c.turns) for c in conversations))
-        pending = deque((c, 0) for c in conversations)
-        asked: dict[str, tuple[Conversation, int]] = {}
-        stamp, told = time.time_ns(), time.monotonic()
-
-        def next_request() -> Request | None:
-            if not pending or time.monotonic() > deadline:
-                return None
-            conversation, turn = pending.popleft()
-            name = f"{stamp}-{conversation.name}-{turn}"
-            asked[name] = (conversation, turn)
-            ids = self._prompt(conversation, turn, mode)
-            return Request(name, ids, _sampling(conversation, turn, mode), max_tokens=self.max_tokens)
-
-        def on_answer(request: Request, answer: Answer) -> None:
-            nonlocal told
-            conversation, turn = asked.pop(request.request_id)
-            talk.answers.append((conversation.category, answer))
-            self._said.setdefault((mode, conversation.name, turn), self.prompter.tokenizer.decode(answer.tokens))
-            if turn + 1 < len(conversation.turns):
-                pending.appendleft((conversation, turn + 1))
-            if time.monotonic() - told > PROGRESS_S:
-                told = time.monotonic()
-                print(f"  {len(talk.answers)} of {talk.wanted} answers", flush=True)
-
-        closed_loop(core, next_request, num_streams, on_answer, drain=True)
-        return talk
-
-    def _prompt(self, conversation: Conversation, turn: int, mode: str) -> list[int]:
-        messages = []
-        for i, text in enumerate(conversation.turns[: turn + 1]):
-            messages.append({"role": "user", "content": text})
-            if i < turn:
-                messages.append({"role": "assistant", "content": self._said[mode, conversation.name, i]})
-        ids = encode_chat(self.prompter.tokenizer, self.prompter.template, messages)
-        if len(ids) > self.max_prompt:
-            raise ValueError(f"{conversation.name}: {len(ids)} tokens are too long; raise --max-prompt")
-        return ids
-
-
-def _sampling(conversation: Conversation, turn: int, mode: str) -> SamplingParams:
-    if mode == "greedy":
-        return SamplingParams(temperature=0.0)
-    return SamplingParams(temperature=0.8, seed=zlib.crc32(f"{conversation.name}/{turn}".encode()))
-
-
-def rows_of(case: str, talk: Talk, what: str) -> list[Row]:
-    """The mean over categories, the same without loops, and every category."""
-    everything, without = (_stepped(talk.totals(with_loops=with_loops)) for with_loops in (True, False))
-    if not everything:
-        return []
-    unfinished = talk.wanted - len(talk.answers)
-    cut = f"CUT OFF: {unfinished} of {talk.wanted} answers not run; " if unfinished else ""
-    shares = " ".join(f"{share:.2f}" for share in macro_survival(everything))
-    note = f"{cut}mean of {len(everything)} categories, {what}; accepted by position {shares}"
-    rows = [Row(case, round(macro(everything), 3), "tokens", None, note)]
-    if without:
-        note = (
-            f"{cut}mean of {len(without)} categories, without {talk.num_loops} of {len(talk.answers)} answers that loop"
-        )
-        rows.append(Row(f"{case}/no-loops", round(macro(without), 3), "tokens", None, note))
-    for category, t in everything.items():
-        note = f"{t.emitted} tokens in {t.steps} steps of {t.answers} answers"
-        rows.append(Row(f"{case}/{category}", round(t.emitted_per_step, 3), "tokens", None, note))
-    return rows
-
-
-def _stepped(totals: dict[str, Total]) -> dict[str, Total]:
-    return {category: t for category, t in totals.items() if t.steps}
 
 
 def jobs(drafters: list[str], modes: list[str], rules: list[str]) -> Iterator[Job]:
@@ -206,7 +98,8 @@ class Emitted:
         except ConfigError as error:
             self.left_out.append(f"{job.drafter} {job.rule}: {error}")
             return
-        DraftLengths(core).fixed(self.args.k)
+        if core.runner.drafter is not None:
+            DraftLengths(core).fixed(self.args.k)
         print(f"== {job.drafter} {job.rule}: ready after {time.monotonic() - started:.1f} s", flush=True)
         for mode in job.modes:
             self._mode(core, job, mode)

@@ -38,6 +38,7 @@ from benchmarks.text.conversations import interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
 from benchmarks.text.plot import plot_sweep
 from server.core import Request, SamplingParams
+from server.engine.collector import frozen_start
 from server.engine.core import EngineCore
 from server.models.loader import pick_device
 
@@ -247,7 +248,8 @@ def main() -> None:
     plain = build("none", **settings) if (args.plain or d.plain) == "own" else None
     print(f"ready after {time.monotonic() - started:.1f} s", flush=True)
     sweep = Sweep(core, plain, fixed, prompts, d.max_tokens)
-    cut = run(sweep, points, rounds, d, started + args.budget)
+    with frozen_start():
+        cut = run(sweep, points, rounds, d, started + args.budget)
     device, name = device_name(core), f"{args.label}-{args.drafter}"
     rows = rows_of(sweep, points, device, name)
     detail = {"not_run": cut, "graph_misses": core.stats().num_graph_misses, "rounds": rounds}

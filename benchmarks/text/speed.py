@@ -26,6 +26,7 @@ from benchmarks.text.draft_length import DraftLengths
 from benchmarks.widen import PREFIX, Widened
 from server.config import ConfigError
 from server.core import Request, SamplingParams
+from server.engine.collector import frozen_start
 from server.engine.core import EngineCore
 from server.models.source import resolve
 
@@ -192,7 +193,8 @@ def measure(args: argparse.Namespace, drafters: list[tuple[str, str | None]]) ->
         print(f"== {drafter}: ready after {time.monotonic() - started:.1f} s", flush=True)
         fixed = None if args.fixed is None else [int(k) for k in args.fixed.split(",")]
         stream = SingleStream(core, prompter, max_tokens, fixed)
-        cut = _passes(stream, sample, args.passes, deadline)
+        with frozen_start():
+            cut = _passes(stream, sample, args.passes, deadline)
         left_out += [f"{drafter}: {cut}"] if cut else []
         if stream.passes[PLAIN]:
             label = args.label + ("-widened" if args.widened else "")
