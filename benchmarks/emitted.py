@@ -36,13 +36,13 @@ from benchmarks import omp  # noqa: F401  before torch
 import torch
 
 from benchmarks.common import PROMPTS, Row, write_result
-from benchmarks.engine import Prompter, build, device_name
+from benchmarks.engine import CannotBuild, Prompter, build, device_name
 from benchmarks.text.acceptance import table
 from benchmarks.text.conversations import interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
 from benchmarks.text.speed import measure
 from benchmarks.text.talk import Talker, rows_of
-from server.config import DRAFTERS, ConfigError
+from server.config import DRAFTERS
 from server.engine.core import EngineCore
 from server.models.loader import pick_device
 
@@ -95,7 +95,7 @@ class Emitted:
         started = time.monotonic()
         try:
             core = self._build(job)
-        except ConfigError as error:
+        except CannotBuild as error:
             self.left_out.append(f"{job.drafter} {job.rule}: {error}")
             return
         if core.runner.drafter is not None:

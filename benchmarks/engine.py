@@ -11,14 +11,21 @@ import torch
 
 from benchmarks.common import Prompt
 from server.bench.machine import num_cores, short_gpu_name
-from server.config import EngineConfig
+from server.config import ConfigError, EngineConfig
 from server.core import Request, SamplingParams
 from server.engine.build import Find, build_engine
 from server.engine.core import EngineCore
 from server.engine.speculation import Speculation
+from server.models.config import UnsupportedModelError
+from server.models.errors import ModelSourceError
+from server.models.loader import WeightsError
 from server.models.source import resolve
 from server.text.chat_template import ChatTemplate, encode_chat
 from server.text.tokenizer import Tokenizer
+
+
+CannotBuild = (ConfigError, ModelSourceError, UnsupportedModelError, WeightsError)
+"""What `build` raises for settings or models that can not be used, with the reason."""
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,11 @@ def test_a_drafter_that_can_not_run_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--drafters", "small-lm,none", "--rules", "coupled", "--modes", "greedy")
-    status, result = run(monkeypatch, tmp_path, tiny_llama_dir, *options)
-    assert status == 1
-    assert "small-lm coupled: draft_model: missing" in capsys.readouterr().out
-    assert result["rows"][0]["value"] == 1.0
+    for given, reason in (((), "draft_model: missing"), (("--small-lm", "/nowhere"), "/nowhere: there is no such")):
+        status, result = run(monkeypatch, tmp_path, tiny_llama_dir, *options, *given)
+        assert status == 1
+        assert f"small-lm coupled: {reason}" in capsys.readouterr().out
+        assert result["rows"][0]["value"] == 1.0
 
 
 def test_answers_that_loop_are_left_out() -> None:

@@ -86,6 +86,7 @@ def test_the_engines_own_choice_comes_back(core: EngineCore) -> None:
     lengths = DraftLengths(core)
     lengths.fixed(2)
     assert core.speculation is not own
+    assert own.costs is None  # a hybrid drafter asks it what to copy even so: nothing may follow from costs then
     answer(core)
     assert own.num_draft_steps == 0  # what fixed lengths show is not told to it
     lengths.adaptive()
