@@ -36,7 +36,7 @@ from benchmarks import omp  # noqa: F401  before torch
 import torch
 
 from benchmarks.common import PROMPTS, Row, write_result
-from benchmarks.engine import CannotBuild, Prompter, build, device_name
+from benchmarks.engine import CANNOT_BUILD, Prompter, build, device_name
 from benchmarks.text.acceptance import table
 from benchmarks.text.conversations import interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
@@ -95,7 +95,7 @@ class Emitted:
         started = time.monotonic()
         try:
             core = self._build(job)
-        except CannotBuild as error:
+        except CANNOT_BUILD as error:
             self.left_out.append(f"{job.drafter} {job.rule}: {error}")
             return
         if core.runner.drafter is not None:

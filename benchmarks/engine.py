@@ -23,8 +23,7 @@ from server.models.source import resolve
 from server.text.chat_template import ChatTemplate, encode_chat
 from server.text.tokenizer import Tokenizer
 
-
-CannotBuild = (ConfigError, ModelSourceError, UnsupportedModelError, WeightsError)
+CANNOT_BUILD = (ConfigError, ModelSourceError, UnsupportedModelError, WeightsError)
 """What `build` raises for settings or models that can not be used, with the reason."""
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Prompt, Row, median_row, write_result
-from benchmarks.engine import CannotBuild, Prompter, build, device_name
+from benchmarks.engine import CANNOT_BUILD, Prompter, build, device_name
 from benchmarks.text.closed_loop import Answer, closed_loop
 from benchmarks.text.conversations import Conversation, by_category, interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
@@ -186,7 +186,7 @@ def measure(args: argparse.Namespace, drafters: list[tuple[str, str | None]]) ->
         started = time.monotonic()
         try:
             core = _build(args, drafter, draft_model, max_tokens)
-        except CannotBuild as error:
+        except CANNOT_BUILD as error:
             left_out.append(f"{drafter}: {error}")
             continue
         print(f"== {drafter}: ready after {time.monotonic() - started:.1f} s", flush=True)
