@@ -39,6 +39,7 @@ SPECULATIVE = (
 )
 EXACT = (*LATENCY, "--deterministic", "--only", "latency", "--repeats", "3", "--label")
 TEXT = ("--model", "MODEL", "--prompts", "PROMPTS", "--draft-model", "HEAD")
+WIDENED = ("--speed", "--widened", "--label", "8b", "--drafters", "eagle3", "--fixed", "3,5", "--passes", "2")
 PROFILE = ("--batch", "1,64", "--only", "profile", "--profile", "{profile}")
 
 
@@ -87,9 +88,7 @@ PARTS = {
     "text": script(150, "gpu_text", "--model", "MODEL", "--prompts", "PROMPTS"),
     "emitted": script(240, "emitted", *TEXT, "--small-lm", "SMALL-LM", "--budget", "210"),
     "speed": script(75, "emitted", *TEXT, "--speed", "--drafters", "eagle3,suffix", "--limit", "2", "--budget", "90"),
-    "widened-speed": script(
-        150, "emitted", *TEXT, "--speed", "--widened", "--label", "8b", "--drafters", "eagle3", "--budget", "150"
-    ),
+    "widened-speed": script(120, "emitted", *TEXT, *WIDENED, "--budget", "140"),
     "break-even": script(75, "break_even"),
     "sweep": script(200, "load_sweep", *TEXT, "--budget", "190"),
     "http-135m": script(180, "gpu_http", "--case", "135m", "--model", "MODEL"),

@@ -255,7 +255,7 @@ def main() -> None:
     detail = {"not_run": cut, "graph_misses": core.stats().num_graph_misses, "rounds": rounds}
     file = write_result(args.name or f"{device}_sweep_{args.drafter}", rows, detail)
     if rows:
-        plot_sweep(rows, f"{name}, {device}", RESULTS / f"{file.stem}.svg")
+        plot_sweep(rows, file.stem, RESULTS / f"{file.stem}.svg")
     print(f"not run: {cut}" if cut else "all was run", flush=True)
     sys.exit(1 if cut else 0)
 
