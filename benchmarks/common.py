@@ -107,8 +107,8 @@ def median_row(case: str, values: Sequence[float], unit: str, note: str = "") ->
     return Row(case, round(statistics.median(values), 4), unit, (round(min(values), 4), round(max(values), 4)), note)
 
 
-def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = None) -> Path:
-    """Writes `results/<name>.json` and prints the rows."""
+def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = None, *, show: bool = True) -> Path:
+    """Writes `results/<name>.json` and prints the rows (`show`: or not, where they are not the last)."""
     script, *rest = sys.argv
     arguments = [Path(word).name if Path(word).is_absolute() else word for word in rest]  # where files lay is private
     command = shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *arguments])
@@ -125,6 +125,6 @@ def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = Non
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
-    for r in rows:
+    for r in rows if show else ():
         print(f"{r.case:60} {r.value:10.3f} {r.unit:8} {r.spread or ''} {r.note}")
     return file

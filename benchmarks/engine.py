@@ -7,15 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from benchmarks.common import Prompt
-from server.config import EngineConfig
+from server.bench.machine import num_cores, short_gpu_name
+from server.config import ConfigError, EngineConfig
 from server.core import Request, SamplingParams
-from server.engine.build import build_engine
+from server.engine.build import Find, build_engine
 from server.engine.core import EngineCore
 from server.engine.speculation import Speculation
+from server.models.config import UnsupportedModelError
+from server.models.errors import ModelSourceError
+from server.models.loader import WeightsError
 from server.models.source import resolve
 from server.text.chat_template import ChatTemplate, encode_chat
 from server.text.tokenizer import Tokenizer
+
+CANNOT_BUILD = (ConfigError, ModelSourceError, UnsupportedModelError, WeightsError)
+"""What `build` raises for settings or models that can not be used, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,16 @@ class Run:
         return (self.num_tokens - 1) / (self.seconds - self.first_token_s)
 
 
-def build(drafter: str, **settings: object) -> EngineCore:
-    """An engine on the embedded model, silent."""
+def build(drafter: str, *, find: Find = resolve, **settings: object) -> EngineCore:
+    """An engine on the embedded model, silent. `find` as in `build_engine`."""
     config = EngineConfig(drafter=drafter, **{"kv_cache_tokens": 40_000, **settings})  # type: ignore[arg-type]
-    return build_engine(config, lambda text: None)[0]
+    return build_engine(config, lambda text: None, find=find)[0]
+
+
+def device_name(core: EngineCore) -> str:
+    """How result cases call the device of an engine: `h100`, `cpu2`."""
+    device = core.runner.model.device
+    return f"cpu{num_cores()}" if device.type == "cpu" else short_gpu_name(torch.cuda.get_device_name(device))
 
 
 def another(core: EngineCore, *, kv_cache_tokens: int | None = None, **limits: Any) -> EngineCore:

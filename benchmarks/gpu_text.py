@@ -12,13 +12,11 @@ over categories, and again without answers that fall into a loop when they are d
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,25 +27,13 @@ from benchmarks import omp  # noqa: F401  before torch
 
 from benchmarks.common import PROMPTS, Row, write_result
 from benchmarks.engine import Prompter, build
+from benchmarks.text.conversations import Conversation, by_category, load_conversations, loops
 from server.core import Request, SamplingParams, SpeculationParams
 from server.engine.core import EngineCore
 from server.text.chat_template import encode_chat
 
 PLAIN, FIXED, POLICY = "plain", "suffix", "suffix-adaptive"
 GREEDY = SamplingParams(temperature=0.0)
-LOOP_TOKENS = 48
-"""An answer loops if its last so many tokens repeat with one period, at least three times."""
-
-
-@dataclass
-class Conversation:
-    """One prompt: what the user says, the plain answers so far, and whether the last one loops."""
-
-    name: str
-    category: str
-    turns: list[str]
-    messages: list[dict[str, str]] = field(default_factory=list)
-    loops: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,18 +53,6 @@ class Total:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-
-def load_conversations(path: Path) -> list[Conversation]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Conversation(raw["id"], raw["category"], raw["turns"]) for raw in lines]
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    tail = list(tokens[-LOOP_TOKENS:])
-    if len(tail) < LOOP_TOKENS:
-        return False
-    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_TOKENS // 3 + 1))
 
 
 def answer(core: EngineCore, prompts: list[list[int]], max_tokens: int, way: str) -> Answered:
@@ -188,9 +162,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140.0, help="stop after so long; what is measured is reported")
     args = parser.parse_args()
     started = time.perf_counter()
-    by_category: dict[str, list[Conversation]] = defaultdict(list)
-    for conversation in load_conversations(args.prompts):
-        by_category[conversation.category].append(conversation)
+    groups = by_category(load_conversations(args.prompts))
     core = build(
         "suffix",
         model=args.model,
@@ -204,18 +176,18 @@ def main() -> None:
     )
     m = Measurement(core, Prompter(args.model), args.max_tokens, args.max_prompt)
     print(f"{time.perf_counter() - started:6.1f} s  ready", flush=True)
-    m.talk([next(iter(by_category.values()))[0]], "warm-up")
+    m.talk([next(iter(groups.values()))[0]], "warm-up")
     batched = [
-        (cs[i : i + args.batch], f"b{args.batch}") for cs in by_category.values() for i in range(0, len(cs), args.batch)
+        (cs[i : i + args.batch], f"b{args.batch}") for cs in groups.values() for i in range(0, len(cs), args.batch)
     ]
-    singly = [([cs[i]], "b1") for i in range(args.alone) for cs in by_category.values() if i < len(cs)]
+    singly = [([cs[i]], "b1") for i in range(args.alone) for cs in groups.values() if i < len(cs)]
     for done, (conversations, name) in enumerate([*batched, *singly]):
         if time.perf_counter() - started > args.seconds:
             print(f"out of time after {done} of {len(batched) + len(singly)} runs", flush=True)
             break
         m.talk(conversations, name)
     print(f"{time.perf_counter() - started:6.1f} s  done", flush=True)
-    rows = [row for name in ("b1", f"b{args.batch}") for row in report(m, name, list(by_category), args.label)]
+    rows = [row for name in ("b1", f"b{args.batch}") for row in report(m, name, list(groups), args.label)]
     for name in ("b1", f"b{args.batch}"):
         whole = [total for (n, way, _, _), total in m.totals.items() if n == name and way == PLAIN]
         if whole:

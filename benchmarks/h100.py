@@ -38,6 +38,8 @@ SPECULATIVE = (
     *("--max-draft-tokens", "4", "--accept", "3", "--no-adaptive"),
 )
 EXACT = (*LATENCY, "--deterministic", "--only", "latency", "--repeats", "3", "--label")
+TEXT = ("--model", "MODEL", "--prompts", "PROMPTS", "--draft-model", "HEAD")
+WIDENED = ("--speed", "--widened", "--label", "8b", "--drafters", "eagle3", "--fixed", "3,5", "--passes", "2")
 PROFILE = ("--batch", "1,64", "--only", "profile", "--profile", "{profile}")
 
 
@@ -46,7 +48,8 @@ class Part:
     """Python's arguments. `seconds` is about what it takes on a quiet machine.
 
     `{json}` is the part's result file, `{text}` one that is no result (no rows), `{profile}` a folder for traces;
-    scripts without them write results of their own. MODEL and PROMPTS stand for what the options say.
+    scripts without them write results of their own. MODEL, PROMPTS, HEAD and SMALL-LM stand for what the options say;
+    one that was not given is left out together with the option before it.
     """
 
     seconds: float
@@ -83,6 +86,11 @@ PARTS = {
     "135m-timeline": script(45, "gpu_timeline", "--model", "MODEL"),
     "parity": script(150, "gpu_parity", "--model", "MODEL", "--prompts", "PROMPTS"),
     "text": script(150, "gpu_text", "--model", "MODEL", "--prompts", "PROMPTS"),
+    "emitted": script(240, "emitted", *TEXT, "--small-lm", "SMALL-LM", "--budget", "210"),
+    "speed": script(75, "emitted", *TEXT, "--speed", "--drafters", "eagle3,suffix", "--limit", "2", "--budget", "90"),
+    "widened-speed": script(120, "emitted", *TEXT, *WIDENED, "--budget", "140"),
+    "break-even": script(75, "break_even"),
+    "sweep": script(200, "load_sweep", *TEXT, "--budget", "190"),
     "http-135m": script(180, "gpu_http", "--case", "135m", "--model", "MODEL"),
     "http-8b": script(180, "gpu_http", "--case", "8b"),
 }
@@ -97,7 +105,12 @@ class Driver:
     def __init__(self, args: argparse.Namespace) -> None:
         self.out: Path = args.out
         self.bundle: Path | None = args.bundle
-        self.words = {"MODEL": args.model, "PROMPTS": str(args.prompts)}
+        self.words: dict[str, str | None] = {
+            "MODEL": args.model,
+            "PROMPTS": str(args.prompts),
+            "HEAD": args.head,
+            "SMALL-LM": args.small_lm,
+        }
         self.force: bool = args.force
         self.end: float = time.monotonic() + args.budget
         self.environment = {**os.environ, "OUTPACE_RESULTS": str(self.out), "PYTHONUNBUFFERED": "1"}
@@ -141,7 +154,7 @@ class Driver:
             f"{{{kind}}}": str(self.out / f"h100_{name}.{end}") for kind, end in (("json", "json"), ("text", "txt"))
         }
         places["{profile}"] = str(self.out / f"profile-{name}")
-        words = [{**places, **self.words}.get(word, word) for word in PARTS[name].command]
+        words = filled(PARTS[name].command, {**places, **self.words})
         if "bench" in words:
             words += ["--name", f"h100_{name}"]
         print(f"-- {' '.join(Path(w).name if w.startswith('/') else w for w in words)}", flush=True)
@@ -184,6 +197,18 @@ class Driver:
             print(line(row, target_of(row["case"], self.targets)), flush=True)
 
 
+def filled(command: tuple[str, ...], words: dict[str, str | None]) -> list[str]:
+    """`command` with words replaced; one that stands for None goes, and so does the option whose value it is."""
+    result: list[str] = []
+    for word in command:
+        value = words.get(word, word)
+        if value is None:
+            result.pop()
+        else:
+            result.append(value)
+    return result
+
+
 def line(row: dict[str, Any], target: dict[str, Any] | None) -> str:
     """One case: value, range, target with a sign where it is missed, peer."""
     text = f"{row['case']:58} {row['value']:>11,.3f} {row['unit']:6}"
@@ -204,6 +229,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=lambda text: Path(text).resolve(), help="FILE.tar.gz to pack results into")
     parser.add_argument("--model", default="smollm2-135m", help="the 135M model: a name, directory or GGUF file")
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--head", help="directory of the 135M model's EAGLE-3 head (default: the packaged one)")
+    parser.add_argument("--small-lm", help="directory of the 135M model's small-LM drafter")
     parser.add_argument("--force", action="store_true", help="complete parts again")
     parser.add_argument("--list", action="store_true", help="print the parts and leave")
     args = parser.parse_args()

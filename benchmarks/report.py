@@ -15,6 +15,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import Row
+from benchmarks.text.plot import curves, plot_sweep
+
 FOLDER = Path(__file__).resolve().parent
 MARK = "<!-- tables below are written by benchmarks/report.py -->"
 
@@ -49,10 +54,21 @@ def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[l
         "",
         f"{_provenance(result)} Raw: [results/{result['file']}](results/{result['file']})",
         "",
+        *_plot(result),
         f"| {' | '.join(columns)} |",
         f"| {' | '.join('---' for _ in columns)} |",
     ]
     return [*head, *ordered, ""], sum(missed)
+
+
+def _plot(result: dict[str, Any]) -> list[str]:
+    """Draws a load sweep anew; nothing for other results."""
+    rows = [Row(row["case"], row["value"], row["unit"]) for row in result["rows"]]
+    if not curves(rows):
+        return []
+    file = f"results/{Path(result['file']).stem}.svg"
+    plot_sweep(rows, result["name"], FOLDER / file)
+    return [f"![Throughput by number of streams]({file})", ""]
 
 
 def _line(row: dict[str, Any], target: dict[str, Any], missed: bool, has_peer: bool) -> str:
