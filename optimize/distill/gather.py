@@ -81,24 +81,13 @@ def gather(
 ) -> Texts:
     """Raises StoppedError once what is under way is on disk, DistillError if the model writes nothing of use."""
     root = options.corpus or cache_dir() / "distill"
-    settings = CorpusSettings(
-        seed=options.seed,
-        shard_documents=256 if options.tokens >= LARGE_CORPUS else 8,
-        max_length=context(options, source),
-    )
-    held_out = replace(
-        settings,
-        seed=~options.seed,
-        shard_documents=32 if options.tokens >= LARGE_CORPUS else 8,
-        greedy_share=0.5,
-        temperatures=(EVALUATION_TEMPERATURE, EVALUATION_TEMPERATURE),
-    )
-    seen = Deduplicator(prompts.tokenizer.decode)
+    parts, held_out = _settings(options, source)
     engine = _Engine(options, source, say)
     num_held_out = int(min(MOST_HELD_OUT, max(LEAST_HELD_OUT, options.tokens * HELD_OUT_SHARE)))
 
     def written(wanted: CorpusSettings, tokens: int) -> list[Document]:
         store = ShardStore(corpus_directory(root, source, wanted))
+        seen = Deduplicator(prompts.tokenizer.decode)  # its own: what a part holds must not depend on the others
         found = write_corpus(
             lambda: CorpusWriter(engine.core(), prompts, wanted, store), store, tokens, seen, say, stopped
         )
@@ -108,11 +97,31 @@ def gather(
 
     try:
         say(f"corpus: {root}")
-        test, train = written(held_out, num_held_out), written(settings, options.tokens)
+        test = written(held_out, num_held_out)
+        found = [written(part, -(-options.tokens // len(parts))) for part in parts]
     finally:
         engine.close()
-    name = f"{corpus_directory(root, source, settings).name}:{options.tokens}"
-    return Texts(train, test, name)
+    seen = Deduplicator(prompts.tokenizer.decode)
+    for document in test:
+        seen.is_new(document.ids, document.written)
+    train = [d for part in found for d in part if seen.is_new(d.ids, d.written)]
+    name = "+".join(corpus_directory(root, source, part).name for part in parts)
+    return Texts(train, test, f"{name}:{options.tokens}")
+
+
+def _settings(options: DistillOptions, source: ModelSource) -> tuple[list[CorpusSettings], CorpusSettings]:
+    """(the parts of the corpus, the held-out text): the latter belongs to the first part."""
+    large, seeds = options.tokens // len(options.text_seeds) >= LARGE_CORPUS, options.text_seeds
+    shard_documents, max_length = 256 if large else 8, context(options, source)
+    parts = [CorpusSettings(seed, shard_documents=shard_documents, max_length=max_length) for seed in seeds]
+    held_out = replace(
+        parts[0],
+        seed=~seeds[0],
+        shard_documents=32 if large else 8,
+        greedy_share=0.5,
+        temperatures=(EVALUATION_TEMPERATURE, EVALUATION_TEMPERATURE),
+    )
+    return parts, held_out
 
 
 def corpus_words(texts: Texts, options: DistillOptions) -> str:
@@ -120,8 +129,13 @@ def corpus_words(texts: Texts, options: DistillOptions) -> str:
     total = sum(len(d.ids) for d in texts.train)
     conversations = sum(bool((d.kinds == ANSWER).any()) for d in texts.train)
     return (
-        f"{total:,} tokens in {len(texts.train):,} documents that the target wrote itself (seed {options.seed}): "
+        f"{total:,} tokens in {len(texts.train):,} documents that the target wrote itself ({_seeds(options)}): "
         f"{conversations:,} conversations of 1 to 3 turns, the user's turns sampled behind the chat template's user "
         "prefix, and continuations of short openings of text and code. Answers at temperature 0.6 to 1.0, a quarter "
         "greedy; repeated texts and loops dropped."
     )
+
+
+def _seeds(options: DistillOptions) -> str:
+    seeds = options.text_seeds
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"

@@ -20,9 +20,10 @@ class DistillOptions:
 
     `tokens` is the size of the corpus, `minutes` or `steps` the length of the training (20 minutes where neither is
     given). `draft_vocab` None means the whole vocabulary up to 32,768 tokens, else the 32,768 most frequent ones.
-    `corpus` is the folder of corpora (None: Outpace's cache). `sequence` is the length of a packed row and of the
-    longest document; an update sees `accumulate` batches of `batch_tokens` tokens (None: 16,384 on a GPU, 2,048 on a
-    CPU). `ema` is the decay of the weights' moving average, 0 for none.
+    `init` is an earlier head to go on from instead of the target's own layers. `corpus` is the folder of corpora (None:
+    Outpace's cache), `corpus_seeds` the seeds of the parts that make up the corpus (None: `seed`). `sequence` is the
+    length of a packed row and of the longest document; an update sees `accumulate` batches of `batch_tokens` tokens
+    (None: 16,384 on a GPU, 1,024 on a CPU). `ema` is the decay of the weights' moving average, 0 for none.
     """
 
     model: str
@@ -36,7 +37,9 @@ class DistillOptions:
     seed: int = 0
     device: str = "auto"
     resume: bool = False
+    init: Path | None = None
     corpus: Path | None = None
+    corpus_seeds: str | None = None
     corpus_only: bool = False
     num_seqs: int | None = None
     learning_rate: float = 1e-3
@@ -60,6 +63,13 @@ class DistillOptions:
         _within("sequence", self.sequence, 64)
         if self.batch_tokens is not None:
             _within("batch_tokens", self.batch_tokens, self.sequence)
+        self._check_training()
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed: {self.seed} is not valid; use a 64-bit integer")
+        if len(set(self.text_seeds)) < len(self.text_seeds):
+            raise ConfigError(f"corpus_seeds: {self.corpus_seeds!r} is not valid; use different numbers")
+
+    def _check_training(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigError(f"minutes: {self.minutes!r} is not valid; use more than 0")
         if self.minutes is not None and self.steps is not None:
@@ -68,8 +78,17 @@ class DistillOptions:
             raise ConfigError(f"learning_rate: {self.learning_rate!r} is not valid; use more than 0 and less than 1")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema: {self.ema!r} is not valid; use 0 (none) or less than 1")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed: {self.seed} is not valid; use a 64-bit integer")
+
+    @property
+    def text_seeds(self) -> tuple[int, ...]:
+        """Seeds of the parts of the corpus."""
+        if self.corpus_seeds is None:
+            return (self.seed,)
+        try:
+            return tuple(int(part) for part in self.corpus_seeds.split(","))
+        except ValueError:
+            reason = f"corpus_seeds: {self.corpus_seeds!r} is not valid; use whole numbers with commas between them"
+            raise ConfigError(reason) from None
 
     @property
     def training_minutes(self) -> float | None:
@@ -85,10 +104,12 @@ HELP = {
     "steps": "length of the training in updates, instead of minutes",
     "draft_vocab": "tokens that can be drafted (default: all if at most 32768, else the 32768 most frequent)",
     "max_draft_tokens": "longest chain of drafts that is trained",
-    "seed": "fixes corpus, order and initial weights",
+    "seed": "fixes corpus (unless --corpus-seeds does), order and initial weights",
     "device": "auto, cpu, cuda or cuda:N",
     "resume": "go on from the checkpoint in --out",
+    "init": "start from the head in this directory (an earlier --out) and keep its vocabulary",
     "corpus": "folder that keeps corpora (default: Outpace's cache)",
+    "corpus_seeds": "seeds of the parts that the corpus is made of, such as 0,1,2 (default: --seed)",
     "corpus_only": "write the corpus and stop",
     "num_seqs": "documents that the model writes at once (default: 256 on a GPU, 16 on a CPU)",
     "learning_rate": "peak of the learning rate",

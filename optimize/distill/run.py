@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from draft_models.eagle3_config import Eagle3Config, config_for, default_feature_layers
+from draft_models.eagle3_weights import Eagle3Weights
+from optimize.distill.earlier import earlier_head
 from optimize.distill.errors import DistillError, StoppedError
 from optimize.distill.evaluate import Acceptance, evaluate, table
 from optimize.distill.export import Card, export
@@ -19,6 +21,7 @@ from optimize.distill.options import DistillOptions
 from optimize.distill.packing import pack
 from optimize.distill.prompts import Prompts
 from optimize.distill.schedule import Schedule
+from optimize.distill.shards import model_identity
 from optimize.distill.target import Teacher
 from optimize.distill.train import Trainer, TrainSettings
 from optimize.distill.vocabulary import basics, counts, coverage, draft_vocabulary
@@ -106,18 +109,15 @@ def _checkpoint(options: DistillOptions) -> Path:
 def _prepare(
     options: DistillOptions, source: ModelSource, prompts: Prompts, texts: Texts, checkpoint: Path, say: Say
 ) -> Work:
-    device, target = pick_device(options.device), parse_config(source.config)
+    device = pick_device(options.device)
     length = context(options, source)
     max_positions = length + options.max_draft_tokens + 1
-    frequency = counts(texts.train, target.vocab_size)
-    ids = draft_vocabulary(
-        frequency, options.draft_vocab, basics(prompts.tokenizer, prompts.end_ids(), target.vocab_size)
-    )
-    say(f"draft vocabulary: {len(ids):,} of {target.vocab_size:,} tokens, {coverage(frequency, ids):.2%} of the text")
+    weights, config = _start(options, source, prompts, texts, say)
     model = load_source(source, device, pick_dtype("auto", device), max_positions)
     assert isinstance(model, LlamaModel)
-    config = config_for(target, len(ids))
-    head = _head(config, source, ids, max_positions, options.seed).to(device)
+    head = Eagle3Head(config, weights.target_ids, max_positions)
+    head.load(weights)
+    head.to(device)
     batch_tokens = options.batch_tokens or (GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS)
     settings = TrainSettings(
         corpus=texts.name,
@@ -128,7 +128,8 @@ def _prepare(
         learning_rate=options.learning_rate,
         ema=options.ema,
         train_lm_head=options.train_lm_head,
-        draft_vocab_size=len(ids),
+        draft_vocab_size=config.draft_vocab_size,
+        init=model_identity(resolve(str(options.init))) if options.init is not None else None,
     )
     teacher, schedule = Teacher(model, config.feature_layers), Schedule(options.steps, options.training_minutes)
     trainer = Trainer(head, teacher, pack(texts.train, length), settings, schedule)
@@ -138,11 +139,24 @@ def _prepare(
     return Work(trainer, texts, options, length, checkpoint, say)
 
 
-def _head(config: Eagle3Config, source: ModelSource, ids: torch.Tensor, max_positions: int, seed: int) -> Eagle3Head:
-    files = Checkpoint(source.directory, torch.float32, torch.device("cpu"))
-    head = Eagle3Head(config, ids, max_positions)
-    head.load(initial_weights(config, parse_config(source.config), files.get, files.has, ids, seed))
-    return head
+def _start(
+    options: DistillOptions, source: ModelSource, prompts: Prompts, texts: Texts, say: Say
+) -> tuple[Eagle3Weights, Eagle3Config]:
+    """The head before training: an earlier one, or one made of the target's layers."""
+    target = parse_config(source.config)
+    frequency = counts(texts.train, target.vocab_size)
+    if options.init is not None:
+        config, weights = earlier_head(options.init, source, options.draft_vocab)
+        ids = weights.target_ids
+        say(f"going on from the head in {options.init}")
+    else:
+        always = basics(prompts.tokenizer, prompts.end_ids(), target.vocab_size)
+        ids = draft_vocabulary(frequency, options.draft_vocab, always)
+        config = config_for(target, len(ids))
+        files = Checkpoint(source.directory, torch.float32, torch.device("cpu"))
+        weights = initial_weights(config, target, files.get, files.has, ids, options.seed)
+    say(f"draft vocabulary: {len(ids):,} of {target.vocab_size:,} tokens, {coverage(frequency, ids):.2%} of the text")
+    return weights, config
 
 
 def train(work: Work, stopped: Callable[[], bool]) -> None:
@@ -191,6 +205,7 @@ def _card(
         f"Training-time test with {s.chain_steps} steps; soft cross-entropy against the target's distribution and "
         f"{s.hard:g} times the hard one, step s weighted {s.step_decay:g}^s. AdamW, learning rate {s.learning_rate:g}, "
         f"{t.step:,} updates of {t.tokens_per_update:,} tokens in {t.elapsed_s / 60:.1f} minutes, seed {s.seed}."
+        f"{' It went on from an earlier head.' if s.init else ''}"
     )
     every = max(1, len(t.history) // 12)
     losses = [*t.history[:-1:every], *t.history[-1:]]

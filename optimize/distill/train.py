@@ -33,7 +33,8 @@ class TrainSettings:
     """What an update does. `batch_rows` rows a batch, `accumulate` batches an update.
 
     `hard` is the weight of the cross-entropy against the target's most probable token beside the soft one; step s of a
-    chain weighs `step_decay` ** s. `corpus` names the texts and the model that the head is of.
+    chain weighs `step_decay` ** s. `corpus` names the texts and the model that the head is of, `init` the
+    weights that the training began with (None: made of the target's).
     """
 
     corpus: str
@@ -45,6 +46,7 @@ class TrainSettings:
     ema: float
     train_lm_head: bool
     draft_vocab_size: int
+    init: str | None = None
     hard: float = 0.1
     step_decay: float = 0.9
 

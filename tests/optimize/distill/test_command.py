@@ -20,7 +20,8 @@ from server.models.config import ModelConfig
 from server.models.loader import Checkpoint
 from server.models.source import resolve
 
-SIZE = ("--tokens", "500", "--sequence", "96", "--batch-tokens", "192", "--draft-vocab", "150", "--device", "cpu")
+SIZE = ("--tokens", "500", "--sequence", "96", "--batch-tokens", "192", "--device", "cpu")
+VOCABULARY = ("--draft-vocab", "150")
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +31,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "LEAST_HELD_OUT", 150)
 
 
-def distill(target_dir: Path, tmp_path: Path, *more: str, out: str = "head") -> int:
-    return cli.main(
-        ["distill", str(target_dir), "--out", str(tmp_path / out), "--corpus", str(tmp_path / "corpus"), *SIZE, *more]
-    )
+def distill(
+    target_dir: Path, tmp_path: Path, *more: str, out: str = "head", size: tuple[str, ...] = SIZE + VOCABULARY
+) -> int:
+    folders = ("--out", str(tmp_path / out), "--corpus", str(tmp_path / "corpus"))
+    return cli.main(["distill", str(target_dir), *folders, *size, *more])
 
 
 @pytest.mark.timeout(300)
