@@ -39,7 +39,7 @@ from benchmarks.widening.eagle3 import WidenedHead, head_config_json, widened_he
 from benchmarks.widening.geometry import Widening
 from benchmarks.widening.llama import WidenedLlama, token_constant, widened_config
 from draft_models.eagle3_config import parse_config as parse_head
-from draft_models.eagle3_weights import TENSOR_NAMES, load_weights
+from draft_models.eagle3_weights import TENSOR_NAMES, OutputRows, load_weights
 from server.models.config import eos_ids, parse_config
 from server.models.loader import Checkpoint, Tensors, pick_device
 from server.models.random_weights import llama_shapes
@@ -94,7 +94,8 @@ class Widened:
 
         def tensors(dtype: torch.dtype, device: torch.device) -> Tensors:
             checkpoint = Checkpoint(small.directory, torch.float32, device)
-            weights = load_weights(checkpoint.get, checkpoint.has, narrow)
+            rows = _output_rows(target, narrow_target.tie_word_embeddings, device)
+            weights = load_weights(checkpoint.get, checkpoint.has, narrow, rows)
             return WidenedHead(narrow, wide, weights, Widening(narrow, wide, device, self.seed), dtype)
 
         return self._made(small, head_config_json(wide), tensors)
@@ -108,6 +109,13 @@ class Widened:
         identity = zlib.crc32(json.dumps([raw, str(small.directory), self.seed], sort_keys=True).encode())
         nowhere = Path(os.devnull) / f"{small.name}-{identity:08x}"
         return ModelSource(directory=nowhere, name=name, config=raw, kind="made", tensors=tensors)
+
+
+def _output_rows(target: ModelSource, tied: bool, device: torch.device) -> OutputRows:
+    """The target's, for a head that has none: the widened head has its own."""
+    files = Checkpoint(target.directory, torch.float32, device)
+    name = "model.embed_tokens.weight" if tied or not files.has("lm_head.weight") else "lm_head.weight"
+    return lambda ids: files.get(name)[ids]
 
 
 def _end_ids(small: ModelSource) -> tuple[int, ...]:

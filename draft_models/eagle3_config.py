@@ -14,7 +14,8 @@ class Eagle3Config:
 
     `feature_layers` are the three 0-based target layers whose *outputs* are fused. Published heads count layer
     *inputs*: their (2, n / 2, n - 3) are our outputs (1, n / 2 - 1, n - 4). `norm_before_residual`: the residual stream
-    starts from the normalised features instead of the features (some published heads).
+    starts from the normalised features instead of the features (some published heads). `share_lm_head`: the checkpoint
+    has no output layer; the target's own rows take its place.
     """
 
     hidden_size: int
@@ -28,6 +29,7 @@ class Eagle3Config:
     rope: RopeConfig
     feature_layers: tuple[int, ...]
     norm_before_residual: bool = False
+    share_lm_head: bool = False
 
     def __post_init__(self) -> None:
         layers = self.feature_layers
@@ -85,6 +87,7 @@ def parse_config(raw: dict[str, Any], num_target_layers: int) -> Eagle3Config:
         rope=rope_from(raw),
         feature_layers=_feature_layers(raw, num_target_layers),
         norm_before_residual=bool(raw.get("norm_before_residual", False)),
+        share_lm_head=bool(raw.get("share_lm_head", False)),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draft_models.eagle3_checks import Checks
 from draft_models.eagle3_config import Eagle3Config
 from server.models.config import UnsupportedModelError
 
@@ -27,6 +28,9 @@ TENSOR_NAMES = {
     "lm_head": "lm_head.weight",
 }
 """Field of Eagle3Weights -> name in the checkpoint. Beside these it holds `d2t` and `t2d`."""
+
+OutputRows = Callable[[Tensor], Tensor]
+"""Rows of the target's output layer: ids [C] int64 -> [C, H]."""
 
 
 @dataclass(slots=True)
@@ -60,9 +64,13 @@ class Eagle3Weights:
         """The target's id of each draft token, [C] int64."""
         return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Name -> tensor of a published checkpoint."""
-        tensors = {name: getattr(self, field) for field, name in TENSOR_NAMES.items()}
+    def state_dict(self, share_lm_head: bool = False) -> dict[str, Tensor]:
+        """Name -> tensor of a published checkpoint; without `lm_head` where it is the target's (`share_lm_head`)."""
+        tensors = {
+            name: getattr(self, field)
+            for field, name in TENSOR_NAMES.items()
+            if not (share_lm_head and field == "lm_head")
+        }
         return {**tensors, "d2t": self.d2t, "t2d": self.t2d}
 
 
@@ -87,22 +95,52 @@ def weight_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_weights(get: Callable[[str], Tensor], has: Callable[[str], bool], config: Eagle3Config) -> Eagle3Weights:
-    """Reads a published checkpoint through `get(name)`; UnsupportedModelError if a shape is not the config's."""
+def load_weights(
+    get: Callable[[str], Tensor],
+    has: Callable[[str], bool],
+    config: Eagle3Config,
+    output_rows: OutputRows | None = None,
+    file_of: Callable[[str], object] | None = None,
+) -> Eagle3Weights:
+    """Reads a published checkpoint through `get(name)`, on one device and in one dtype.
+
+    `output_rows` gives the rows of a head that shares the target's output layer; `file_of(name)` is the file that
+    messages name. UnsupportedModelError: a shape is not the config's. WeightsError: a tensor is damaged; `get` raises
+    it for one that is missing.
+    """
+    checks = Checks(file_of)
+    d2t = _vocabulary_map(get, has, config, checks)
     tensors: dict[str, Tensor] = {}
     for field, shape in weight_shapes(config).items():
-        tensors[field] = get(TENSOR_NAMES[field])
+        name = TENSOR_NAMES[field]
+        if field == "lm_head" and config.share_lm_head:
+            continue
+        tensors[field] = get(name)
         if tuple(tensors[field].shape) != shape:
             found = tuple(tensors[field].shape)
-            raise UnsupportedModelError(f"EAGLE-3 head: {TENSOR_NAMES[field]} is {found}, config.json says {shape}")
-    device = tensors["fc"].device
-    if has("d2t"):
-        d2t = get("d2t").to(device, torch.int64)
-    elif config.draft_vocab_size == config.vocab_size:
-        d2t = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)
-    else:
-        raise UnsupportedModelError("EAGLE-3 head with a reduced vocabulary but without the map 'd2t'")
+            raise UnsupportedModelError(f"EAGLE-3 head: {checks.at(name)} is {found}, config.json says {shape}")
+        checks.finite(name, tensors[field])
+    d2t = d2t.to(tensors["fc"].device)
+    if config.share_lm_head:
+        if has(TENSOR_NAMES["lm_head"]):
+            raise checks.damaged(TENSOR_NAMES["lm_head"], "is there, but config.json says share_lm_head")
+        if output_rows is None:
+            raise UnsupportedModelError("EAGLE-3 head without an output layer of its own: the target has none to share")
+        tensors["lm_head"] = output_rows(d2t + torch.arange(len(d2t), device=d2t.device))
     return Eagle3Weights(**tensors, d2t=d2t, t2d=_drawable(d2t, config.vocab_size))
+
+
+def _vocabulary_map(
+    get: Callable[[str], Tensor], has: Callable[[str], bool], config: Eagle3Config, checks: Checks
+) -> Tensor:
+    """[C] int64 on the CPU."""
+    if has("d2t"):
+        d2t = get("d2t").to("cpu", torch.int64)
+        checks.vocabulary_map("d2t", d2t, config.draft_vocab_size, config.vocab_size)
+        return d2t
+    if config.draft_vocab_size == config.vocab_size:
+        return torch.zeros(config.vocab_size, dtype=torch.int64)
+    raise UnsupportedModelError("EAGLE-3 head with a reduced vocabulary but without the map 'd2t'")
 
 
 def random_weights(

@@ -35,6 +35,7 @@ def widened_head_config(small: Eagle3Config, target: ModelConfig, c: float, draf
         intermediate_size=target.intermediate_size,
         vocab_size=target.vocab_size,
         draft_vocab_size=min(max(draft_vocab_size, small.draft_vocab_size), target.vocab_size),
+        share_lm_head=False,
     )
     check_shapes(small, wide)
     rope = replace(small.rope, theta=widened_theta(small.rope.theta, small, wide))

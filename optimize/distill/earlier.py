@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from draft_models.eagle3_config import Eagle3Config, config_for, parse_config
-from draft_models.eagle3_weights import TENSOR_NAMES, Eagle3Weights, load_weights
+from draft_models.eagle3_weights import Eagle3Weights, load_weights
 from server.config import ConfigError
 from server.models.config import UnsupportedModelError
 from server.models.config import parse_config as parse_target
@@ -20,10 +20,10 @@ _CPU = torch.device("cpu")
 
 
 def earlier_head(path: Path, target: ModelSource, draft_vocab: int | None) -> tuple[Eagle3Config, Eagle3Weights]:
-    """Shape and float32 weights of the head in `path`. Where it holds no output layer, that is the target's rows.
+    """Shape and float32 weights of the head in `path`. The output layer may be the target's.
 
     Raises ConfigError where it is not what `distill` makes for this target (of `draft_vocab` tokens, if that is given),
-    ModelSourceError and WeightsError where the directory cannot be read.
+    ModelSourceError and WeightsError where the directory cannot be read or holds a damaged tensor.
     """
     source = resolve(str(path))
     shape = parse_target(target.config)
@@ -31,21 +31,15 @@ def earlier_head(path: Path, target: ModelSource, draft_vocab: int | None) -> tu
         config = parse_config(source.config, shape.num_layers)
     except (KeyError, UnsupportedModelError) as error:
         raise ConfigError(f"init: {str(path)!r} is no EAGLE-3 head that can be trained: {error}") from error
-    _check(path, config, config_for(shape, config.draft_vocab_size), draft_vocab)
+    wanted = replace(config_for(shape, config.draft_vocab_size), share_lm_head=config.share_lm_head)
+    _check(path, config, wanted, draft_vocab)
     files = tensors_of(source, _CPU, torch.float32)
-
-    def get(name: str) -> Tensor:
-        if name == TENSOR_NAMES["lm_head"] and not files.has(name):
-            return _rows_of(target, files.get("d2t") if files.has("d2t") else None)
-        return files.get(name)
-
     try:
-        weights = load_weights(get, files.has, config)
+        weights = load_weights(
+            files.get, files.has, config, lambda ids: output_rows(target)[ids], getattr(files, "file_of", None)
+        )
     except UnsupportedModelError as error:
         raise ConfigError(f"init: {str(path)!r} cannot be gone on from: {error}") from error
-    for field, name in TENSOR_NAMES.items():
-        if not bool(getattr(weights, field).isfinite().all()):
-            raise ConfigError(f"init: {str(path)!r} cannot be gone on from: {name} holds values that are no numbers")
     return config, weights
 
 
@@ -61,8 +55,8 @@ def _check(path: Path, found: Eagle3Config, wanted: Eagle3Config, draft_vocab: i
         )
 
 
-def _rows_of(target: ModelSource, d2t: Tensor | None) -> Tensor:
+def output_rows(target: ModelSource) -> Tensor:
+    """The target's output layer [V, H], float32 on the CPU."""
     files = tensors_of(target, _CPU, torch.float32)
     tied = bool(target.config.get("tie_word_embeddings")) or not files.has("lm_head.weight")
-    rows = files.get("model.embed_tokens.weight" if tied else "lm_head.weight")
-    return rows if d2t is None else rows[d2t + torch.arange(len(d2t))]
+    return files.get("model.embed_tokens.weight" if tied else "lm_head.weight")

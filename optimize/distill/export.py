@@ -6,18 +6,24 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from draft_models.eagle3_config import Eagle3Config
-from draft_models.eagle3_weights import Eagle3Weights
+from draft_models.eagle3_weights import TENSOR_NAMES, Eagle3Weights, weight_shapes
 from optimize.distill.evaluate import Acceptance, table
+from server.config import ConfigError
 from server.models.config import ModelConfig
+from server.models.safetensors_index import INDEX_NAME, SINGLE_NAME
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+_HEADER_BYTES = 8192
+"""More than the header of a file with a head's tensors takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ def published_config(config: Eagle3Config, target: ModelConfig) -> dict[str, Any
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
         "norm_before_residual": config.norm_before_residual,
+        "share_lm_head": config.share_lm_head,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "feature_layers": list(config.feature_layers),
@@ -65,19 +72,74 @@ def published_config(config: Eagle3Config, target: ModelConfig) -> dict[str, Any
     }
 
 
-def export(out: Path, weights: Eagle3Weights, config: Eagle3Config, target: ModelConfig, card: Card) -> None:
-    """Writes the directory; each file is replaced at once. Weights are stored as bfloat16."""
+def export(
+    out: Path,
+    weights: Eagle3Weights,
+    config: Eagle3Config,
+    target: ModelConfig,
+    card: Card,
+    max_file_bytes: int | None = None,
+) -> None:
+    """Writes the directory; each file is replaced at once. Weights are stored as bfloat16.
+
+    With `max_file_bytes` the tensors are spread over as many files as it takes, beside an index of them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (t.to(torch.bfloat16) if t.is_floating_point() else t).contiguous()
-        for name, t in weights.state_dict().items()
+        for name, t in weights.state_dict(config.share_lm_head).items()
     }
-    temporary = out / f".model.{os.getpid()}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)
-    temporary.replace(out / "model.safetensors")
+    _write_tensors(out, spread_over_files(tensors, max_file_bytes))
     _write(out / "README.md", _readme(config, card, sum(t.numel() for t in tensors.values() if t.is_floating_point())))
     _write(out / "config.json", json.dumps(published_config(config, target), indent=2) + "\n")
+
+
+def check_file_size(config: Eagle3Config, max_file_bytes: int | None) -> None:
+    """ConfigError: a tensor of the head is larger than a file may be."""
+    shapes = weight_shapes(config)
+    if config.share_lm_head:
+        del shapes["lm_head"]
+    field = max(shapes, key=lambda f: prod(shapes[f]))
+    needed = 2 * prod(shapes[field]) + _HEADER_BYTES
+    if max_file_bytes is not None and needed > max_file_bytes:
+        raise ConfigError(
+            f"max_shard_mb: {max_file_bytes // 1_000_000} is not valid; use {-(-needed // 1_000_000)} or more, "
+            f"since {TENSOR_NAMES[field]} goes into one file"
+        )
+
+
+def spread_over_files(tensors: dict[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
+    """The tensors in as many parts as it takes for files of `max_bytes`, in order; one larger than that is alone."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = _HEADER_BYTES
+    for name, tensor in tensors.items():
+        if max_bytes is not None and parts[-1] and size + tensor.nbytes > max_bytes:
+            parts.append({})
+            size = _HEADER_BYTES
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    return parts
+
+
+def _write_tensors(out: Path, parts: list[dict[str, Tensor]]) -> None:
+    """One file, or several and their index; files of an earlier export go."""
+    count = len(parts)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else SINGLE_NAME for i in range(count)]
+    for name, tensors in zip(names, parts, strict=True):
+        temporary = out / f".model.{os.getpid()}.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)
+        temporary.replace(out / name)
+    if count > 1:
+        where = {tensor: name for name, tensors in zip(names, parts, strict=True) for tensor in tensors}
+        total = sum(t.nbytes for tensors in parts for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write(out / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    else:
+        (out / INDEX_NAME).unlink(missing_ok=True)
+    for file in out.glob("model*.safetensors"):
+        if file.name not in names:
+            file.unlink()
 
 
 def _write(path: Path, text: str) -> None:
@@ -87,12 +149,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _readme(config: Eagle3Config, card: Card, num_parameters: int) -> str:
+    head = "; the output layer is the target's own" if config.share_lm_head else ""
     losses = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in card.losses)
     return f"""# EAGLE-3 drafter for {card.target}
 
 One decoder layer that drafts for {card.target} (EAGLE-3, arXiv 2503.01840). {num_parameters / 1e6:.1f} M parameters,
 {config.draft_vocab_size:,} of {config.vocab_size:,} tokens can be drafted; fuses the outputs of target layers
-{", ".join(map(str, config.feature_layers))} (0-based).
+{", ".join(map(str, config.feature_layers))} (0-based){head}.
 
     {card.command}
 

@@ -23,7 +23,9 @@ class DistillOptions:
     `init` is an earlier head to go on from instead of the target's own layers. `corpus` is the folder of corpora (None:
     Outpace's cache), `corpus_seeds` the seeds of the parts that make up the corpus (None: `seed`). `sequence` is the
     length of a packed row and of the longest document; an update sees `accumulate` batches of `batch_tokens` tokens
-    (None: 16,384 on a GPU, 1,024 on a CPU). `ema` is the decay of the weights' moving average, 0 for none.
+    (None: 16,384 on a GPU, 1,024 on a CPU). `ema` is the decay of the weights' moving average, 0 for none. Without
+    `train_lm_head` the output layer is the target's and is not exported. `max_shard_mb` bounds the size of an exported
+    file, None: one file.
     """
 
     model: str
@@ -48,6 +50,7 @@ class DistillOptions:
     accumulate: int = 1
     ema: float = 0.0
     train_lm_head: bool = True
+    max_shard_mb: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -56,7 +59,7 @@ class DistillOptions:
             raise ConfigError(f"kind: {self.kind!r} is not supported yet; use eagle3")
         for name in ("tokens", "accumulate"):
             _within(name, getattr(self, name), 1)
-        for name in ("steps", "draft_vocab", "num_seqs"):
+        for name in ("steps", "draft_vocab", "num_seqs", "max_shard_mb"):
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), 1)
         _within("max_draft_tokens", self.max_draft_tokens, 1, MAX_DRAFT_TOKENS)
@@ -117,7 +120,8 @@ HELP = {
     "batch_tokens": "tokens of a batch (default: 16384 on a GPU, 1024 on a CPU)",
     "accumulate": "batches of an update",
     "ema": "decay of a moving average of the weights that is evaluated and saved instead (0: none)",
-    "train_lm_head": "train the output layer too; off: it stays the target's own rows",
+    "train_lm_head": "train the output layer too; off: it is the target's, and the head comes without one",
+    "max_shard_mb": "most megabytes of a safetensors file; more tensors go to further files (default: one file)",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from draft_models.eagle3_weights import Eagle3Weights
 from optimize.distill.earlier import earlier_head
 from optimize.distill.errors import DistillError, StoppedError
 from optimize.distill.evaluate import Acceptance, evaluate, table
-from optimize.distill.export import Card, export
+from optimize.distill.export import Card, check_file_size, export
 from optimize.distill.gather import EVALUATION_TEMPERATURE, Texts, context, corpus_words, gather
 from optimize.distill.head import Eagle3Head, initial_weights
 from optimize.distill.options import DistillOptions
@@ -90,8 +90,14 @@ def distill(
     say("after training:\n" + table(results))
     work.trainer.swap_average()
     head = work.trainer.head
-    export(options.out, head.weights(), head.config, target, _card(work, source, arguments, version, results))
+    card = _card(work, source, arguments, version, results)
+    export(options.out, head.weights(), head.config, target, card, max_file_bytes(options))
     return results
+
+
+def max_file_bytes(options: DistillOptions) -> int | None:
+    """Most bytes of a safetensors file, None for any number."""
+    return None if options.max_shard_mb is None else options.max_shard_mb * 1_000_000
 
 
 def _checkpoint(options: DistillOptions) -> Path:
@@ -115,6 +121,7 @@ def _prepare(
     weights, config = _start(options, source, prompts, texts, say)
     model = load_source(source, device, pick_dtype("auto", device), max_positions)
     assert isinstance(model, LlamaModel)
+    check_file_size(config, max_file_bytes(options))
     head = Eagle3Head(config, weights.target_ids, max_positions)
     head.load(weights)
     head.to(device)
@@ -155,6 +162,8 @@ def _start(
         config = config_for(target, len(ids))
         files = Checkpoint(source.directory, torch.float32, torch.device("cpu"))
         weights = initial_weights(config, target, files.get, files.has, ids, options.seed)
+    shared = not options.train_lm_head and (options.init is None or config.share_lm_head)
+    config = replace(config, share_lm_head=shared)
     say(f"draft vocabulary: {len(ids):,} of {target.vocab_size:,} tokens, {coverage(frequency, ids):.2%} of the text")
     return weights, config
 

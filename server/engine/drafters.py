@@ -17,6 +17,7 @@ from server.models.loader import load_source, tensors_of
 from server.models.source import ModelSource
 
 if TYPE_CHECKING:
+    from draft_models.eagle3_config import Eagle3Config
     from draft_models.eagle3_network import Eagle3Network
 
 Say = Callable[[str], None]
@@ -79,16 +80,28 @@ def _eagle3(
         source = find(name)
         say(f"loading the EAGLE-3 head {source.name}")
         head = parse_config(source.config, target.config.num_layers)
+        _check_target(head, target, source)
         tensors = tensors_of(source, target.device, target.dtype)
-        weights = load_weights(tensors.get, tensors.has, head)
-    if head.hidden_size != target.config.hidden_size or head.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"draft_model: the head is for a target of width {head.hidden_size} and {head.vocab_size} tokens, "
-            f"this one has {target.config.hidden_size} and {target.vocab_size}"
-        )
+        file_of = getattr(tensors, "file_of", None)
+        weights = load_weights(tensors.get, tensors.has, head, target.output_rows, file_of)
     from draft_models.eagle3_kernels import KernelOps
 
     return Eagle3Network(head, weights, target.embedding, max_positions, KernelOps())
+
+
+def _check_target(head: Eagle3Config, target: LlamaModel, source: ModelSource) -> None:
+    """ConfigError: the head was made for another target."""
+    c = target.config
+    if head.hidden_size != c.hidden_size or head.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"draft_model: {source.directory / 'config.json'} says that the head is for a target of width "
+            f"{head.hidden_size} and {head.vocab_size} tokens; this one has {c.hidden_size} and {target.vocab_size}"
+        )
+    if head.feature_layers[-1] >= c.num_layers:
+        raise ConfigError(
+            f"draft_model: {source.directory / 'config.json'} says that the head reads the output of layer "
+            f"{head.feature_layers[-1]}; the target's are 0 to {c.num_layers - 1}"
+        )
 
 
 def draft_kv_layers(network: TargetModel | Eagle3Network | None) -> list[KVLayer]:

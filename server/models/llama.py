@@ -77,6 +77,12 @@ class LlamaModel:
                 features.append(x)
         return self.head(self.norm(x[logits_at])).float(), torch.cat(features, dim=-1) if features else None
 
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [C] int64 of the output layer, [C, H]: a copy unless they are all of them in order."""
+        weight = self.head.plain_weight()
+        whole = len(ids) == len(weight) and bool((ids == torch.arange(len(ids), device=ids.device)).all())
+        return weight if whole else weight[ids]
+
     def _attention(self, layer: Layer, x: Tensor, pool: Tensor, attn: AttentionBatch, rotation: Tensor) -> Tensor:
         c = self.config
         num_tokens = x.shape[0]

@@ -63,6 +63,10 @@ class Checkpoint:
         """Whether the checkpoint holds a tensor of that name."""
         return name in self._where
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor; the directory if none does."""
+        return self._directory / self._where.get(name, "")
+
     def get(self, name: str) -> Tensor:
         """The tensor on the target's device, floating point in its dtype. Raises WeightsError if missing."""
         if name not in self._where:

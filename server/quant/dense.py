@@ -41,6 +41,10 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x, self.weight, self.bias)
 
+    def plain_weight(self) -> Tensor:
+        """W [O, K] as it was given; a copy where it is packed."""
+        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)

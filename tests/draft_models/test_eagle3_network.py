@@ -17,6 +17,7 @@ from draft_models.eagle3_weights import Eagle3Weights, load_weights, random_weig
 from server.kernels.paged import PagedRows
 from server.models.config import RopeConfig, UnsupportedModelError
 from server.models.config import parse_config as parse_target
+from server.models.loader import WeightsError
 
 HIDDEN = 32
 CONFIG = Eagle3Config(
@@ -173,6 +174,52 @@ def test_checkpoints_that_do_not_fit() -> None:
     whole = replace(CONFIG, draft_vocab_size=64)
     again = load_weights(random_weights(whole, 0).state_dict().__getitem__, lambda name: False, whole)
     assert torch.equal(again.target_ids, torch.arange(64)) and bool(again.t2d.all())
+
+
+def test_a_head_that_shares_the_targets_output_layer() -> None:
+    config = parse_config({**PUBLISHED, "share_lm_head": True}, 32)
+    assert config.share_lm_head and not parse_config(PUBLISHED, 32).share_lm_head
+    shared, output = replace(CONFIG, share_lm_head=True), torch.randn(CONFIG.vocab_size, HIDDEN)
+    weights = random_weights(CONFIG, 3)
+    state = weights.state_dict(share_lm_head=True)
+    assert weights.state_dict().keys() - state.keys() == {"lm_head.weight"}
+    again = load_weights(state.__getitem__, state.__contains__, shared, lambda ids: output[ids])
+    assert torch.equal(again.lm_head, output[weights.target_ids])
+    with pytest.raises(KeyError, match="lm_head"):  # what a checkpoint's get raises names the file
+        load_weights(state.__getitem__, state.__contains__, CONFIG, lambda ids: output[ids])
+    with pytest.raises(UnsupportedModelError, match="the target has none to share"):
+        load_weights(state.__getitem__, state.__contains__, shared)
+    state = weights.state_dict()
+    with pytest.raises(WeightsError, match=r"lm_head.weight is there, but config.json says share_lm_head"):
+        load_weights(state.__getitem__, state.__contains__, shared, lambda ids: output[ids])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "midlayer.mlp.up_proj.weight",
+            torch.nan,
+            r"head\.st: midlayer\.mlp\.up_proj\.weight holds values that are not",
+        ),
+        ("norm.weight", -torch.inf, r"head\.st: norm\.weight holds .* \(NaN or infinity in float32\)"),
+        ("d2t", 60, r"head\.st: d2t leads draft id 5 to token 65; the target's are 0 to 63"),
+        ("d2t", -6, r"d2t leads draft id 5 to token -1"),
+        ("d2t", 3, r"d2t leads draft ids \d and \d to the same token 8"),
+    ],
+)
+def test_damaged_tensors(name: str, value: float, words: str) -> None:
+    state = random_weights(CONFIG, 3).state_dict()
+    state[name].view(-1)[5] = value
+    with pytest.raises(WeightsError, match=words):
+        load_weights(state.__getitem__, state.__contains__, CONFIG, file_of=lambda _: "head.st")
+
+
+def test_a_map_of_another_length() -> None:
+    state = random_weights(CONFIG, 3).state_dict()
+    state["d2t"] = state["d2t"][:-1]
+    with pytest.raises(UnsupportedModelError, match=r"head.st: d2t is \(23,\), config.json says \(24,\)"):
+        load_weights(state.__getitem__, state.__contains__, CONFIG, file_of=lambda _: "head.st")
 
 
 def test_an_embedding_of_another_width_is_refused() -> None:

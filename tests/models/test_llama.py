@@ -106,6 +106,16 @@ def test_features_are_the_outputs_of_the_named_layers(case: str) -> None:
     assert_close(features, torch.cat([hidden[1][0], hidden[2][0]], dim=-1), "features")
 
 
+@pytest.mark.parametrize("case", ["llama", "tied"])
+def test_rows_of_the_output_layer(case: str) -> None:
+    reference, raw = build(case)
+    model, rows = ours(reference, raw), reference.get_output_embeddings().weight
+    assert torch.equal(model.output_rows(torch.tensor([5, 0, 7])), rows[[5, 0, 7]])
+    assert torch.equal(model.output_rows(torch.arange(model.vocab_size)), rows)
+    backwards = torch.arange(model.vocab_size).flip(0)
+    assert torch.equal(model.output_rows(backwards), rows[backwards])
+
+
 def test_logits_only_where_asked() -> None:
     reference, raw = build("llama")
     model = ours(reference, raw)

@@ -48,9 +48,15 @@ def test_a_rows_bits_depend_on_nothing_else(k: int, o: int) -> None:
     assert torch.equal(linear(large)[500:540], bits), "among a prefill's rows"
 
 
+@pytest.mark.parametrize(("k", "o"), SHAPES)
+def test_the_weight_as_it_was_given(k: int, o: int) -> None:
+    linear, weight, _ = layer(k, o)
+    assert torch.equal(linear.plain_weight(), weight)
+
+
 def test_other_dtypes_run_unpacked() -> None:
     weight = torch.randn(8, 4, dtype=torch.bfloat16)
     linear = Linear(weight)
     x = torch.randn(3, 4, dtype=torch.bfloat16)
-    assert linear.path == "torch" and linear.weight is weight
+    assert linear.path == "torch" and linear.weight is weight is linear.plain_weight()
     assert torch.equal(linear(x), F.linear(x, weight))

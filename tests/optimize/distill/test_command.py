@@ -78,6 +78,17 @@ def test_layer_inputs_for_those_who_count_them(target_config: ModelConfig, tmp_p
 
 
 @pytest.mark.timeout(300)
+def test_a_head_without_an_output_layer_in_small_files(
+    target_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps", "2", "--max-draft-tokens", "2", "--no-train-lm-head", "--max-shard-mb", "1")
+    assert distill(target_dir, tmp_path, *options) == 0
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["share_lm_head"] is True
+    files = Checkpoint(tmp_path / "head", torch.bfloat16, torch.device("cpu"))
+    assert {*TENSOR_NAMES.values(), "d2t", "t2d"} - set(files._where) == {"lm_head.weight"}
+
+
+@pytest.mark.timeout(300)
 def test_a_stop_leaves_what_can_be_gone_on_with(
     target_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +134,7 @@ def test_a_stop_leaves_what_can_be_gone_on_with(
         (["m", "--out", "x", "--max-draft-tokens", "99"], ["max_draft_tokens: 99 is not valid; use 1 to 16"]),
         (["m", "--out", "x", "--sequence", "512", "--batch-tokens", "100"], ["batch_tokens: 100", "512 or more"]),
         (["m", "--out", "x", "--learning-rate", "3"], ["learning_rate: 3.0 is not valid"]),
+        (["m", "--out", "x", "--max-shard-mb", "0"], ["max_shard_mb: 0 is not valid; use 1 or more"]),
         (["m", "--out", "x", "--ema", "1"], ["ema: 1.0 is not valid"]),
         (["m", "--out", "pyproject.toml"], ["out: 'pyproject.toml' is not valid; use a directory"]),
         (["m", "--out", "x", "--resume"], ["resume: there is no checkpoint in 'x'"]),

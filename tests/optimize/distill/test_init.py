@@ -47,8 +47,18 @@ def first_loss(folder: Path, out: str) -> float:
 def test_a_training_goes_on_from_an_earlier_head(
     target_dir: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--max-draft-tokens", "2", "--steps", "2", "--learning-rate", "1e-5", "--seed", "5")
-    options = (*options, "--corpus-seeds", "0")
+    options = (
+        "--max-draft-tokens",
+        "2",
+        "--steps",
+        "2",
+        "--learning-rate",
+        "1e-5",
+        "--corpus-seeds",
+        "0",
+        "--seed",
+        "5",
+    )
     assert distill(target_dir, trained, *options, out="anew") == 0
     init = ("--init", str(trained / "head"))
     assert distill(target_dir, trained, *options, *init, out="again", size=SIZE) == 0
@@ -80,7 +90,7 @@ def test_a_head_of_another_shape_is_refused(target_dir: Path, trained: Path, tmp
         ({"intermediate_size": 64}, "has intermediate_size=64, one for this model has 128"),
         ({"feature_layers": [0, 1, 2]}, r"has feature_layers=\(0, 1, 2\), one for this model has \(0, 2, 3\)"),
         ({"num_hidden_layers": 2}, "is no EAGLE-3 head that can be trained: .*num_hidden_layers=2"),
-        ({"draft_vocab_size": 149}, "lm_head.weight is .150, 64., config.json says .149, 64."),
+        ({"draft_vocab_size": 149}, "d2t is .150,., config.json says .149,."),
     ):
         (tmp_path / "head" / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ConfigError, match=f"init: .*{reason}"):
@@ -94,20 +104,36 @@ def test_a_head_of_another_shape_is_refused(target_dir: Path, trained: Path, tmp
 
 
 def test_a_head_without_an_output_layer_has_the_targets_rows(
-    target_dir: Path, trained: Path, target_config: ModelConfig, tmp_path: Path
+    target_dir: Path, trained: Path, target_config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained / "head", tmp_path / "head")
+    (tmp_path / "head" / "checkpoint.pt").unlink()
     tensors = load_file(tmp_path / "head" / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "head" / "model.safetensors")
-    config, weights = earlier_head(tmp_path / "head", resolve(str(target_dir)), None)
-    assert config == parse_config(resolve(str(tmp_path / "head")).config, target_config.num_layers)
+    config = tmp_path / "head" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "share_lm_head": True}))
+    found, weights = earlier_head(tmp_path / "head", resolve(str(target_dir)), None)
+    assert found == parse_config(resolve(str(tmp_path / "head")).config, target_config.num_layers)
     rows = load_file(target_dir / "model.safetensors")["lm_head.weight"]
     assert torch.equal(weights.lm_head, rows[weights.target_ids])
+    for out, init, options, kept in (
+        ("a", tmp_path / "head", ("--no-train-lm-head",), False),
+        ("b", tmp_path / "head", (), True),
+        ("c", trained / "head", ("--no-train-lm-head",), True),
+    ):
+        command = ("--steps", "1", "--max-draft-tokens", "1", "--init", str(init), *options)
+        assert distill(target_dir, trained, *command, out=out, size=SIZE) == 0
+        assert ("lm_head.weight" in load_file(trained / out / "model.safetensors")) == kept, (
+            "never lost, if it was trained"
+        )
+    before, after = (load_file(trained / out / "model.safetensors")["lm_head.weight"] for out in ("head", "c"))
+    assert torch.equal(before, after)
     tensors["fc.weight"][0, 0] = torch.nan
     save_file(tensors, tmp_path / "head" / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"fc\.weight holds values that are no numbers"):
-        earlier_head(tmp_path / "head", resolve(str(target_dir)), None)
+    capsys.readouterr()
+    assert distill(target_dir, trained, "--steps", "1", "--init", str(tmp_path / "head"), out="d", size=SIZE) == 1
+    assert "fc.weight holds values that are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(300)
