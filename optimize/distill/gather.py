@@ -14,10 +14,10 @@ from optimize.distill.filters import Deduplicator
 from optimize.distill.options import DistillOptions
 from optimize.distill.prompts import Prompts
 from optimize.distill.shards import ANSWER, Document, ShardStore, corpus_directory
-from server.config import EngineConfig, cache_dir
+from optimize.distill.target import Served
+from server.config import cache_dir
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
-from server.models.loader import pick_device
 from server.models.source import ModelSource
 
 EVALUATION_TEMPERATURE = 0.8
@@ -40,20 +40,16 @@ class Texts:
 class _Engine:
     """The target as a writer, built when it is first needed."""
 
-    def __init__(self, options: DistillOptions, source: ModelSource, say: Say) -> None:
-        self.options, self.source, self.say = options, source, say
+    def __init__(self, target: Served, say: Say) -> None:
+        self.target, self.say = target, say
         self._core: EngineCore | None = None
 
     def core(self) -> EngineCore:
         if self._core is None:
-            on_gpu = pick_device(self.options.device).type == "cuda"
-            length = context(self.options, self.source)
-            seqs = self.options.num_seqs or (GPU_SEQS if on_gpu else CPU_SEQS)
-            config = EngineConfig(
-                model=self.options.model,
-                drafter="none",
-                max_draft_tokens=0,
-                device=self.options.device,
+            on_gpu = self.target.device.type == "cuda"
+            length = context(self.target.options, self.target.source)
+            seqs = self.target.options.num_seqs or (GPU_SEQS if on_gpu else CPU_SEQS)
+            config = self.target.engine_config(
                 max_model_len=length,
                 max_num_seqs=seqs,
                 max_num_batched_tokens=8192 if on_gpu else 512,
@@ -76,13 +72,12 @@ def context(options: DistillOptions, source: ModelSource) -> int:
     return min(options.sequence, int(source.config.get("max_position_embeddings") or options.sequence))
 
 
-def gather(
-    options: DistillOptions, source: ModelSource, prompts: Prompts, say: Say, stopped: Callable[[], bool]
-) -> Texts:
+def gather(target: Served, prompts: Prompts, say: Say, stopped: Callable[[], bool]) -> Texts:
     """Raises StoppedError once what is under way is on disk, DistillError if the model writes nothing of use."""
+    options, source = target.options, target.source
     root = options.corpus or cache_dir() / "distill"
     parts, held_out = _settings(options, source)
-    engine = _Engine(options, source, say)
+    engine = _Engine(target, say)
     num_held_out = int(min(MOST_HELD_OUT, max(LEAST_HELD_OUT, options.tokens * HELD_OUT_SHARE)))
 
     def written(wanted: CorpusSettings, tokens: int) -> list[Document]:

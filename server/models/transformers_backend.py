@@ -163,6 +163,11 @@ class TransformersModel:
             self._decoder_layers = _decoder_layers(net, list(recorder.layers))
             self._prove(probe[0], expected)
 
+    @property
+    def net(self) -> Any:
+        """The network itself, for those that run it without pages: they set an attention of their own."""
+        return self._net
+
     def forward(
         self,
         token_ids: Tensor,

@@ -60,7 +60,7 @@ def test_a_head_from_nothing_but_a_model(
     assert f"outpace distill {target_dir} --out" in card and "| greedy |" in card and "conversations" in card
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6
-    fc = state["head"]["fc.weight"].bfloat16()
+    fc = state["network"]["fc.weight"].bfloat16()
     assert torch.equal(weights.fc, fc)
     assert distill(target_dir, tmp_path) == 2
     assert "holds a checkpoint; use --resume or another directory" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_a_stop_leaves_what_can_be_gone_on_with(
     assert "stopped at update 2; the same command with --resume goes on from there" in capsys.readouterr().err
     assert distill(target_dir, tmp_path, *options, "--resume") == 0
     assert calls == [1, 2, 3, 4, 5]
-    both = [torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["head"] for out in ("whole", "head")]
+    both = [torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["network"] for out in ("whole", "head")]
     assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
 
 
@@ -125,7 +125,12 @@ def test_a_stop_leaves_what_can_be_gone_on_with(
     ("arguments", "words"),
     [
         (["m"], ["--out"]),
-        (["m", "--out", "x", "--kind", "small-lm"], ["kind: 'small-lm' is not supported yet; use eagle3"]),
+        (["m", "--out", "x", "--layers", "3"], ["layers: 3 is not valid for kind eagle3"]),
+        (
+            ["m", "--out", "x", "--kind", "small-lm", "--draft-vocab", "9"],
+            ["draft_vocab: 9", "the target's vocabulary"],
+        ),
+        (["m", "--out", "x", "--dtype", "int3"], ["dtype: 'int3' is not valid; use one of auto, float32"]),
         (["m", "--out", "x", "--kind", "medusa"], ["kind: 'medusa' is not valid"]),
         (["m", "--out", "x", "--tokens", "many"], ["--tokens", "'many'", "a whole number"]),
         (["m", "--out", "x", "--tokens", "0"], ["tokens: 0 is not valid; use 1 or more"]),

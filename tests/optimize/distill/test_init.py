@@ -62,11 +62,11 @@ def test_a_training_goes_on_from_an_earlier_head(
     assert distill(target_dir, trained, *options, out="anew") == 0
     init = ("--init", str(trained / "head"))
     assert distill(target_dir, trained, *options, *init, out="again", size=SIZE) == 0
-    assert f"going on from the head in {trained / 'head'}" in capsys.readouterr().err
+    assert f"going on from the drafter in {trained / 'head'}" in capsys.readouterr().err
     assert first_loss(trained, "again") < first_loss(trained, "anew") - 0.05
     before, after = (load_file(trained / out / "model.safetensors") for out in ("head", "again"))
     assert torch.equal(before["d2t"], after["d2t"]) and torch.equal(before["t2d"], after["t2d"])
-    assert "It went on from an earlier head." in (trained / "again" / "README.md").read_text()
+    assert "It went on from an earlier drafter." in (trained / "again" / "README.md").read_text()
     corpora = {path.name for path in (trained / "corpus").iterdir()}
     assert len(corpora) == 2, "texts of another seed were not asked for"
 
