@@ -93,6 +93,8 @@ def test_it_is_what_transformers_and_the_server_compute(name: str, tmp_path: Pat
     small = SmallLM(config, MAX_POSITIONS)
     small.load(Checkpoint(source.directory, torch.float32, CPU).get, layers)
     batch = make_batch(pack([document(30, 1), document(21, 2)], 64), np.arange(1), 1, CPU)
+    chosen = net.state_dict()["model.layers.2.mlp.up_proj.weight"]
+    assert torch.equal(small.tensors()["model.layers.1.mlp.up_proj.weight"], chosen)
     (tmp_path / "small").mkdir()
     save_file(small.tensors(), tmp_path / "small" / "model.safetensors")
     (tmp_path / "small" / "config.json").write_text(json.dumps(raw))
