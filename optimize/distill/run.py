@@ -36,11 +36,15 @@ _SAY_EVERY_S, _SAVE_EVERY_S = 15.0, 120.0
 _GLANCE_TOKENS = 8_000
 """Held-out text that the progress line's acceptance is measured on."""
 _GLANCES = 10
+_BAR = 20
 
 
 @dataclass(slots=True)
 class Work:
-    """What a training has: the student, the texts, and how to say where it is."""
+    """What a training has: the student, the texts, and how to say where it is.
+
+    `simulated` is how many tokens a step greedy held-out text would emit, as last measured.
+    """
 
     trainer: Trainer
     texts: Texts
@@ -49,12 +53,14 @@ class Work:
     checkpoint: Path
     say: Say
     board: Board
+    simulated: float | None = None
 
     def results(self) -> list[Acceptance]:
         """Acceptance on all held-out text, greedy and drawn."""
         found = [self.evaluated(t) for t in (0.0, EVALUATION_TEMPERATURE)]
         for r in found:
             self.board.acceptance(self.trainer.step, r)
+        self.simulated = found[0].emitted_per_step
         return found
 
     def evaluated(self, temperature: float, most_tokens: int | None = None) -> Acceptance:
@@ -171,12 +177,17 @@ def _tell(work: Work, rate: float, glance: bool) -> None:
     except FloatingPointError as error:
         raise DistillError(str(error)) from error
     agreement = " ".join(f"{a:.2f}" for a in p.agreement)
-    words = f"{work.trainer.share:4.0%}  update {p.step}  loss {p.loss:.3f}  top-1 {agreement}  {rate:,.0f} tokens/s"
+    share = min(1.0, work.trainer.share)
+    bar = "#" * int(share * _BAR)
+    words = (
+        f"[{bar:-<{_BAR}}] {share:4.0%}  update {p.step}  loss {p.loss:.3f}  top-1 {agreement}  {rate:,.0f} tokens/s"
+    )
     work.board.progress(p, rate)
     if glance:
-        length = work.evaluated(0.0, _GLANCE_TOKENS).emitted_per_step
-        work.board.scalar("simulated/tokens per step, greedy", length, p.step)
-        words += f"  simulated {length:.2f} tokens a step (greedy, held out)"
+        work.simulated = work.evaluated(0.0, _GLANCE_TOKENS).emitted_per_step
+        work.board.scalar("simulated/tokens per step, greedy", work.simulated, p.step)
+    if work.simulated is not None:
+        words += f"  simulated {work.simulated:.2f} tokens a step (greedy, held out)"
     work.say(words)
 
 

@@ -46,8 +46,16 @@ def test_a_head_from_nothing_but_a_model(
     printed = capsys.readouterr()
     out = tmp_path / "head"
     assert printed.out.strip() == str(out)
-    for words in ("corpus: ", "draft vocabulary: 150 of 288", "before training:", "update 6", "| greedy |"):
+    for words in (
+        "corpus: ",
+        "draft vocabulary: 150 of 288",
+        "before training:",
+        "[####################] 100%  update 6  loss ",
+        "| greedy |",
+    ):
         assert words in printed.err
+    lines = [line for line in printed.err.splitlines() if "  update " in line]
+    assert len(lines) >= 2 and all(" tokens a step (greedy, held out)" in line for line in lines)
     source = resolve(str(out))
     config = parse_config(source.config, target_config.num_layers)
     assert config.feature_layers == (0, 2, 3) and config.draft_vocab_size == 150
