@@ -1,4 +1,4 @@
-"""How many drafts of a head the target would accept, on texts that it was not trained on.
+"""How many drafts of a student the target would accept, on texts that it was not trained on.
 
 Chains are teacher-forced: every position of a held-out answer starts one, drafts that follow are fed the text's own
 tokens, as accepted drafts are. A greedy text is the target's argmax. A text drawn at a temperature is an outcome of
@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optimize.distill.head import Eagle3Head
 from optimize.distill.loss import chunk_rows
 from optimize.distill.packing import Batch, Packed, make_batch, pack
 from optimize.distill.shards import ANSWER, Document
-from optimize.distill.target import Teacher
-from optimize.distill.ttt import unroll
+from optimize.distill.student import Student, mixed_precision
 from server.sampling.rng import RESIDUAL, TARGET, gumbel, noise_keys, uniform
 
 
@@ -45,8 +43,7 @@ class Acceptance:
 
 
 def evaluate(
-    head: Eagle3Head,
-    teacher: Teacher,
+    student: Student,
     documents: Sequence[Document],
     temperature: float,
     steps: int,
@@ -58,12 +55,12 @@ def evaluate(
     reached, accepted = np.zeros(steps, np.int64), np.zeros(steps, np.int64)
     emitted = num_steps = 0
     packed = pack(chosen, length)
-    device = teacher.model.device
+    device = student.teacher.device
     rows_at_once = 8 if device.type == "cuda" else 1
     for start in range(0, packed.num_rows, rows_at_once):
         rows = np.arange(start, min(start + rows_at_once, packed.num_rows))
         batch = make_batch(packed, rows, steps, device)
-        agrees, valid = _agreement(head, teacher, batch, packed.kinds[rows], temperature, steps, seed)
+        agrees, valid = _agreement(student, batch, packed.kinds[rows], temperature, steps, seed)
         alive = np.ones(agrees.shape[1:], bool)
         for s in range(steps):
             reached[s] += np.count_nonzero(alive & valid[s])
@@ -78,45 +75,49 @@ def evaluate(
 
 @torch.no_grad()
 def _agreement(
-    head: Eagle3Head,
-    teacher: Teacher,
-    batch: Batch,
-    kinds: NDArray[np.uint8],
-    temperature: float,
-    steps: int,
-    seed: int,
+    student: Student, batch: Batch, kinds: NDArray[np.uint8], temperature: float, steps: int, seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """[S, B, L] each: draft s of the chain at t is the text's, and there is something to draft (an answer's token)."""
-    features, normed = teacher.hidden(batch)
-    noise = None if temperature == 0.0 else _noise(head, teacher, batch, normed, temperature, seed)
+    features, normed = student.teacher.hidden(batch)
+    noise = None if temperature == 0.0 else _noise(student, batch, normed, temperature, seed)
     answer = torch.from_numpy(kinds >= ANSWER).to(batch.ids.device)
-    autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=batch.ids.is_cuda)
-    agrees, valid = [], []
-    with autocast:
-        for s, output in enumerate(unroll(head, teacher.model.embedding, batch, features, steps)):
+    agrees: list[Tensor] = []
+    valid: list[Tensor] = []
+    with mixed_precision(batch.ids.device):
+        outputs = student.outputs(batch, features, 1 if student.stateless else steps)
+        for s in range(steps):
             ahead = s + 1
             same = F.pad(batch.documents[:, ahead:], (0, ahead), value=-2) == batch.documents
-            worth = same & F.pad(answer[:, ahead:], (0, ahead))
-            at = worth.flatten().nonzero().squeeze(1)
-            drafts = batch.ids.new_full((worth.numel(),), -1)
-            for part in at.split(chunk_rows(head.config.draft_vocab_size, at.device)):
-                logits = head.lm_head(head.norm(output.flatten(0, 1)[part])).float()
-                scores = logits if noise is None else logits / temperature + noise[part + s]
-                drafts[part] = head.target_ids[scores.argmax(-1)]
-            text = F.pad(batch.ids[:, ahead:], (0, ahead))
-            agrees.append((drafts.view_as(text) == text) & worth)
-            valid.append(worth)
+            valid.append(same & F.pad(answer[:, ahead:], (0, ahead)))
+            if student.stateless and s > 0:
+                agrees.append(F.pad(agrees[0][:, s:], (0, s)) & valid[s])
+            else:
+                agrees.append(_hits(student, batch, next(outputs), valid[s], ahead, noise, temperature))
     return torch.stack(agrees).cpu().numpy(), torch.stack(valid).cpu().numpy()
 
 
-def _noise(head: Eagle3Head, teacher: Teacher, batch: Batch, normed: Tensor, temperature: float, seed: int) -> Tensor:
+def _hits(
+    student: Student, batch: Batch, output: Tensor, worth: Tensor, ahead: int, noise: Tensor | None, temperature: float
+) -> Tensor:
+    """[B, L] bool: where it is `worth` it, the draft is the text's token `ahead` of the position."""
+    at = worth.flatten().nonzero().squeeze(1)
+    drafts = batch.ids.new_full((worth.numel(),), -1)
+    for part in at.split(chunk_rows(len(student.target_ids), at.device)):
+        logits = student.scores(output.flatten(0, 1)[part]).float()
+        scores = logits if noise is None else logits / temperature + noise[part + ahead - 1]
+        drafts[part] = student.target_ids[scores.argmax(-1)]
+    text = F.pad(batch.ids[:, ahead:], (0, ahead))
+    return (drafts.view_as(text) == text) & worth
+
+
+def _noise(student: Student, batch: Batch, normed: Tensor, temperature: float, seed: int) -> Tensor:
     """[B * L, C]: row n has the noise of the token behind n, at the draft vocabulary, given that it is the text's."""
-    ids, rows = head.target_ids, normed.flatten(0, 1)
+    teacher, ids, rows = student.teacher, student.target_ids, normed.flatten(0, 1)
     following = F.pad(batch.ids[:, 1:], (0, 1)).flatten()
     positions, documents = batch.positions.flatten() + 1, batch.documents.flatten()
     seeds = torch.full_like(positions, seed)
     noise = torch.empty(rows.shape[0], ids.shape[0], device=rows.device)
-    step = chunk_rows(teacher.model.vocab_size, rows.device)
+    step = chunk_rows(teacher.vocab_size, rows.device)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         logprobs = (teacher.logits(rows[part]) / temperature).log_softmax(-1)

@@ -84,14 +84,25 @@ def export(
 
     With `max_file_bytes` the tensors are spread over as many files as it takes, beside an index of them.
     """
+    tensors = weights.state_dict(config.share_lm_head)
+    readme = _title(config, card, num_parameters(tensors)) + card_body(card)
+    write_checkpoint(out, tensors, published_config(config, target), readme, max_file_bytes)
+
+
+def num_parameters(tensors: dict[str, Tensor]) -> int:
+    """Weights in a checkpoint, maps of token ids apart."""
+    return sum(t.numel() for t in tensors.values() if t.is_floating_point())
+
+
+def write_checkpoint(
+    out: Path, tensors: dict[str, Tensor], config: dict[str, Any], readme: str, max_file_bytes: int | None = None
+) -> None:
+    """Writes `config.json`, the model card and the tensors, floating point as bfloat16; see `export`."""
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: (t.to(torch.bfloat16) if t.is_floating_point() else t).contiguous()
-        for name, t in weights.state_dict(config.share_lm_head).items()
-    }
-    _write_tensors(out, spread_over_files(tensors, max_file_bytes))
-    _write(out / "README.md", _readme(config, card, sum(t.numel() for t in tensors.values() if t.is_floating_point())))
-    _write(out / "config.json", json.dumps(published_config(config, target), indent=2) + "\n")
+    stored = {name: (t.to(torch.bfloat16) if t.is_floating_point() else t).contiguous() for name, t in tensors.items()}
+    _write_tensors(out, spread_over_files(stored, max_file_bytes))
+    _write(out / "README.md", readme)
+    _write(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def check_file_size(config: Eagle3Config, max_file_bytes: int | None) -> None:
@@ -148,15 +159,20 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _readme(config: Eagle3Config, card: Card, num_parameters: int) -> str:
+def _title(config: Eagle3Config, card: Card, size: int) -> str:
     head = "; the output layer is the target's own" if config.share_lm_head else ""
-    losses = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in card.losses)
     return f"""# EAGLE-3 drafter for {card.target}
 
-One decoder layer that drafts for {card.target} (EAGLE-3, arXiv 2503.01840). {num_parameters / 1e6:.1f} M parameters,
+One decoder layer that drafts for {card.target} (EAGLE-3, arXiv 2503.01840). {size / 1e6:.1f} M parameters,
 {config.draft_vocab_size:,} of {config.vocab_size:,} tokens can be drafted; fuses the outputs of target layers
 {", ".join(map(str, config.feature_layers))} (0-based){head}.
+"""
 
+
+def card_body(card: Card) -> str:
+    """What a model card says below the drafter's shape."""
+    losses = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in card.losses)
+    return f"""
     {card.command}
 
 {card.version}; {card.machine}.

@@ -14,10 +14,10 @@ from optimize.distill.filters import Deduplicator
 from optimize.distill.options import DistillOptions
 from optimize.distill.prompts import Prompts
 from optimize.distill.shards import ANSWER, Document, ShardStore, corpus_directory
-from server.config import EngineConfig, cache_dir
+from optimize.distill.target import Served
+from server.config import cache_dir
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
-from server.models.loader import pick_device
 from server.models.source import ModelSource
 
 EVALUATION_TEMPERATURE = 0.8
@@ -40,20 +40,16 @@ class Texts:
 class _Engine:
     """The target as a writer, built when it is first needed."""
 
-    def __init__(self, options: DistillOptions, source: ModelSource, say: Say) -> None:
-        self.options, self.source, self.say = options, source, say
+    def __init__(self, target: Served, say: Say) -> None:
+        self.target, self.say = target, say
         self._core: EngineCore | None = None
 
     def core(self) -> EngineCore:
         if self._core is None:
-            on_gpu = pick_device(self.options.device).type == "cuda"
-            length = context(self.options, self.source)
-            seqs = self.options.num_seqs or (GPU_SEQS if on_gpu else CPU_SEQS)
-            config = EngineConfig(
-                model=self.options.model,
-                drafter="none",
-                max_draft_tokens=0,
-                device=self.options.device,
+            on_gpu = self.target.device.type == "cuda"
+            length = context(self.target.options, self.target.source)
+            seqs = self.target.options.num_seqs or (GPU_SEQS if on_gpu else CPU_SEQS)
+            config = self.target.engine_config(
                 max_model_len=length,
                 max_num_seqs=seqs,
                 max_num_batched_tokens=8192 if on_gpu else 512,
@@ -76,29 +72,17 @@ def context(options: DistillOptions, source: ModelSource) -> int:
     return min(options.sequence, int(source.config.get("max_position_embeddings") or options.sequence))
 
 
-def gather(
-    options: DistillOptions, source: ModelSource, prompts: Prompts, say: Say, stopped: Callable[[], bool]
-) -> Texts:
+def gather(target: Served, prompts: Prompts, say: Say, stopped: Callable[[], bool]) -> Texts:
     """Raises StoppedError once what is under way is on disk, DistillError if the model writes nothing of use."""
+    options, source = target.options, target.source
     root = options.corpus or cache_dir() / "distill"
-    settings = CorpusSettings(
-        seed=options.seed,
-        shard_documents=256 if options.tokens >= LARGE_CORPUS else 8,
-        max_length=context(options, source),
-    )
-    held_out = replace(
-        settings,
-        seed=~options.seed,
-        shard_documents=32 if options.tokens >= LARGE_CORPUS else 8,
-        greedy_share=0.5,
-        temperatures=(EVALUATION_TEMPERATURE, EVALUATION_TEMPERATURE),
-    )
-    seen = Deduplicator(prompts.tokenizer.decode)
-    engine = _Engine(options, source, say)
+    parts, held_out = _settings(options, source)
+    engine = _Engine(target, say)
     num_held_out = int(min(MOST_HELD_OUT, max(LEAST_HELD_OUT, options.tokens * HELD_OUT_SHARE)))
 
     def written(wanted: CorpusSettings, tokens: int) -> list[Document]:
         store = ShardStore(corpus_directory(root, source, wanted))
+        seen = Deduplicator(prompts.tokenizer.decode)  # its own: what a part holds must not depend on the others
         found = write_corpus(
             lambda: CorpusWriter(engine.core(), prompts, wanted, store), store, tokens, seen, say, stopped
         )
@@ -108,11 +92,31 @@ def gather(
 
     try:
         say(f"corpus: {root}")
-        test, train = written(held_out, num_held_out), written(settings, options.tokens)
+        test = written(held_out, num_held_out)
+        found = [written(part, -(-options.tokens // len(parts))) for part in parts]
     finally:
         engine.close()
-    name = f"{corpus_directory(root, source, settings).name}:{options.tokens}"
-    return Texts(train, test, name)
+    seen = Deduplicator(prompts.tokenizer.decode)
+    for document in test:
+        seen.is_new(document.ids, document.written)
+    train = [d for part in found for d in part if seen.is_new(d.ids, d.written)]
+    name = "+".join(corpus_directory(root, source, part).name for part in parts)
+    return Texts(train, test, f"{name}:{options.tokens}")
+
+
+def _settings(options: DistillOptions, source: ModelSource) -> tuple[list[CorpusSettings], CorpusSettings]:
+    """(the parts of the corpus, the held-out text): the latter belongs to the first part."""
+    large, seeds = options.tokens // len(options.text_seeds) >= LARGE_CORPUS, options.text_seeds
+    shard_documents, max_length = 256 if large else 8, context(options, source)
+    parts = [CorpusSettings(seed, shard_documents=shard_documents, max_length=max_length) for seed in seeds]
+    held_out = replace(
+        parts[0],
+        seed=~seeds[0],
+        shard_documents=32 if large else 8,
+        greedy_share=0.5,
+        temperatures=(EVALUATION_TEMPERATURE, EVALUATION_TEMPERATURE),
+    )
+    return parts, held_out
 
 
 def corpus_words(texts: Texts, options: DistillOptions) -> str:
@@ -120,8 +124,13 @@ def corpus_words(texts: Texts, options: DistillOptions) -> str:
     total = sum(len(d.ids) for d in texts.train)
     conversations = sum(bool((d.kinds == ANSWER).any()) for d in texts.train)
     return (
-        f"{total:,} tokens in {len(texts.train):,} documents that the target wrote itself (seed {options.seed}): "
+        f"{total:,} tokens in {len(texts.train):,} documents that the target wrote itself ({_seeds(options)}): "
         f"{conversations:,} conversations of 1 to 3 turns, the user's turns sampled behind the chat template's user "
         "prefix, and continuations of short openings of text and code. Answers at temperature 0.6 to 1.0, a quarter "
         "greedy; repeated texts and loops dropped."
     )
+
+
+def _seeds(options: DistillOptions) -> str:
+    seeds = options.text_seeds
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"

@@ -92,7 +92,7 @@ class Eagle3Head(nn.Module):
             for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        return _turn(query, cos, sin), _turn(key, cos, sin), value, normed if c.norm_before_residual else x
+        return turn(query, cos, sin), turn(key, cos, sin), value, normed if c.norm_before_residual else x
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """The layer's output [B, L, H] from attention's, mixed [B, heads, L, D]. The stream stays in float32."""
@@ -118,7 +118,8 @@ class Eagle3Head(nn.Module):
             parameters[name].copy_(getattr(weights, field))
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, heads, L, D], pairs in halves; cos and sin [B, 1, L, D / 2]."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 

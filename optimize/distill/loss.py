@@ -37,7 +37,7 @@ class Targets:
     @torch.no_grad()
     def of(teacher: Teacher, normed: Tensor, target_ids: Tensor, hard: float, dtype: torch.dtype) -> Targets:
         """From what the target's output layer reads, `normed` [N, H]. Mass outside the draft vocabulary is dropped."""
-        vocab_size, size = teacher.model.vocab_size, target_ids.shape[0]
+        vocab_size, size = teacher.vocab_size, target_ids.shape[0]
         device = normed.device
         column = torch.full((vocab_size,), -1, dtype=torch.int64, device=device)
         column[target_ids] = torch.arange(size, device=device)

@@ -1,32 +1,31 @@
-"""From a model's name to a head's directory: texts, vocabulary, training, evaluation, export."""
+"""From a model's name to a drafter's directory: texts, training, evaluation, export."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from draft_models.eagle3_config import Eagle3Config, config_for, default_feature_layers
+from optimize.distill.board import Board
 from optimize.distill.errors import DistillError, StoppedError
 from optimize.distill.evaluate import Acceptance, evaluate, table
-from optimize.distill.export import Card, check_file_size, export
+from optimize.distill.export import Card
 from optimize.distill.gather import EVALUATION_TEMPERATURE, Texts, context, corpus_words, gather
-from optimize.distill.head import Eagle3Head, initial_weights
+from optimize.distill.kind import Kind
 from optimize.distill.options import DistillOptions
 from optimize.distill.packing import pack
 from optimize.distill.prompts import Prompts
 from optimize.distill.schedule import Schedule
-from optimize.distill.target import Teacher
+from optimize.distill.shards import model_identity
+from optimize.distill.target import Served
 from optimize.distill.train import Trainer, TrainSettings
-from optimize.distill.vocabulary import basics, counts, coverage, draft_vocabulary
 from server.config import ConfigError
-from server.models.config import LLAMA_FAMILY, architecture_of, parse_config
-from server.models.llama import LlamaModel
-from server.models.loader import Checkpoint, load_source, pick_device, pick_dtype
-from server.models.source import ModelSource, resolve
+from server.models.source import resolve
 from server.text.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -37,11 +36,15 @@ _SAY_EVERY_S, _SAVE_EVERY_S = 15.0, 120.0
 _GLANCE_TOKENS = 8_000
 """Held-out text that the progress line's acceptance is measured on."""
 _GLANCES = 10
+_BAR = 20
 
 
 @dataclass(slots=True)
 class Work:
-    """What a training has: the head and its teacher, the texts, and how to say where it is."""
+    """What a training has: the student, the texts, and how to say where it is.
+
+    `simulated` is how many tokens a step greedy held-out text would emit, as last measured.
+    """
 
     trainer: Trainer
     texts: Texts
@@ -49,6 +52,16 @@ class Work:
     length: int
     checkpoint: Path
     say: Say
+    board: Board
+    simulated: float | None = None
+
+    def results(self) -> list[Acceptance]:
+        """Acceptance on all held-out text, greedy and drawn."""
+        found = [self.evaluated(t) for t in (0.0, EVALUATION_TEMPERATURE)]
+        for r in found:
+            self.board.acceptance(self.trainer.step, r)
+        self.simulated = found[0].emitted_per_step
+        return found
 
     def evaluated(self, temperature: float, most_tokens: int | None = None) -> Acceptance:
         """Acceptance of the weights that would be saved now, on held-out text."""
@@ -59,7 +72,7 @@ class Work:
         t = self.trainer
         t.swap_average()
         try:
-            return evaluate(t.head, t.teacher, documents, temperature, self.options.max_draft_tokens, self.length)
+            return evaluate(t.student, documents, temperature, self.options.max_draft_tokens, self.length)
         finally:
             t.swap_average()
 
@@ -69,32 +82,32 @@ def distill(
 ) -> list[Acceptance]:
     """Writes `options.out`. Raises ConfigError, DistillError, StoppedError and what loading a model raises."""
     checkpoint = _checkpoint(options)
-    source = resolve(options.model)
-    if architecture_of(source.config) not in LLAMA_FAMILY:
-        raise ConfigError(f"model: {source.name} has no network of our own; use one of {', '.join(LLAMA_FAMILY)}")
-    target = parse_config(source.config)
-    default_feature_layers(target.num_layers)
-    prompts = Prompts.of(Tokenizer.from_directory(source.directory))
-    texts = gather(options, source, prompts, say, stopped)
-    if options.corpus_only:
-        return []
-    work = _prepare(options, source, prompts, texts, checkpoint, say)
-    before = [] if work.trainer.step else [work.evaluated(t) for t in (0.0, EVALUATION_TEMPERATURE)]
-    if before:
-        say("before training:\n" + table(before))
-    train(work, stopped)
-    results = [work.evaluated(t) for t in (0.0, EVALUATION_TEMPERATURE)]
-    say("after training:\n" + table(results))
+    target = Served(options, resolve(options.model))
+    prompts = cache(lambda: Prompts.of(Tokenizer.from_directory(target.source.directory)))
+    kind = _kind(target, prompts, say)
+    with closing(Board(options.tensorboard)) as board:
+        texts = gather(target, prompts(), say, stopped)
+        if options.corpus_only:
+            return []
+        work = _prepare(target, kind, texts, checkpoint, say, board)
+        if not work.trainer.step:
+            say("before training:\n" + table(work.results()))
+        train(work, stopped)
+        results = work.results()
+        say("after training:\n" + table(results))
     work.trainer.swap_average()
-    head = work.trainer.head
-    card = _card(work, source, arguments, version, results)
-    export(options.out, head.weights(), head.config, target, card, max_file_bytes(options))
+    kind.export(options.out, _card(work, target, kind, arguments, version, results))
     return results
 
 
-def max_file_bytes(options: DistillOptions) -> int | None:
-    """Most bytes of a safetensors file, None for any number."""
-    return None if options.max_shard_mb is None else options.max_shard_mb * 1_000_000
+def _kind(target: Served, prompts: Callable[[], Prompts], say: Say) -> Kind:
+    if target.options.kind == "small-lm":
+        from optimize.distill.small_lm_kind import SmallLMKind
+
+        return SmallLMKind(target, say)
+    from optimize.distill.eagle3_kind import Eagle3Kind
+
+    return Eagle3Kind(target, prompts, say)
 
 
 def _checkpoint(options: DistillOptions) -> Path:
@@ -109,47 +122,30 @@ def _checkpoint(options: DistillOptions) -> Path:
     return path
 
 
-def _prepare(
-    options: DistillOptions, source: ModelSource, prompts: Prompts, texts: Texts, checkpoint: Path, say: Say
-) -> Work:
-    device, target = pick_device(options.device), parse_config(source.config)
-    length = context(options, source)
-    max_positions = length + options.max_draft_tokens + 1
-    frequency = counts(texts.train, target.vocab_size)
-    ids = draft_vocabulary(
-        frequency, options.draft_vocab, basics(prompts.tokenizer, prompts.end_ids(), target.vocab_size)
-    )
-    say(f"draft vocabulary: {len(ids):,} of {target.vocab_size:,} tokens, {coverage(frequency, ids):.2%} of the text")
-    model = load_source(source, device, pick_dtype("auto", device), max_positions)
-    assert isinstance(model, LlamaModel)
-    config = replace(config_for(target, len(ids)), share_lm_head=not options.train_lm_head)
-    check_file_size(config, max_file_bytes(options))
-    head = _head(config, source, ids, max_positions, options.seed).to(device)
-    batch_tokens = options.batch_tokens or (GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS)
+def _prepare(target: Served, kind: Kind, texts: Texts, checkpoint: Path, say: Say, board: Board) -> Work:
+    options = target.options
+    length = context(options, target.source)
+    if options.init is not None:
+        say(f"going on from the drafter in {options.init}")
+    student = kind.student(texts, length + options.max_draft_tokens + 1)
+    on_gpu = target.device.type == "cuda"
+    batch_tokens = options.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
     settings = TrainSettings(
         corpus=texts.name,
         seed=options.seed,
-        chain_steps=options.max_draft_tokens,
         batch_rows=max(1, batch_tokens // length),
         accumulate=options.accumulate,
         learning_rate=options.learning_rate,
         ema=options.ema,
-        train_lm_head=options.train_lm_head,
-        draft_vocab_size=len(ids),
+        train_lm_head=options.trains_lm_head,
+        init=model_identity(resolve(str(options.init))) if options.init is not None else None,
+        **kind.settings(),
     )
-    teacher, schedule = Teacher(model, config.feature_layers), Schedule(options.steps, options.training_minutes)
-    trainer = Trainer(head, teacher, pack(texts.train, length), settings, schedule)
+    trainer = Trainer(student, pack(texts.train, length), settings, Schedule(options.steps, options.training_minutes))
     if options.resume:
         trainer.load(checkpoint)
         say(f"going on at update {trainer.step}, {trainer.share:.0%} of the training")
-    return Work(trainer, texts, options, length, checkpoint, say)
-
-
-def _head(config: Eagle3Config, source: ModelSource, ids: torch.Tensor, max_positions: int, seed: int) -> Eagle3Head:
-    files = Checkpoint(source.directory, torch.float32, torch.device("cpu"))
-    head = Eagle3Head(config, ids, max_positions)
-    head.load(initial_weights(config, parse_config(source.config), files.get, files.has, ids, seed))
-    return head
+    return Work(trainer, texts, options, length, checkpoint, say, board)
 
 
 def train(work: Work, stopped: Callable[[], bool]) -> None:
@@ -181,24 +177,34 @@ def _tell(work: Work, rate: float, glance: bool) -> None:
     except FloatingPointError as error:
         raise DistillError(str(error)) from error
     agreement = " ".join(f"{a:.2f}" for a in p.agreement)
-    words = f"{work.trainer.share:4.0%}  update {p.step}  loss {p.loss:.3f}  top-1 {agreement}  {rate:,.0f} tokens/s"
+    share = min(1.0, work.trainer.share)
+    bar = "#" * int(share * _BAR)
+    words = (
+        f"[{bar:-<{_BAR}}] {share:4.0%}  update {p.step}  loss {p.loss:.3f}  top-1 {agreement}  {rate:,.0f} tokens/s"
+    )
+    work.board.progress(p, rate)
     if glance:
-        length = work.evaluated(0.0, _GLANCE_TOKENS).emitted_per_step
-        words += f"  simulated {length:.2f} tokens a step (greedy, held out)"
+        work.simulated = work.evaluated(0.0, _GLANCE_TOKENS).emitted_per_step
+        work.board.scalar("simulated/tokens per step, greedy", work.simulated, p.step)
+    if work.simulated is not None:
+        words += f"  simulated {work.simulated:.2f} tokens a step (greedy, held out)"
     work.say(words)
 
 
 def _card(
-    work: Work, source: ModelSource, arguments: Sequence[str], version: str, results: Sequence[Acceptance]
+    work: Work, target: Served, kind: Kind, arguments: Sequence[str], version: str, results: Sequence[Acceptance]
 ) -> Card:
+    source = target.source
     t, device = work.trainer, work.trainer.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     s = t.settings
+    weighting = f", step s weighted {s.step_decay:g}^s" if s.chain_steps > 1 else ""
     training = (
-        f"Training-time test with {s.chain_steps} steps; soft cross-entropy against the target's distribution and "
-        f"{s.hard:g} times the hard one, step s weighted {s.step_decay:g}^s. AdamW, learning rate {s.learning_rate:g}, "
-        f"{t.step:,} updates of {t.tokens_per_update:,} tokens in {t.elapsed_s / 60:.1f} minutes, seed {s.seed}."
+        f"{kind.words()}; soft cross-entropy against the target's distribution and {s.hard:g} times the hard "
+        f"one{weighting}. AdamW, learning rate {s.learning_rate:g}, {t.step:,} updates of {t.tokens_per_update:,} "
+        f"tokens in {t.elapsed_s / 60:.1f} minutes, seed {s.seed}."
     )
+    training += " It went on from an earlier drafter." if s.init else ""
     every = max(1, len(t.history) // 12)
     losses = [*t.history[:-1:every], *t.history[-1:]]
     licence = "Apache-2.0" if source.kind == "embedded" else "see the target's own model card"

@@ -1,21 +1,82 @@
-"""The target as teacher: a dense pass over whole rows, where the server's own forward pass reads pages."""
+"""The target as it will be served: the one place that says in which form it writes, teaches and judges.
+
+Corpus, training and evaluation take the network from `Served`, loaded by the server's own loader in the server's own
+dtype. A quantised checkpoint is a MODEL like any other, so its drafter learns from what the quantised network says: the
+teacher calls the network's own linear layers, whatever they hold.
+
+The server's forward pass reads pages; a teacher makes a dense pass over whole rows with the same weights.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optimize.distill.options import DistillOptions
 from optimize.distill.packing import Batch
+from server.config import EngineConfig
+from server.models.base import TargetModel
 from server.models.llama import Layer, LlamaModel
+from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.rope import rotate_
+from server.models.source import ModelSource
 
 
-class Teacher:
-    """Hidden states and logits of a LlamaModel, without gradients."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The target with the settings that change what it computes."""
+
+    options: DistillOptions
+    source: ModelSource
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return pick_device(self.options.device)
+
+    def network(self, max_positions: int) -> TargetModel:
+        """Loads it, for `max_positions` positions."""
+        dtype = pick_dtype(self.options.dtype, self.device)
+        return load_source(self.source, self.device, dtype, max_positions)
+
+    def engine_config(self, **limits: Any) -> EngineConfig:
+        """Settings of an engine that writes with it, without drafts; `limits` are fields of EngineConfig."""
+        o = self.options
+        return EngineConfig(model=o.model, drafter="none", max_draft_tokens=0, device=o.device, dtype=o.dtype, **limits)
+
+
+class Teacher(Protocol):
+    """What losses and evaluation ask of the target: its distributions, without gradients."""
+
+    device: torch.device
+    vocab_size: int
+
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features [B, L, F] that the student reads (F may be 0) and what the output layer reads, [B, L, H]."""
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[N, H] -> float32 [N, V]."""
+
+
+def teacher_of(model: TargetModel) -> Teacher:
+    """The teacher of a loaded target that gives distributions only. Raises UnsupportedModelError."""
+    if isinstance(model, LlamaModel):
+        return LlamaTeacher(model, ())
+    from optimize.distill.transformers_lm import TransformersTeacher  # heavy import, only when needed
+
+    return TransformersTeacher(model)
+
+
+class LlamaTeacher:
+    """A LlamaModel as teacher; the outputs of `feature_layers` are its features."""
 
     def __init__(self, model: LlamaModel, feature_layers: tuple[int, ...]) -> None:
         self.model, self.feature_layers = model, feature_layers
+        self.device, self.vocab_size = model.device, model.vocab_size
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -28,13 +89,14 @@ class Teacher:
         features = []
         for i, layer in enumerate(model.layers):
             if layer.window not in masks:
-                masks[layer.window] = (sees & _within(length, layer.window or length, sees.device))[:, None]
+                masks[layer.window] = (sees & within(length, layer.window or length, sees.device))[:, None]
             x = self._attention(layer, x, rotation, masks[layer.window], rows).add_(x)
             gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, dim=-1)
             x = layer.down(F.silu(gate).mul_(up)).add_(x)
             if i in self.feature_layers:
                 features.append(x)
-        return torch.cat(features, dim=-1).view(rows, length, -1), model.norm(x).view(rows, length, -1)
+        fused = torch.cat(features, dim=-1) if features else x[:, :0]
+        return fused.view(rows, length, fused.shape[-1]), model.norm(x).view(rows, length, -1)
 
     @torch.no_grad()
     def logits(self, normed: Tensor) -> Tensor:
@@ -58,7 +120,7 @@ class Teacher:
         return layer.out(mixed.transpose(1, 2).reshape(x.shape[0], -1))
 
 
-def _within(length: int, window: int, device: torch.device) -> Tensor:
+def within(length: int, window: int, device: torch.device) -> Tensor:
     """[L, L] bool: the last `window` tokens."""
     at = torch.arange(length, device=device)
     return at[:, None] - at < window

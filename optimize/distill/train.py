@@ -1,4 +1,4 @@
-"""The training loop's state: head, optimiser, average; one update, and a checkpoint of all that an update depends
+"""The training loop's state: network, optimiser, average; one update, and a checkpoint of all that an update depends
 on."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimize.distill.head import Eagle3Head
-from optimize.distill.loss import Targets
 from optimize.distill.packing import Order, Packed, make_batch
 from optimize.distill.schedule import Schedule, learning_rate_factor
-from optimize.distill.target import Teacher
-from optimize.distill.ttt import chain_losses, unroll
+from optimize.distill.student import Student
 from server.config import ConfigError
 
 BETAS = (0.9, 0.95)
@@ -33,7 +29,9 @@ class TrainSettings:
     """What an update does. `batch_rows` rows a batch, `accumulate` batches an update.
 
     `hard` is the weight of the cross-entropy against the target's most probable token beside the soft one; step s of a
-    chain weighs `step_decay` ** s. `corpus` names the texts and the model that the head is of.
+    chain weighs `step_decay` ** s. `corpus` names the texts and the target, `kind` what is made
+    (a small LM of the target's `layers`), `init` the
+    weights that the training began with (None: made of the target's).
     """
 
     corpus: str
@@ -45,6 +43,9 @@ class TrainSettings:
     ema: float
     train_lm_head: bool
     draft_vocab_size: int
+    kind: str = "eagle3"
+    layers: tuple[int, ...] | None = None
+    init: str | None = None
     hard: float = 0.1
     step_decay: float = 0.9
 
@@ -60,20 +61,17 @@ class Progress:
 
 
 class Trainer:
-    """Trains `head` on `packed`. `elapsed_s` counts seconds of updates; it and `step` say where the training is.
+    """Trains `student` on `packed`. `elapsed_s` counts seconds of updates; it and `step` say where the training is.
 
     `history` is (update, mean loss since the one before) of every `progress`.
     """
 
-    def __init__(
-        self, head: Eagle3Head, teacher: Teacher, packed: Packed, settings: TrainSettings, schedule: Schedule
-    ) -> None:
-        self.head, self.teacher, self.packed, self.settings, self.schedule = head, teacher, packed, settings, schedule
-        self.device = teacher.model.device
+    def __init__(self, student: Student, packed: Packed, settings: TrainSettings, schedule: Schedule) -> None:
+        self.student, self.packed, self.settings, self.schedule = student, packed, settings, schedule
+        self.network, self.device = student.network, student.teacher.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.order = Order(packed.num_rows, settings.batch_rows, settings.seed)
-        head.lm_head.weight.requires_grad_(settings.train_lm_head)
-        self.parameters = [p for p in head.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             _groups(self.parameters), lr=settings.learning_rate, betas=BETAS, fused=self.device.type == "cuda"
         )
@@ -119,18 +117,10 @@ class Trainer:
     def _backward(self, index: int) -> Tensor:
         s = self.settings
         batch = make_batch(self.packed, self.order.rows(index), s.chain_steps, self.device)
-        features, normed = self.teacher.hidden(batch)
-        targets = Targets.of(self.teacher, normed.flatten(0, 1), self.head.target_ids, s.hard, self.dtype)
-        del normed
-        with self._autocast():
-            outputs = unroll(self.head, self.teacher.model.embedding, batch, features, s.chain_steps)
-            losses, agreement = chain_losses(self.head, outputs, batch, targets, self.dtype)
+        losses, agreement = self.student.losses(batch, s.hard, self.dtype)
         loss = (losses * self._step_weights).sum()
         torch.autograd.backward(loss / s.accumulate)
         return torch.cat([loss.detach()[None], agreement])
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cuda", dtype=self.dtype) if self.device.type == "cuda" else nullcontext()
 
     def progress(self) -> Progress:
         """Means since the last call. Raises FloatingPointError if the loss is no longer a number."""
@@ -156,7 +146,7 @@ class Trainer:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "history": self.history,
-            "head": self.head.state_dict(),
+            "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
         }
@@ -171,7 +161,7 @@ class Trainer:
         for name, value in state["settings"].items():
             if mine.get(name) != value:
                 raise ConfigError(f"resume: the checkpoint was made with {name}={value!r}, this is {mine.get(name)!r}")
-        self.head.load_state_dict(state["head"])
+        self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = list(state["average"])
         self.step, self.elapsed_s, self.history = state["step"], state["elapsed_s"], list(state["history"])

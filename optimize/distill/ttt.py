@@ -21,6 +21,8 @@ from torch import Tensor
 from optimize.distill.head import Eagle3Head
 from optimize.distill.loss import Targets, vocabulary_loss
 from optimize.distill.packing import Batch
+from optimize.distill.student import mixed_precision
+from optimize.distill.target import LlamaTeacher
 
 
 def attention_mask(batch: Batch, steps: int, dtype: torch.dtype) -> Tensor:
@@ -67,3 +69,33 @@ def chain_losses(
         losses.append(total / weight)
         agreements.append((agrees * chains.weights).sum() / weight)
     return torch.stack(losses), torch.stack(agreements)
+
+
+class Eagle3Student:
+    """An EAGLE-3 head as the training loop sees it. Implements optimize.distill.student.Student."""
+
+    stateless = False
+
+    def __init__(self, head: Eagle3Head, teacher: LlamaTeacher, chain_steps: int, train_lm_head: bool = True) -> None:
+        self.network, self.teacher, self.chain_steps = head, teacher, chain_steps
+        self.target_ids = head.target_ids
+        head.lm_head.weight.requires_grad_(train_lm_head)
+
+    def losses(self, batch: Batch, hard: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See Student.losses."""
+        features, normed = self.teacher.hidden(batch)
+        targets = Targets.of(self.teacher, normed.flatten(0, 1), self.target_ids, hard, dtype)
+        del normed
+        with mixed_precision(batch.ids.device):
+            outputs = self.outputs(batch, features, self.chain_steps)
+            return chain_losses(self.network, outputs, batch, targets, dtype)
+
+    def outputs(self, batch: Batch, features: Tensor, steps: int) -> Iterator[Tensor]:
+        """See Student.outputs."""
+        features = features if features.is_cuda else features.float()  # there autocast reads any dtype
+        return unroll(self.network, self.teacher.model.embedding, batch, features, steps)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """See Student.scores."""
+        logits: Tensor = self.network.lm_head(self.network.norm(rows))
+        return logits

@@ -192,6 +192,11 @@ class TransformersModel:
             head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
             self.kv_layers = [KVLayer(kv_heads, head_dim)] * int(text.num_hidden_layers)
 
+    @property
+    def net(self) -> Any:
+        """The network itself, for those that run it without pages: they set an attention of their own."""
+        return self._net
+
     def forward(
         self,
         token_ids: Tensor,

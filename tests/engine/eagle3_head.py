@@ -15,8 +15,9 @@ from optimize.distill.head import Eagle3Head
 from optimize.distill.packing import pack
 from optimize.distill.schedule import Schedule
 from optimize.distill.shards import ANSWER, Document
-from optimize.distill.target import Teacher
+from optimize.distill.target import LlamaTeacher
 from optimize.distill.train import Trainer, TrainSettings
+from optimize.distill.ttt import Eagle3Student
 from server.models.loader import load_model
 from tests.engine.tiny import VOCAB_SIZE, engine, prompts, request, run, save_loopy_llama
 
@@ -54,7 +55,10 @@ def learned_head(target: Any, steps: int = 60) -> Eagle3Weights:
         draft_vocab_size=VOCAB_SIZE,
     )
     trainer = Trainer(
-        head, Teacher(target, config.feature_layers), pack(documents, 64), settings, Schedule(steps, None)
+        Eagle3Student(head, LlamaTeacher(target, config.feature_layers), settings.chain_steps, train_lm_head=True),
+        pack(documents, 64),
+        settings,
+        Schedule(steps, None),
     )
     with torch.inference_mode(False), torch.enable_grad():
         while trainer.share < 1.0:

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -158,8 +158,9 @@ def test_a_hybrid_drafter_predicts_with_whatever_draft_model_is(
         ("c", {"speculators_model_type": "eagle3"}),
         (None, {}),
     ):
-        find = lambda _, raw=raw: SimpleNamespace(config=raw, kind="directory")  # noqa: E731
+        source = SimpleNamespace(config=raw, kind="directory")
         config = EngineConfig(drafter="hybrid", draft_model=name)
         target = core.runner.model
-        drafters.load_draft_network(config, target, find("target"), target.device, 64, print, find)  # type: ignore[arg-type]
+        find = cast(Any, lambda _, found=source: found)
+        drafters.load_draft_network(config, target, cast(Any, source), target.device, 64, print, find)
     assert heads == ["a", "b", "c", None]

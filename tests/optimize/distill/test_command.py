@@ -20,7 +20,8 @@ from server.models.config import ModelConfig
 from server.models.loader import Checkpoint
 from server.models.source import resolve
 
-SIZE = ("--tokens", "500", "--sequence", "96", "--batch-tokens", "192", "--draft-vocab", "150", "--device", "cpu")
+SIZE = ("--tokens", "500", "--sequence", "96", "--batch-tokens", "192", "--device", "cpu")
+VOCABULARY = ("--draft-vocab", "150")
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +31,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "LEAST_HELD_OUT", 150)
 
 
-def distill(target_dir: Path, tmp_path: Path, *more: str, out: str = "head") -> int:
-    return cli.main(
-        ["distill", str(target_dir), "--out", str(tmp_path / out), "--corpus", str(tmp_path / "corpus"), *SIZE, *more]
-    )
+def distill(
+    target_dir: Path, tmp_path: Path, *more: str, out: str = "head", size: tuple[str, ...] = SIZE + VOCABULARY
+) -> int:
+    folders = ("--out", str(tmp_path / out), "--corpus", str(tmp_path / "corpus"))
+    return cli.main(["distill", str(target_dir), *folders, *size, *more])
 
 
 @pytest.mark.timeout(300)
@@ -44,8 +46,16 @@ def test_a_head_from_nothing_but_a_model(
     printed = capsys.readouterr()
     out = tmp_path / "head"
     assert printed.out.strip() == str(out)
-    for words in ("corpus: ", "draft vocabulary: 150 of 288", "before training:", "update 6", "| greedy |"):
+    for words in (
+        "corpus: ",
+        "draft vocabulary: 150 of 288",
+        "before training:",
+        "[####################] 100%  update 6  loss ",
+        "| greedy |",
+    ):
         assert words in printed.err
+    lines = [line for line in printed.err.splitlines() if "  update " in line]
+    assert len(lines) >= 2 and all(" tokens a step (greedy, held out)" in line for line in lines)
     source = resolve(str(out))
     config = parse_config(source.config, target_config.num_layers)
     assert config.feature_layers == (0, 2, 3) and config.draft_vocab_size == 150
@@ -58,7 +68,7 @@ def test_a_head_from_nothing_but_a_model(
     assert f"outpace distill {target_dir} --out" in card and "| greedy |" in card and "conversations" in card
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6
-    fc = state["head"]["fc.weight"].bfloat16()
+    fc = state["network"]["fc.weight"].bfloat16()
     assert torch.equal(weights.fc, fc)
     assert distill(target_dir, tmp_path) == 2
     assert "holds a checkpoint; use --resume or another directory" in capsys.readouterr().err
@@ -115,7 +125,7 @@ def test_a_stop_leaves_what_can_be_gone_on_with(
     assert "stopped at update 2; the same command with --resume goes on from there" in capsys.readouterr().err
     assert distill(target_dir, tmp_path, *options, "--resume") == 0
     assert calls == [1, 2, 3, 4, 5]
-    both = [torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["head"] for out in ("whole", "head")]
+    both = [torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["network"] for out in ("whole", "head")]
     assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
 
 
@@ -123,7 +133,12 @@ def test_a_stop_leaves_what_can_be_gone_on_with(
     ("arguments", "words"),
     [
         (["m"], ["--out"]),
-        (["m", "--out", "x", "--kind", "small-lm"], ["kind: 'small-lm' is not supported yet; use eagle3"]),
+        (["m", "--out", "x", "--layers", "3"], ["layers: 3 is not valid for kind eagle3"]),
+        (
+            ["m", "--out", "x", "--kind", "small-lm", "--draft-vocab", "9"],
+            ["draft_vocab: 9", "the target's vocabulary"],
+        ),
+        (["m", "--out", "x", "--dtype", "int3"], ["dtype: 'int3' is not valid; use one of auto, float32"]),
         (["m", "--out", "x", "--kind", "medusa"], ["kind: 'medusa' is not valid"]),
         (["m", "--out", "x", "--tokens", "many"], ["--tokens", "'many'", "a whole number"]),
         (["m", "--out", "x", "--tokens", "0"], ["tokens: 0 is not valid; use 1 or more"]),

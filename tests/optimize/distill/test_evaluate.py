@@ -13,8 +13,8 @@ from optimize.distill.evaluate import Acceptance, _walk, evaluate, noise_given, 
 from optimize.distill.head import Eagle3Head
 from optimize.distill.packing import make_batch, pack
 from optimize.distill.shards import ANSWER, TEMPLATE, Document
-from optimize.distill.target import Teacher
-from optimize.distill.ttt import unroll
+from optimize.distill.target import LlamaTeacher
+from optimize.distill.ttt import Eagle3Student, unroll
 from server.models.llama import LlamaModel
 from server.sampling.rng import RESIDUAL, TARGET, gumbel, noise_keys
 from tests.optimize.distill.conftest import MAX_POSITIONS, document
@@ -63,7 +63,7 @@ def test_acceptance_is_counted_over_answers(temperature: float, model: LlamaMode
     config = replace(head_config, draft_vocab_size=288)
     head = Eagle3Head(config, torch.arange(288), MAX_POSITIONS)
     head.load(random_weights(config, 0))
-    teacher = Teacher(model, config.feature_layers)
+    teacher = LlamaTeacher(model, config.feature_layers)
     documents = [document(30, s, temperature) for s in range(1, 9)] + [document(30, 20, 0.5)]
     for d in documents[:-1]:
         for t in range(len(d.ids) - 1):
@@ -75,7 +75,7 @@ def test_acceptance_is_counted_over_answers(temperature: float, model: LlamaMode
             with torch.no_grad():  # the text is what the head drafts: then all is accepted at the first place
                 out = next(iter(unroll(head, model.embedding, batch, features, 1)))
                 d.ids[t + 1] = int(head.lm_head(head.norm(out[0, t])).argmax())
-    result = evaluate(head, teacher, documents, temperature, STEPS, 64)
+    result = evaluate(Eagle3Student(head, teacher, STEPS), documents, temperature, STEPS, 64)
     spans = sum(int((d.kinds >= ANSWER).sum()) - 1 for d in documents[:-1])
     assert result.num_tokens == spans, "all but the first token of an answer; only texts of this temperature"
     assert len(result.conditional) == STEPS

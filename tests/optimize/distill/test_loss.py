@@ -7,7 +7,7 @@ import torch
 
 from optimize.distill import loss
 from optimize.distill.loss import Targets, vocabulary_loss
-from optimize.distill.target import Teacher
+from optimize.distill.target import LlamaTeacher
 from server.models.llama import LlamaModel
 
 N, H, C, M = 23, 8, 12, 30
@@ -54,7 +54,7 @@ def test_targets_are_the_teachers_probabilities(size: int, model: LlamaModel) ->
     torch.manual_seed(1)
     normed = torch.randn(13, 64)
     ids = torch.randperm(288)[:size].sort().values
-    teacher = Teacher(model, (0, 1, 2))
+    teacher = LlamaTeacher(model, (0, 1, 2))
     targets = Targets.of(teacher, normed, ids, 0.25, torch.float32)
     logits = teacher.logits(normed)
     best = logits.argmax(-1)

@@ -20,8 +20,9 @@ from optimize.distill.head import Eagle3Head
 from optimize.distill.packing import make_batch, pack
 from optimize.distill.schedule import Schedule
 from optimize.distill.shards import ANSWER, TEMPLATE, Document
-from optimize.distill.target import Teacher
+from optimize.distill.target import LlamaTeacher
 from optimize.distill.train import Trainer, TrainSettings
+from optimize.distill.ttt import Eagle3Student
 from server.models.config import ModelConfig
 from server.models.llama import LlamaModel
 from server.models.loader import Checkpoint
@@ -47,7 +48,7 @@ def greedy_texts(model: LlamaModel, count: int) -> list[Document]:
     """What the target says after random beginnings of three tokens."""
     ids = torch.randint(3, 288, (count, LENGTH), generator=torch.Generator().manual_seed(4)).numpy().astype(np.int32)
     kinds = np.array([TEMPLATE] * 3 + [ANSWER] * (LENGTH - 3), np.uint8)
-    teacher = Teacher(model, LAYERS)
+    teacher = LlamaTeacher(model, LAYERS)
     for t in range(2, LENGTH - 1):
         packed = pack([Document(row, kinds, 0.0) for row in ids], LENGTH)
         batch = make_batch(packed, np.arange(packed.num_rows), 1, torch.device("cpu"))
@@ -69,15 +70,19 @@ def trained(model: LlamaModel, texts: list[Document], target_config: ModelConfig
     )
     head = Eagle3Head(config, torch.arange(288), MAX_POSITIONS)
     head.load(random_weights(config, 0))
-    trainer = Trainer(head, Teacher(model, LAYERS), pack(texts, LENGTH), SETTINGS, Schedule(120, None))
+    trainer = Trainer(student(head, model, LAYERS), pack(texts, LENGTH), SETTINGS, Schedule(120, None))
     with torch.enable_grad():
         while trainer.share < 1.0:
             trainer.update()
     return head
 
 
+def student(head: Eagle3Head, model: LlamaModel, layers: tuple[int, ...]) -> Eagle3Student:
+    return Eagle3Student(head, LlamaTeacher(model, layers), STEPS, train_lm_head=True)
+
+
 def emitted(head: Eagle3Head, model: LlamaModel, texts: list[Document], layers: tuple[int, ...]) -> float:
-    return evaluate(head, Teacher(model, layers), texts, 0.0, STEPS, LENGTH).emitted_per_step
+    return evaluate(student(head, model, layers), texts, 0.0, STEPS, LENGTH).emitted_per_step
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "specforge"])

@@ -12,8 +12,9 @@ from optimize.distill.evaluate import evaluate
 from optimize.distill.head import Eagle3Head
 from optimize.distill.packing import pack
 from optimize.distill.schedule import FLOOR, Schedule, learning_rate_factor
-from optimize.distill.target import Teacher
+from optimize.distill.target import LlamaTeacher
 from optimize.distill.train import Trainer, TrainSettings
+from optimize.distill.ttt import Eagle3Student
 from server.config import ConfigError
 from server.models.llama import LlamaModel
 from tests.optimize.distill.conftest import MAX_POSITIONS, document
@@ -38,7 +39,14 @@ def trainer(
     head = Eagle3Head(config, weights.target_ids, MAX_POSITIONS)
     head.load(weights)
     packed = pack([document(30, s) for s in range(documents)], 64)
-    return Trainer(head, Teacher(model, config.feature_layers), packed, settings, Schedule(steps, None))
+    teacher = LlamaTeacher(model, config.feature_layers)
+    student = Eagle3Student(head, teacher, settings.chain_steps, settings.train_lm_head)
+    return Trainer(student, packed, settings, Schedule(steps, None))
+
+
+def head_of(t: Trainer) -> Eagle3Head:
+    assert isinstance(t.network, Eagle3Head)
+    return t.network
 
 
 def run(t: Trainer) -> Trainer:
@@ -63,8 +71,8 @@ def test_a_training_that_is_gone_on_with_is_the_same(
     run(second)
     whole.swap_average()
     second.swap_average()
-    for name, tensor in whole.head.state_dict().items():
-        assert torch.equal(tensor, second.head.state_dict()[name]), name
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, second.network.state_dict()[name]), name
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -80,30 +88,30 @@ def test_a_checkpoint_of_other_settings_is_refused(
 def test_a_batch_can_be_learned_by_heart(train_lm_head: bool, model: LlamaModel, head_config: Eagle3Config) -> None:
     settings = replace(SETTINGS, train_lm_head=train_lm_head, learning_rate=1e-2)
     t = trainer(model, head_config, settings, steps=60, documents=4)
-    before = t.head.lm_head.weight.detach().clone()
+    before = head_of(t).lm_head.weight.detach().clone()
     t.update()
     first = t.progress()
     run(t)
     last = t.progress()
     assert last.loss < 0.75 * first.loss
     assert sum(last.agreement) > sum(first.agreement) + 0.3
-    assert torch.equal(before, t.head.lm_head.weight) != train_lm_head
+    assert torch.equal(before, head_of(t).lm_head.weight) != train_lm_head
 
 
 def test_the_average_lags_behind(model: LlamaModel, head_config: Eagle3Config) -> None:
     t = run(trainer(model, head_config, replace(SETTINGS, ema=0.99)))
-    now = t.head.fc.weight.detach().clone()
+    now = head_of(t).fc.weight.detach().clone()
     t.swap_average()
-    average = t.head.fc.weight.detach().clone()
+    average = head_of(t).fc.weight.detach().clone()
     assert not torch.equal(now, average)
     t.swap_average()
-    assert torch.equal(t.head.fc.weight, now)
-    evaluate(t.head, t.teacher, [document(30, 1)], 0.8, 3, 64)
+    assert torch.equal(head_of(t).fc.weight, now)
+    evaluate(t.student, [document(30, 1)], 0.8, 3, 64)
 
 
 def test_a_loss_that_is_no_number_is_said(model: LlamaModel, head_config: Eagle3Config) -> None:
     t = trainer(model, head_config)
-    t.head.fc.weight.data.fill_(torch.nan)
+    head_of(t).fc.weight.data.fill_(torch.nan)
     t.update()
     with pytest.raises(FloatingPointError, match="the loss is nan at update 1"):
         t.progress()

@@ -15,7 +15,7 @@ from draft_models.eagle3_weights import Eagle3Weights, random_weights
 from optimize.distill.head import Eagle3Head, initial_weights
 from optimize.distill.packing import Batch, make_batch, pack
 from optimize.distill.shards import Document
-from optimize.distill.target import Teacher
+from optimize.distill.target import LlamaTeacher
 from optimize.distill.ttt import unroll
 from server.core import SamplingParams
 from server.kernels.paged import PagedRows
@@ -80,7 +80,7 @@ def test_chains_are_those_of_the_served_network(
     packed = pack(documents, 32)
     assert packed.num_rows == 2, "rows hold several documents"
     batch = make_batch(packed, np.arange(2), STEPS, CPU)
-    features, _ = Teacher(model, head_config.feature_layers).hidden(batch)
+    features, _ = LlamaTeacher(model, head_config.feature_layers).hidden(batch)
     head = make_head(head_config, weights)
     got = trained(head, model, batch, features)
     compared = 0
@@ -123,7 +123,7 @@ def drafted(network: Eagle3CpuNetwork, ids: list[int], features: Tensor) -> list
 def test_drafts_on_the_cpu_are_those_that_training_expects(model: LlamaModel, head_config: Eagle3Config) -> None:
     """Each draft is the best token of the trained chain that was fed the drafts before it."""
     weights = random_weights(head_config, 5)
-    head, teacher = make_head(head_config, weights), Teacher(model, head_config.feature_layers)
+    head, teacher = make_head(head_config, weights), LlamaTeacher(model, head_config.feature_layers)
     network = Eagle3CpuNetwork(head_config, weights, model.embedding, MAX_POSITIONS)
     text = document(30, 1)
     for t in (1, 2, 15, 16, 29):
@@ -161,7 +161,7 @@ def test_the_teacher_is_the_servers_forward_pass(model: LlamaModel) -> None:
     documents = [document(n, seed) for seed, n in enumerate((17, 12, 30))]
     packed = pack(documents, 32)
     batch = make_batch(packed, np.arange(packed.num_rows), 1, CPU)
-    teacher = Teacher(model, (0, 2, 3))
+    teacher = LlamaTeacher(model, (0, 2, 3))
     features, normed = teacher.hidden(batch)
     logits = teacher.logits(normed.flatten(0, 1)).unflatten(0, batch.ids.shape)
     for i, d in enumerate(documents):
