@@ -228,6 +228,19 @@ def test_blocks_that_changed_hands_unnoticed_are_not_relied_on() -> None:
     world.features[2] = world.normal(8, 3 * CONFIG.hidden_size)
     world.prefill({2: 5})
     assert world.drafter.draft(world.step([2]), 3).tokens.tolist() == [world.expected(2, 3, first=9)]
+    share(world, 3, 2, 3, 15)  # slot 2's own block lacks position 8: it is of no use either
+    world.prefill({3: 3})
+    assert world.drafter.draft(world.step([3]), 3).tokens.tolist() == [world.expected(3, 3, first=13)]
+
+
+def test_a_block_that_another_has_begun_is_not_relied_on() -> None:
+    world = cpu_ready({0: 11})
+    world.admit(3, 3)
+    world.tables[3, 0] = world.tables[0, 0]
+    world.prefill({3: 3})
+    share(world, 2, 0, 2, 13)
+    world.prefill({2: 5})
+    assert world.drafter.draft(world.step([2]), 3).tokens.tolist() == [world.expected(2, 3, first=4)]
 
 
 def test_a_hit_counts_from_behind_what_is_missing() -> None:
