@@ -115,6 +115,12 @@ def test_features_cross_prompt_chunks(chunks: list[int]) -> None:
     world.check_pool(2)
 
 
+def check_hit(world: CpuWorld, slot: int, first: int) -> None:
+    """Chains of `slot` see the positions from `first` on."""
+    assert world.cpu.backlog.tails[slot].first == first
+    assert world.drafter.draft(world.step([slot]), 3).tokens.tolist() == [world.expected(slot, 3, first)]
+
+
 def share(world: CpuWorld, slot: int, of: int, num_blocks: int, length: int) -> None:
     """`slot` gets a prompt that begins like the tokens of slot `of`, whose first blocks it hits."""
     world.admit(slot, length)
@@ -216,8 +222,7 @@ def test_blocks_that_changed_hands_in_a_pause_are_not_relied_on() -> None:
     share(world, 2, 0, 2, 13)
     world.prefill({2: 5})
     world.cpu.release(0, complete=True)
-    drafts = world.drafter.draft(world.step([2]), 3)
-    assert drafts.tokens.tolist() == [world.expected(2, 3, first=9)], "position 8 takes features that are not known"
+    check_hit(world, 2, 9)  # position 8 takes features that are not known
 
 
 def test_blocks_that_changed_hands_unnoticed_are_not_relied_on() -> None:
@@ -227,7 +232,20 @@ def test_blocks_that_changed_hands_unnoticed_are_not_relied_on() -> None:
     world.tables[2, :2] = world.tables[0, :2]
     world.features[2] = world.normal(8, 3 * CONFIG.hidden_size)
     world.prefill({2: 5})
-    assert world.drafter.draft(world.step([2]), 3).tokens.tolist() == [world.expected(2, 3, first=9)]
+    check_hit(world, 2, 9)
+    share(world, 3, 2, 3, 15)  # slot 2's own block lacks position 8: it is of no use either
+    world.prefill({3: 3})
+    check_hit(world, 3, 13)
+
+
+def test_a_block_that_another_has_begun_is_not_relied_on() -> None:
+    world = cpu_ready({0: 11})
+    world.admit(3, 3)
+    world.tables[3, 0] = world.tables[0, 0]
+    world.prefill({3: 3})
+    share(world, 2, 0, 2, 13)
+    world.prefill({2: 5})
+    check_hit(world, 2, 4)
 
 
 def test_a_hit_counts_from_behind_what_is_missing() -> None:
@@ -235,7 +253,7 @@ def test_a_hit_counts_from_behind_what_is_missing() -> None:
     world.cpu.backlog._owner[int(world.tables[0, 1])] = NOBODY
     share(world, 2, 0, 4, 19)
     world.prefill({2: 3})
-    assert world.drafter.draft(world.step([2]), 3).tokens.tolist() == [world.expected(2, 3, first=8)]
+    check_hit(world, 2, 8)
 
 
 def test_tokens_that_were_not_shown() -> None:
