@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
+from server.core import FinishReason, Phase, Request, RowPlan, StepOutput, StepPlan
+from server.engine.draft_kv import span_maker
 from server.engine.limits import MAX_BIASES, MAX_ENDS, Limits
 from server.engine.messages import EngineStats
 from server.engine.result import LaunchedStep, StepResult
@@ -45,7 +46,8 @@ class EngineCore:
     ) -> None:
         self.runner = runner
         self.eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < runner.model.vocab_size)
-        self.scheduler = Scheduler(limits, self.eos_token_ids, drafts=speculation.max_draft_tokens > 0)
+        most = speculation.max_draft_tokens
+        self.scheduler = Scheduler(limits, self.eos_token_ids, most > 0, span_maker(runner.drafter, most))
         self.speculation = speculation
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
@@ -138,7 +140,7 @@ class EngineCore:
         step needs to know of it is on the device; the host plans by upper bounds. A sequence that turns out to have
         ended costs its row of one step, which is void. On the CPU, where there is nothing to hide, it is this step's.
         """
-        scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens)
+        scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens, self.speculation.follows)
         self._apply_host_events()
         self._tell_started()
         before, self._running = self._running, None
@@ -194,6 +196,8 @@ class EngineCore:
             if result.broken[i]:
                 outputs.append(self._fail(seq))
                 continue
+            if seq.draft_kv is not None and plan.follows:
+                self._note_drafted(seq, row, plan, len(result.emitted[i]))
             if result.prompt_logprobs is not None and seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.prompt_logprobs[i]
             emitted, reason = self._cut(seq, result.emitted[i])
@@ -205,8 +209,25 @@ class EngineCore:
             if observe is not None:
                 observe(seq.slot, emitted)
             if reason is not None:
+                self._note_last(seq)
                 self.scheduler.finish(seq, complete=True)
         return outputs
+
+    def _note_drafted(self, seq: Sequence, row: RowPlan, plan: StepPlan, num_emitted: int) -> None:
+        """The drafter saw this step; before its tokens are added."""
+        assert seq.draft_kv is not None
+        if plan.phase is Phase.PREFILL:
+            seq.draft_kv.chunk(row.start, row.start + row.num_tokens)
+        else:
+            seq.draft_kv.step(seq.num_tokens, num_emitted, plan.num_draft_tokens > 0)
+        self.scheduler.drafted(seq)
+
+    def _note_last(self, seq: Sequence) -> None:
+        """It has ended, but the step under way may still have a row of it, which tells the drafter its last tokens."""
+        running = self._running
+        if seq.draft_kv is not None and running is not None and running.plan.num_draft_tokens > 0 and seq.due:
+            seq.draft_kv.step(seq.num_tokens, 0, True)
+            self.scheduler.drafted(seq)
 
     def _fail(self, seq: Sequence) -> StepOutput:
         """Ends a sequence whose logits are not finite, and leaves nothing of it where others could read it."""

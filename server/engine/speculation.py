@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from server.core import Phase
 from server.engine.result import StepResult
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
-from server.spec.policy import PolicyState, plan_ragged, plan_uniform
+from server.spec.policy import PolicyState, choose_uniform, plan_ragged, plan_uniform
 from server.spec.policy import record as record_probe
 from server.spec.types import Carry, Drafts
 
@@ -31,7 +32,7 @@ class Speculation:
     """Draft-length control of one engine. Without a cost table every step drafts `max_draft_tokens`.
 
     `trims`: choose per row after drafting rather than one k before it. `paused` says that the last choice was not to
-    draft.
+    draft, whatever a probe did.
     """
 
     def __init__(self, costs: CostTable | None, max_draft_tokens: int, trims: bool) -> None:
@@ -51,11 +52,27 @@ class Speculation:
         """Most drafts a row for a verify step of `num_rows` rows, `num_eligible` of which may draft at all."""
         if self.costs is None or self.trims or num_eligible == 0:
             return self.max_draft_tokens if num_eligible else 0
-        survival = self.acceptance.survival(ANY, self.max_draft_tokens)
-        survivals = [survival] * num_eligible + [[]] * (num_rows - num_eligible)
+        survivals = self._survivals(num_eligible) + [[]] * (num_rows - num_eligible)
         k, self._state = plan_uniform(self._state, self.costs, survivals, self._context, self.tiers)
-        self.paused = k == 0
+        self.paused = self._state.previous_k == 0
         return k
+
+    def _survivals(self, num_rows: int) -> list[list[float]]:
+        return [self.acceptance.survival(ANY, self.max_draft_tokens)] * num_rows
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        """Whether the drafter sees a step without drafts: a verify step that k = 0 was chosen for, or prompt chunks.
+
+        A verify step is one that only looks whether plain decoding is faster, or one of the last before drafts are
+        tried again: a chain starts from what the target made of the tokens before, as many as a chain is long.
+        Prompts are worth it if drafting pays for `num_rows` rows, which is what will run once they have been read.
+        """
+        if self.costs is None or self.trims:
+            return self.max_draft_tokens > 0
+        if phase is Phase.VERIFY:
+            return not self.paused or self._state.probe_in <= self.max_draft_tokens + 1
+        survivals = self._survivals(num_rows)
+        return choose_uniform(self.costs, survivals, self._context, self.tiers, self._state.previous_k) > 0
 
     def trim(self, drafts: Drafts, carry: Carry) -> Drafts:
         """Drafts that are worth verifying: rows are cut to the choice of the policy."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from server.spec.cost_table import CostTable
 
@@ -21,6 +22,8 @@ _MAX_PROBE_INTERVAL = 64
 _FIRST_CREDIT = 1.0
 _MAX_CREDIT = 4.0
 _MIN_GAIN = 0.01
+NEVER = 1 << 30
+"""Steps until a probe that no credit will pay for."""
 _ALL_ROWS = "all rows"
 _PLAIN = "plain"
 
@@ -122,13 +125,16 @@ _FIRST_PROBES = {_PLAIN: Probe(wait=4, interval=8)}
 class PolicyState:
     """What the policy remembers between steps.
 
-    `previous_k` is the last uniform k, `probes` are by class. `credit` is the time that probes may cost, in steps: it
-    starts with one, so that unknown classes are tried early, and grows by `PROBE_SHARE` a step.
+    `previous_k` is the last uniform k, probes apart; `probes` are by class. `credit` is the time that probes may cost,
+    in steps: it starts with one, so that unknown classes are tried early, and grows by `PROBE_SHARE` a step. `probe_in`
+    is the number of steps until drafts are tried again while a uniform k is 0 (1: in the next one), as far as can be
+    told: a drafter that needs to see some steps before it drafts is shown those.
     """
 
     previous_k: int = 0
     probes: Mapping[str, Probe] = field(default_factory=dict)
     credit: float = _FIRST_CREDIT
+    probe_in: int = 0
 
 
 def plan_ragged(
@@ -197,9 +203,18 @@ def plan_uniform(
         _postpone(probes, _PLAIN)
         loss = ms / plain_ms - 1.0
         name, other = _ALL_ROWS, smallest
-    if _is_due(probes, name, loss, credit):
-        return other, PolicyState(k, probes, credit - max(0.0, loss))
-    return k, PolicyState(k, probes, credit)
+    due = _is_due(probes, name, loss, credit)
+    if due:
+        credit -= max(0.0, loss)
+    probe_in = 0 if k > 0 else _steps_to(probes[name], loss, credit)
+    return other if due else k, PolicyState(k, probes, credit, probe_in)
+
+
+def _steps_to(probe: Probe, loss: float, credit: float) -> int:
+    """Steps until `probe` is due and can be paid for."""
+    if loss > _MAX_CREDIT:
+        return NEVER
+    return max(1, probe.wait, ceil((loss - credit) / PROBE_SHARE))
 
 
 def _is_due(probes: dict[str, Probe], name: str, loss: float, credit: float) -> bool:
@@ -226,4 +241,5 @@ def record(state: PolicyState, cls: str | None, num_accepted: int) -> PolicyStat
     name = _ALL_ROWS if cls is None else cls
     if num_accepted == 0 or name not in state.probes:
         return state
-    return replace(state, probes={**state.probes, name: Probe(wait=1, interval=_FIRST_PROBE_INTERVAL)})
+    probes = {**state.probes, name: Probe(wait=1, interval=_FIRST_PROBE_INTERVAL)}
+    return replace(state, probes=probes, probe_in=min(state.probe_in, 1))

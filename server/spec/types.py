@@ -85,9 +85,10 @@ class Carry:
     `slots` are host integers and `slot_ids` [R] the same on the device. `state` is the slot state; `max_tokens_host` is
     a host upper bound of `state.num_tokens` over the rows. `limits` [R] (host) is the most drafts each row may get (0:
     none). `features` [R, F] are the fused target features of the last committed token for drafters that asked for them
-    (`Drafter.feature_layers`), else None. `block_tables` [R, NB] int64 addresses the paged KV pool; `blocks` and
-    `tokens_host` are the host's view of it: block ids per row, and an upper bound of each row's known tokens (exact on
-    the CPU). `chunks` are (start, length) of the tokens each row runs through the target in this step, drafts apart.
+    (`Drafter.feature_layers`), else None; where the drafter did not see the row's last step, those of an earlier token.
+    `block_tables` [R, NB] int64 addresses the paged KV pool; `blocks` and `tokens_host` are the host's view of it:
+    block ids per row, and an upper bound of each row's known tokens (exact on the CPU). `chunks` are (start, length) of
+    the tokens each row runs through the target in this step, drafts apart.
     """
 
     slots: list[int]

@@ -20,7 +20,7 @@ from draft_models.eagle3_config import config_for
 from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_weights import random_weights
 from draft_models.small_lm_device import SmallLMDeviceDrafter
-from server.core import Request, SamplingParams, SpeculationParams
+from server.core import Phase, Request, SamplingParams, SpeculationParams
 from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
@@ -29,7 +29,7 @@ from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
 from server.models.loader import load_model
 from server.models.paged_forward import TorchForward
-from tests.engine.tiny import EOS_ID, VOCAB_SIZE, engine, live, make_drafter, request, run, save_loopy_llama
+from tests.engine.tiny import EOS_ID, VOCAB_SIZE, Wavering, engine, live, make_drafter, request, run, save_loopy_llama
 
 DRAFTERS = ("none", "ngram", "suffix", "eagle3", "small-lm")
 SAMPLING: list[SamplingParams] = [
@@ -44,17 +44,6 @@ PROMPT_TIERS: list[tuple[int, ...]] = [(), (16, 32, 64), (2, 5, 13), (30,)]
 SPECULATION = [SpeculationParams(), SpeculationParams(), SpeculationParams(False), SpeculationParams(True, 1)]
 
 
-class Wavering(Speculation):
-    """k changes from step to step, 0 among them."""
-
-    def __init__(self, k: int, seed: int, tiers: tuple[int, ...]) -> None:
-        super().__init__(None, k, False)
-        self.random, self.choices = random.Random(seed), (0, *tiers)
-
-    def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
-        return self.random.choice(self.choices) if num_eligible else 0
-
-
 class PausedAtFirst(Speculation):
     """No drafts in the first three verify steps."""
 
@@ -63,6 +52,9 @@ class PausedAtFirst(Speculation):
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
         self.num_asked += 1
         return 0 if self.num_asked <= 3 else super().num_draft_tokens(num_rows, num_eligible)
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        return self.num_asked > 3
 
 
 @pytest.fixture(scope="module")

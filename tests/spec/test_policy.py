@@ -207,6 +207,30 @@ def test_uniform_probes_come_back_from_zero() -> None:
     assert (k, state.previous_k, set(state.probes)) == (3, 3, {"plain"})
 
 
+@pytest.mark.parametrize("cost", [flat, cpu, steep])
+def test_uniform_says_when_it_will_probe(cost: Callable[[float], float]) -> None:
+    """To the step, where the loss does not change; nothing while it drafts, and never for what no credit pays for."""
+    table, state, said = table_of(cost, 1.0), PolicyState(), 0
+    for step in range(1500):
+        k, state = plan_uniform(state, table, [survival(0.01)] * 4, CONTEXT, (1, 3))
+        assert state.previous_k == 0
+        if said > 0:
+            assert (k > 0) == (said == 1), step
+        assert state.probe_in == said - 1 or said <= 1, "it counts down"
+        said = state.probe_in
+        assert said >= 1
+    dear = table_of(lambda tokens: 1.0 + 10 * max(0.0, tokens - 4))
+    assert plan_uniform(state, dear, [survival(0.01)] * 4, CONTEXT, (1, 3))[1].probe_in > 10**6
+    k, state = plan_uniform(state, table_of(flat), [survival(0.9)] * 4, CONTEXT, (1, 3))
+    assert k > 0 and state.probe_in == 0
+
+
+def test_an_accepted_probe_is_followed_by_another_at_once() -> None:
+    state = PolicyState(probes={"all rows": Probe(wait=60, interval=64)}, probe_in=60)
+    assert record(state, None, 0).probe_in == 60
+    assert record(state, None, 1).probe_in == 1
+
+
 def test_uniform_without_tiers_or_rows_never_probes() -> None:
     state = PolicyState(probes={"all rows": Probe(wait=0)})
     assert plan_uniform(state, table_of(flat), [survival(0.9)], CONTEXT, ()) == (0, state)

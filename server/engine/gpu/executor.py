@@ -65,29 +65,42 @@ class Executor:
             sent[len(slots) :] = 0
         self.program.inputs.send(fields.size)
 
-    def forward(self, num_rows: int, k: int) -> None:
-        """Half A, on the inputs that were sent last."""
-        self.graphs.run(("forward", num_rows, k), partial(self._forward, num_rows, k))
+    def forward(self, num_rows: int, k: int, follows: bool = False) -> None:
+        """Half A, on the inputs that were sent last. `follows`: no drafts, and `follow` comes behind half B."""
+        if follows:
+            self.graphs.run(("forward", num_rows, "followed"), partial(self._forward_followed, num_rows))
+        else:
+            self.graphs.run(("forward", num_rows, k), partial(self._forward, num_rows, k))
 
     def verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
         """Half B, on what half A of the same (rows, k) or `stage_prompts` has left."""
         self.graphs.run(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
 
-    def stage_prompts(self, num_rows: int, logits: Tensor, features: Tensor | None) -> None:
-        """Puts logits [R, V] and features [R, F] of prompts' last tokens where half A without drafts leaves its own."""
-        count = logits.shape[0]
+    def follow(self, num_rows: int) -> None:
+        """Behind both halves of a step without drafts whose half A was told so: the drafter sees it."""
+        self.graphs.run(("follow", num_rows), partial(self._follow, num_rows))
+
+    def stage_prompts(self, num_rows: int, logits: Tensor) -> None:
+        """Puts logits [R, V] of prompts' last tokens where half A without drafts leaves its own."""
         staged = self._staged.get((num_rows, 0))
         if staged is None:  # without graphs there may have been no such step yet
-            wide = None if features is None else features.new_zeros(num_rows, features.shape[1])
             room = logits.new_zeros(num_rows, logits.shape[1])
-            staged = self._staged[num_rows, 0] = Staged(self.program.no_drafts(num_rows), room, wide)
-        staged.logits[:count].copy_(logits)
-        if features is not None and staged.features is not None:
-            staged.features[:count].copy_(features)
-            staged.features[count:].zero_()  # other graphs write to this memory too
+            staged = self._staged[num_rows, 0] = Staged(self.program.no_drafts(num_rows), room, None)
+        staged.logits[: logits.shape[0]].copy_(logits)
 
     def _forward(self, num_rows: int, k: int) -> None:
         self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)
+
+    def _forward_followed(self, num_rows: int) -> None:
+        """Leaves its logits where half A without features does: half B is the same for both."""
+        found = self.program.draft_and_forward(num_rows, 0, follows=True)
+        staged = self._staged.setdefault((num_rows, 0), found)
+        if staged is not found:
+            staged.logits.copy_(found.logits)
+            staged.features = found.features
+
+    def _follow(self, num_rows: int) -> None:
+        self.program.follow(num_rows, self._staged[num_rows, 0])
 
     def _verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
         self.program.verify(num_rows, k, kind, self._staged[num_rows, k])
@@ -106,8 +119,13 @@ class Executor:
     def _capture_pair(self, num_rows: int, k: int, kinds: tuple[SamplingClass, ...]) -> None:
         self.send(num_rows, k, [], [], [])
         self.graphs.capture(("forward", num_rows, k), partial(self._forward, num_rows, k))
+        follows = k == 0 and bool(self.program.feature_layers)
+        if follows:  # before half B, which then takes no memory that holds the features in between
+            self.graphs.capture(("forward", num_rows, "followed"), partial(self._forward_followed, num_rows))
         for kind in kinds:
             self.graphs.capture(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
+        if follows:
+            self.graphs.capture(("follow", num_rows), partial(self._follow, num_rows))
         if k > 0:
             self._staged.pop((num_rows, k), None)  # its memory serves the next pair; k = 0 also serves prompts
 
