@@ -77,8 +77,9 @@ class DeviceDrafter(Drafter, Protocol):
 
     `draft` is captured with the target's forward pass, `after_verify` with verification, one graph each per (rows, k).
     After steps without drafts nothing is called, but for drafters with `feature_layers`: `after_verify`, in a graph of
-    its own, if the step's plan says that it follows. The host's part is `upload`, called just before the step is launched, when what the last step emitted is not known
-    yet. `prefill` of the base protocol is replaced by `prefill_chunk`, which runs eagerly behind the target's.
+    its own, if the step's plan says that it follows. The host's part is `upload`, called just before the step is
+    launched, when what the last step emitted is not known yet. `prefill` of the base protocol is replaced by
+    `prefill_chunk`, which runs eagerly behind the target's.
     """
 
     def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
