@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from server.core import FinishReason, Phase, Request, RowPlan, StepOutput, StepPlan
+from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
 from server.engine.draft_kv import span_maker
 from server.engine.limits import MAX_BIASES, MAX_ENDS, Limits
 from server.engine.messages import EngineStats
@@ -196,8 +196,7 @@ class EngineCore:
             if result.broken[i]:
                 outputs.append(self._fail(seq))
                 continue
-            if seq.draft_kv is not None and plan.follows:
-                self._note_drafted(seq, row, plan, len(result.emitted[i]))
+            self.scheduler.marks.saw(seq, row, plan, len(result.emitted[i]))
             if result.prompt_logprobs is not None and seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.prompt_logprobs[i]
             emitted, reason = self._cut(seq, result.emitted[i])
@@ -209,25 +208,9 @@ class EngineCore:
             if observe is not None:
                 observe(seq.slot, emitted)
             if reason is not None:
-                self._note_last(seq)
+                self.scheduler.marks.ended(seq, self._running.plan if self._running is not None else None)
                 self.scheduler.finish(seq, complete=True)
         return outputs
-
-    def _note_drafted(self, seq: Sequence, row: RowPlan, plan: StepPlan, num_emitted: int) -> None:
-        """The drafter saw this step; before its tokens are added."""
-        assert seq.draft_kv is not None
-        if plan.phase is Phase.PREFILL:
-            seq.draft_kv.chunk(row.start, row.start + row.num_tokens)
-        else:
-            seq.draft_kv.step(seq.num_tokens, num_emitted, plan.num_draft_tokens > 0)
-        self.scheduler.drafted(seq)
-
-    def _note_last(self, seq: Sequence) -> None:
-        """It has ended, but the step under way may still have a row of it, which tells the drafter its last tokens."""
-        running = self._running
-        if seq.draft_kv is not None and running is not None and running.plan.num_draft_tokens > 0 and seq.due:
-            seq.draft_kv.step(seq.num_tokens, 0, True)
-            self.scheduler.drafted(seq)
 
     def _fail(self, seq: Sequence) -> StepOutput:
         """Ends a sequence whose logits are not finite, and leaves nothing of it where others could read it."""
@@ -270,7 +253,7 @@ class EngineCore:
     # -- the rest ------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        s = self.scheduler
+        s, report = self.scheduler, self.speculation.report
         return EngineStats(
             num_running=len(s.running),
             num_waiting=len(s.waiting),
@@ -288,6 +271,13 @@ class EngineCore:
             drafted_per_position=list(self.speculation.drafted_per_position),
             accepted_per_position=list(self.speculation.accepted_per_position),
             speculation_paused=self.speculation.paused,
+            speculation_paused_since=report.since,
+            speculation_pause_reason=report.reason,
+            num_speculation_pauses=report.num_pauses,
+            predicted_speedup=report.predicted,
+            realised_speedup=report.realised,
+            verify_s=report.step_s,
+            verify_plain_s=report.plain_s,
         )
 
     def check_integrity(self) -> None:

@@ -18,7 +18,8 @@ class StepResult:
     """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
 
     `num_tokens_run` counts the tokens that went through the target; `verify_ms` is what the step took, a host-side
-    drafter's time apart.
+    drafter's time apart, which is `draft_ms`. `caught_up`: the
+    drafter computed tokens in it that a pause had hidden from it, so it took longer than such a step does.
     `broken` marks rows whose logits are not finite: nothing they emitted means anything. `prompt_logprobs` are of the
     next prompt tokens that were to be scored, row by row (None: no row has any).
     """
@@ -31,6 +32,8 @@ class StepResult:
     broken: list[bool]
     num_tokens_run: int
     verify_ms: float = 0.0
+    draft_ms: float = 0.0
+    caught_up: bool = False
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
 
     @staticmethod

@@ -121,6 +121,7 @@ class Runner:
         logits, features = self._forward(token_ids, batch, at, plan.follows)
         result = self._decide(carry, drafts, layout, logits, sequences, features, verifying=True)
         result.verify_ms = (time.perf_counter() - started - drafting) * 1e3
+        result.draft_ms = drafting * 1e3
         return DoneStep(result)
 
     def _prefill(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from server.core import Phase, Request, RowPlan, StepPlan
 from server.engine.blocks import BlockPool
 from server.engine.draft_kv import MakeSpan
+from server.engine.draft_marks import DraftMarks
 from server.engine.limits import Limits
 from server.engine.prefix_cache import ROOT, PrefixCache, block_key
 from server.engine.sequence import Sequence
@@ -53,6 +54,7 @@ class Scheduler:
         self.limits = limits
         self.cache = PrefixCache(limits.block_size, limits.prefix_cache)
         self.pool = BlockPool(limits.num_blocks, on_evict=self.cache.forget)
+        self.marks = DraftMarks(self.pool, limits.block_size, make_span)
         self.slots = SlotPool(limits.max_num_seqs)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
@@ -63,7 +65,6 @@ class Scheduler:
         self.counters = Counters()
         self._eos = frozenset(eos_token_ids)
         self._drafts = drafts
-        self._make_span = make_span
         self._last_phase = Phase.VERIFY
 
     # -- requests ------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ class Scheduler:
                 seq.add_block(block)
             seq.keys = keys
             seq.num_computed = len(blocks) * self.limits.block_size
-            self._begin_span(seq)
+            self.marks.begin(seq)
             if not seq.admitted:  # else the blocks are its own, and what it computes again it paid for
                 seq.admitted = True
                 seq.num_cached = seq.num_computed
@@ -266,25 +267,6 @@ class Scheduler:
             if self.cache.insert(key, seq.blocks[i]):
                 self.pool.keep(seq.blocks[i])
             seq.keys.append(key)
-
-    def _begin_span(self, seq: Sequence) -> None:
-        """The blocks it has come from a prefix hit: whether the drafter can use them too changes no hit."""
-        if self._make_span is not None:
-            serves = [self.pool.is_drafted(block) for block in seq.blocks]
-            seq.draft_kv = self._make_span(serves, self.limits.block_size)
-            seq.num_marked = seq.draft_kv.end // self.limits.block_size
-
-    def drafted(self, seq: Sequence) -> None:
-        """The drafter saw a step of `seq`, whose `draft_kv` knows: marks the blocks that serve it from now on."""
-        size, span = self.limits.block_size, seq.draft_kv
-        if span is None:
-            return
-        while (end := (seq.num_marked + 1) * size) <= span.end:
-            if span.holds(end - size, end):
-                self.pool.mark_drafted(seq.blocks[seq.num_marked])
-            elif end == span.end:
-                return  # it may once more is known
-            seq.num_marked += 1
 
     # -- blocks --------------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 
 from server.core import Phase
 from server.engine.result import StepResult
+from server.engine.speculation_report import SpeculationReport
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
-from server.spec.policy import PolicyState, choose_uniform, plan_ragged, plan_uniform
+from server.spec.policy import PolicyState, best_draft, charge, choose_uniform, plan_ragged, plan_uniform
 from server.spec.policy import record as record_probe
 from server.spec.types import Carry, Drafts
 
@@ -45,6 +46,7 @@ class Speculation:
         self.drafted_per_position = [0] * max_draft_tokens
         self.accepted_per_position = [0] * max_draft_tokens
         self.paused = False
+        self.report = SpeculationReport()
         self._state = PolicyState()
         self._context = 1.0
 
@@ -99,6 +101,10 @@ class Speculation:
         the rows that count (the others' owners had gone before it was read)."""
         self._context = context
         if self.costs is not None:
+            self._report(self.costs, result, context, counts)
+        if self.costs is not None and result.caught_up:  # no such step: the table would learn what it is not asked
+            self._charge(self.costs, result, context)
+        elif self.costs is not None:
             self.costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
@@ -116,3 +122,22 @@ class Speculation:
             for length, count in counts_by_length.items():
                 for j in range(length):
                     positions[j] += count
+
+    def _report(self, costs: CostTable, result: StepResult, context: float, counts: Sequence[bool]) -> None:
+        """Before the step corrects the table, which was asked without knowing it."""
+        num_rows, num_counted = len(result.emitted), sum(counts)
+        if num_counted:
+            emitted = sum(len(tokens) for tokens, good in zip(result.emitted, counts, strict=True) if good)
+            plain_ms = costs.verify_ms(num_rows, num_rows, context) * emitted / num_counted
+            self.report.took(result.verify_ms + result.draft_ms, plain_ms)
+        self.report.chose(self.paused, self._state.speedup, lambda: self._why(costs, num_rows, context))
+
+    def _why(self, costs: CostTable, num_rows: int, context: float) -> str:
+        if self.trims:
+            return "what was drafted last is not expected to be accepted often enough"
+        return best_draft(costs, self._survivals(1)[0], num_rows, context, self.tiers)
+
+    def _charge(self, costs: CostTable, result: StepResult, context: float) -> None:
+        num_rows = len(result.emitted)
+        plain_ms, usual_ms = costs.verify_many(num_rows, [num_rows, result.num_tokens_run], context)
+        self._state = charge(self._state, (result.verify_ms - usual_ms) / plain_ms)

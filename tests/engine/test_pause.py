@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from draft_models.small_lm_device import SmallLMDeviceDrafter
 from server.core import Phase
 from server.engine.core import EngineCore
 from server.engine.gpu.runner import GpuRunner
+from server.engine.result import StepResult
 from server.engine.speculation import Speculation
 from server.models.loader import load_model
 from server.models.paged_forward import TorchForward
@@ -29,6 +32,7 @@ from tests.engine.tiny import BLOCK_SIZE, engine, prompts, request, run, save_lo
 
 K, NUM_SEQS, NUM_BLOCKS = 3, 4, 400
 Calls = Counter[str]
+ONES = np.ones((1, 2, 1))
 
 
 class FixedCosts(CostTable):
@@ -149,6 +153,82 @@ def test_drafts_come_back_when_the_crowd_has_gone(
     calls.clear()
     run(core, [request("alone", prompts(1, 7)[0], 10, ignore_eos=True)])
     assert calls["prefill_chunk"] > 0
+
+
+def test_what_is_told_of_a_pause(deep_model: Any) -> None:
+    core = overlapped(deep_model, "eagle3", costs(100.0, 100.0))
+    assert core.stats().predicted_speedup is None
+    before = time.time()
+    run(core, [request("r", prompts(1)[0], 30, ignore_eos=True)])
+    stats = core.stats()
+    assert stats.speculation_paused and stats.num_speculation_pauses == 1
+    assert stats.speculation_paused_since is not None and before <= stats.speculation_paused_since <= time.time()
+    assert stats.speculation_pause_reason is not None
+    told = r"at best k = 1: 1\.\d\d tokens a step in 34\.00 times the time, batch 1"
+    assert re.fullmatch(told, stats.speculation_pause_reason)
+    assert stats.predicted_speedup == 1.0
+    assert stats.realised_speedup is None, "steps take no time here"
+
+
+def test_speed_ups_of_an_engine_that_measures(deep_model: Any) -> None:
+    """Every step takes as long, with drafts or without: the speed-up is the number of tokens a step."""
+    core = engine(
+        deep_model, "small-lm", K, draft_model=deep_model, costs=FixedCosts(CostGrid((1,), (0, K), (16,)), ONES)
+    )
+    speculation = core.speculation
+    took = speculation.report.took
+    speculation.report.took = lambda ms, plain_ms: took(1.0, plain_ms)  # type: ignore[method-assign]
+    found = run(core, [request("r", prompts(1)[0], 41, ignore_eos=True)])
+    stats = core.stats()
+    assert len(found["r"]) == 41, "the prompt's step brings the first"
+    assert stats.verify_plain_s == pytest.approx(0.040)
+    assert stats.realised_speedup == pytest.approx(stats.verify_plain_s / stats.verify_s, rel=0.01)
+    assert stats.realised_speedup is not None and stats.realised_speedup > 1.5
+    assert stats.predicted_speedup is not None and stats.predicted_speedup > 1.5
+    assert not stats.speculation_paused and stats.speculation_paused_since is None
+
+
+def test_a_step_that_catches_up_teaches_the_table_nothing(deep_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = overlapped(deep_model, "small-lm", costs(1.01, 1.01))
+    speculation, learned = core.speculation, []
+    assert speculation.costs is not None
+    monkeypatch.setattr(speculation.costs, "observe", lambda *step: learned.append(step))
+    result = StepResult.silent(2, 4)
+    result.verify_ms, result.caught_up = 9.0, True
+    credit = speculation._state.credit
+    speculation.record(result, 16.0, [False, False])
+    assert not learned
+    assert speculation._state.credit == pytest.approx(credit - 9.0 + 1.0 + 0.01 / 3, abs=1e-6)
+    result.caught_up = False
+    speculation.record(result, 16.0, [False, False])
+    assert len(learned) == 1
+    monkeypatch.setattr(core, "speculation", Switching(K))
+    seen: list[tuple[int, bool]] = []
+    record = core.speculation.record
+
+    def noted(result: StepResult, context: float, counts: Sequence[bool]) -> None:
+        seen.append((max(result.num_drafted), result.caught_up))
+        record(result, context, counts)
+
+    monkeypatch.setattr(core.speculation, "record", noted)
+    run(core, [request("r", prompts(1)[0], 60, ignore_eos=True)])
+    assert {drafted for drafted, caught_up in seen if caught_up} == {K}
+    assert sum(caught_up for _, caught_up in seen) < sum(drafted > 0 for drafted, _ in seen) / 2
+
+
+class Switching(Speculation):
+    """Ten steps with drafts, ten in a pause, and so on."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(None, k, False)
+        self.num_asked = 0
+
+    def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
+        self.num_asked += 1
+        return 0 if self.num_asked // 10 % 2 else super().num_draft_tokens(num_rows, num_eligible)
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        return False
 
 
 def test_how_long_before_a_probe_steps_are_shown(deep_model: Any) -> None:

@@ -80,12 +80,13 @@ class Launched:
     width: int
     logprobs: DownloadedLogprobs | None = None
     scores: PromptScores | None = None
+    caught_up: bool = False
 
     def read(self) -> StepResult:
         """Waits for the step and unpacks what it emitted."""
         elapsed_ms = self.timer.wait()
         result = StepResult.silent(len(self.sequences), self.num_tokens_run)
-        result.verify_ms = elapsed_ms
+        result.verify_ms, result.caught_up = elapsed_ms, self.caught_up
         if self.report is not None:
             self._unpack(result, self.report)
         if self.scores is not None:

@@ -159,23 +159,25 @@ class GpuRunner:
         limits = [row.max_drafts for row in plan.rows]
         k = plan.num_draft_tokens if self.drafter is not None and any(limits) else 0
         num_rows = tier_of(self.executor.tiers, len(sequences))
-        self._begin_drafting(k, plan.follows, sequences)
+        caught_up = self._begin_drafting(k, plan.follows, sequences)
         followed = k == 0 and plan.follows and bool(self.program.feature_layers)
         slots = [seq.slot for seq in sequences]
         self.executor.send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
         self.executor.forward(num_rows, k, followed)
         launched = self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
+        launched.caught_up = caught_up
         if followed:
             self.executor.follow(num_rows)
         return launched
 
-    def _begin_drafting(self, k: int, follows: bool, sequences: list[Sequence]) -> None:
-        """Before a verify step: rows that steps without drafts have left behind catch up, if it drafts.
+    def _begin_drafting(self, k: int, follows: bool, sequences: list[Sequence]) -> bool:
+        """Before a verify step: rows that steps without drafts have left behind catch up, if it drafts; whether any
+        had to.
 
         Not those of a drafter that reads features, which nobody computes again: it knows itself which it has seen.
         """
         if self.drafter is None:
-            return
+            return False
         if k == 0:
             if self._drafting and not follows:
                 self.drafter.pause()
@@ -183,12 +185,13 @@ class GpuRunner:
             if not self.program.feature_layers:
                 for seq in sequences:
                     self._behind.setdefault(seq.slot, seq.num_tokens)
-            return
+            return False
         self._drafting = True
         late = [seq for seq in sequences if seq.slot in self._behind] if self._behind else []
         if late:
             seen = [self._behind.pop(seq.slot) for seq in late]
             self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late], seen)
+        return bool(late) and late[0].draft_kv is not None
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
