@@ -5,6 +5,10 @@
     after_verify   features of the verified tokens                   -> ring of the slot
     prefill_chunk  keys and values of the chunk's tokens             -> pool
 
+While drafting is paused none of them runs, and nothing is kept up to date. Watermarks (`FeatureRing`) tell what is
+missing when tokens come again: chains attend to nothing before the last gap, and draft the worse for it until there is
+text behind it.
+
 Keys and values lie in one pool under the target's block tables. Those a chain writes for its drafts come from the
 layer's own output; the next chain's window writes them once more from the target's features. The window is as wide as
 the longest chain, whatever k is: all of its tokens but the last need no more than one projection.
@@ -23,7 +27,7 @@ from draft_models.eagle3_ring import FeatureRing
 from server.kernels.paged import PagedRows
 from server.models.base import KVLayer
 from server.models.paging import make_pools
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Drafts, Verdict
 
 
@@ -49,9 +53,9 @@ class Eagle3Drafter(DeviceOnly):
             network.embedding,
         )
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         """Blocks of a prefix hit carry keys, values and features; the rest of the prompt comes by `prefill_chunk`."""
-        self.ring.admit(slots, num_tokens)
+        self.ring.admit(slots, cached)
 
     def draft(self, step: DeviceStep, k: int) -> Drafts:
         """See DeviceDrafter. ValueError: k is not 1 to the shape's `max_draft_tokens`."""
@@ -75,7 +79,7 @@ class Eagle3Drafter(DeviceOnly):
         return as_drafts(tokens, probs, step)
 
     def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
-        """Keeps the features [R, 1 + k, F] of the verified tokens; runs without drafts too, so a pause loses none."""
+        """Keeps the features [R, 1 + k, F] of the verified tokens."""
         assert features is not None
         fused = self.network.fuse(features.flatten(0, 1)).view(*features.shape[:2], -1)
         self.network.ops.store(self.ring, step, verdict.num_emitted, fused)
@@ -91,6 +95,4 @@ class Eagle3Drafter(DeviceOnly):
         self.ring.store_chunk(rows, fused)
 
     def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
-        """Keys and values of the tokens in between were not written: chains see what a window still reaches."""
-        if slots:
-            self.ring.resume(slots, [len(tokens) for tokens in known])
+        """Nothing: the device finds out by itself, and what was missed can not be computed without features."""

@@ -13,7 +13,7 @@ from server.kernels.paged import PagedRows, places
 from server.sampling.distribution import Processed
 from server.sampling.rng import DRAFT, TARGET, noise_keys
 from server.sampling.state import SamplingBatch
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
 
 
@@ -88,8 +88,11 @@ class DeviceOnly:
     def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
         """`admit_slots` does it for the device; a `prediction` is ignored."""
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         """Nothing on the device outlives a slot's owner."""
+
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """`admit_slots` said it."""
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """The step's history holds them already."""

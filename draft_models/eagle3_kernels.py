@@ -21,11 +21,7 @@ from server.spec.device import DeviceStep
 
 
 class KernelOps:
-    """Implements Eagle3Ops.
-
-    `first` is not looked at: paged attention has no lower bound, so after a pause a row also sees what its blocks hold
-    from earlier owners. Drafts may be worse for it, output is not.
-    """
+    """Implements Eagle3Ops."""
 
     def __init__(self) -> None:
         self._plans: dict[tuple[int, ...], tuple[Tile, Splits, Workspace | None]] = {}
@@ -61,11 +57,12 @@ class KernelOps:
         rope_write(qkv, pool, positions, places, rotations, heads, pool.shape[1] // 2, pool.shape[2])
 
     def attention(self, q: Tensor, pool: Tensor, rows: PagedRows, first: Tensor) -> Tensor:
-        """See Eagle3Ops, and the class for `first`."""
+        """See Eagle3Ops."""
         tile, splits, workspace = self._plan(q, pool, rows)
         return decode_attention(
             q, pool, rows,
             scale=q.shape[2] ** -0.5, tile=tile, splits=splits, workspace=workspace, pdl=supports_pdl(q.device),
+            first=first,
         )  # fmt: skip
 
     def _plan(self, q: Tensor, pool: Tensor, rows: PagedRows) -> tuple[Tile, Splits, Workspace | None]:

@@ -20,7 +20,7 @@ class Eagle3Ops(Protocol):
     """N tokens, H hidden, D head_dim. Everything stays on the device."""
 
     def window(self, ring: FeatureRing, step: DeviceStep, k: int) -> Window:
-        """What the first pass of a chain of k drafts runs; the ring's `written` counts it as written."""
+        """What the first pass of a chain of k drafts runs; the ring's marks count it as written."""
 
     def store(self, ring: FeatureRing, step: DeviceStep, num_emitted: Tensor, fused: Tensor) -> None:
         """Keeps `fused` [R, 1 + k, H] of the tokens that were just verified; `step.state` holds the verdict."""
@@ -48,18 +48,18 @@ class Eagle3Ops(Protocol):
 
 def window_arguments(
     ring: FeatureRing, step: DeviceStep
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
     """What `read_window` takes before k."""
     rows = (step.slots, step.limits, step.state.history, step.state.num_tokens, step.block_tables)
-    return *rows, ring.ring, ring.known_from, ring.valid_from, ring.written, ring.block_size, ring.width
+    return *rows, ring.ring, ring.marks, ring.block_size, ring.width
 
 
 def store_arguments(
     ring: FeatureRing, step: DeviceStep, num_emitted: Tensor, fused: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """What `store_features` takes."""
     rows = (step.slots, step.limits, step.state.num_tokens, num_emitted, step.block_tables)
-    return *rows, fused, ring.ring, ring.by_block, ring.block_size
+    return *rows, fused, ring.ring, ring.by_block, ring.marks, ring.block_size
 
 
 class TorchOps:

@@ -69,7 +69,8 @@ class HybridDrafter:
 
     What a row copied and the target accepted, `learned` sees as known tokens when it drafts for that row again, as
     after any other pause. Rows copy up to `max_draft_tokens`, whatever length the chain has: copies are free, and what
-    is not worth verifying is cut afterwards.
+    is not worth verifying is cut afterwards. `chain` says whether the last step's drafts had a chain among them: only
+    then do prompts run through its network.
     """
 
     name = "hybrid"
@@ -79,7 +80,7 @@ class HybridDrafter:
         self.suffix, self.learned = suffix, learned
         self.feature_layers = learned.feature_layers
         self.arbiter: Arbiter = ByLength(max_draft_tokens)
-        self._chain_runs = True
+        self.chain = True
         self._keep: Keep | None = getattr(learned, "keep", None)
 
     @property
@@ -95,6 +96,10 @@ class HybridDrafter:
         for part in (self.suffix, self.learned):
             part.admit(slot, token_ids, prompt_len, prediction)
 
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """Keys and values are the learned drafter's."""
+        self.learned.reuse(slot, first, end)
+
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """See Drafter."""
         for part in (self.suffix, self.learned):
@@ -107,17 +112,17 @@ class HybridDrafter:
 
     def pause(self) -> None:
         """Neither part runs until the next `propose`."""
-        if self._chain_runs:
+        if self.chain:
             self.learned.pause()
-        self._chain_runs = False
+        self.chain = False
 
     # -- in the step ---------------------------------------------------------------------------------------
 
     def prefill(
         self, carry: Carry, token_ids: Tensor, positions: Tensor, rows: Tensor, features: Tensor | None
     ) -> None:
-        """Prompts run through the chain's network only while it drafts."""
-        if self._chain_runs:
+        """Prompt chunks for the chain's network."""
+        if self.chain:
             self.learned.prefill(carry, token_ids, positions, rows, features)
         elif features is not None:
             self.keep(carry, [length for _, length in carry.chunks], features)
@@ -140,22 +145,25 @@ class HybridDrafter:
             copying = [match is not None for match in matches]
         chained = [0 if copies else min(n, length) for copies, n in zip(copying, limits, strict=True)]
         copied = [match if copies else None for match, copies in zip(matches, copying, strict=True)]
-        if not any(chained):
-            return self._merge(carry, copied, None)
-        drafts = self.learned.propose(replace(carry, limits=chained), length, sampling)
-        return self._merge(carry, copied, drafts)
+        drafts = None
+        if any(chained):
+            drafts = self.learned.propose(replace(carry, limits=chained), length, sampling)
+        return self._merge(carry, copied, drafts, chained)
 
     def _match(self, slot: int, num_tokens: int) -> Match | None:
         match = self.suffix.match(slot, num_tokens) if num_tokens > 0 else None
         return match if match is not None and match.tokens else None
 
     def _run_chain(self, runs: bool) -> None:
-        if self._chain_runs and not runs:
+        if self.chain and not runs:
             self.learned.pause()
-        self._chain_runs = runs
+        self.chain = runs
 
-    def _merge(self, carry: Carry, copied: Sequence[Match | None], chain: Drafts | None) -> Drafts:
-        """One set of drafts of what was copied and, for the other rows, of `chain`, which may be wider or narrower."""
+    def _merge(
+        self, carry: Carry, copied: Sequence[Match | None], chain: Drafts | None, chained: Sequence[int]
+    ) -> Drafts:
+        """One set of drafts of what was copied and, for the other rows, of `chain`, which may be wider or narrower;
+        `chained` are the most drafts that it was asked for."""
         device = carry.state.history.device
         found = chain if chain is not None else Drafts.none(len(copied), device)
         own = found.num_valid_host if found.num_valid_host is not None else found.num_valid.tolist()
@@ -177,11 +185,12 @@ class HybridDrafter:
             valid,
             probs,
             [LEARNED if match is None else match.name for match in copied],
+            chained=[n > 0 for n in chained],
         )
 
     def commit(self, carry: Carry, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
         """The chain's own state is rolled to the committed end, of rows that copied too."""
-        if self._chain_runs:
+        if self.chain:
             self.learned.commit(carry, drafts, verdict, features)
         elif features is not None and self._keep is not None:
             counts: list[int] = verdict.num_emitted.tolist()

@@ -24,7 +24,7 @@ from draft_models.hybrid import LEARNED, Arbiter, ByLength
 from draft_models.protocol import DeviceDrafter
 from draft_models.suffix import CLASS_NAMES, Match, SuffixDrafter
 from server.kernels.paged import PagedRows
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Drafts, Verdict
 
 _EXTRA, _COUNT_BITS = 3, 8
@@ -110,6 +110,10 @@ class HybridDeviceDrafter(DeviceOnly):
         self.suffix.admit(slot, token_ids, prompt_len, prediction)
         self.learned.admit(slot, token_ids, prompt_len, prediction)
 
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """See Drafter."""
+        self.learned.reuse(slot, first, end)
+
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """See Drafter."""
         self._matches[slot] = None
@@ -183,9 +187,9 @@ class HybridDeviceDrafter(DeviceOnly):
         copy = copy_drafts if step.slots.is_cuda else copy_reference
         return copy(step.uploads, step.state.history, step.slots, step.state.num_tokens, k)
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
-        """See DeviceDrafter."""
-        self.learned.admit_slots(slots, num_tokens)
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
+        """See DeviceDrafter; keys and values are the learned drafter's."""
+        self.learned.admit_slots(slots, num_tokens, cached)
 
     def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
         """See DeviceDrafter; runs after steps without a chain too, so a pause of the chain loses no features."""

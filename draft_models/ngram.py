@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.paged import PagedRows
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ class NgramDrafter:
     def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
         """Nothing to do: the history on the device is all this drafter reads; a `prediction` is ignored."""
 
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """Nothing: it keeps no keys and values."""
+
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """Nothing to do."""
 
@@ -93,7 +96,7 @@ class NgramDrafter:
 
     # -- inside graphs -------------------------------------------------------------------------------------
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         """Nothing to do."""
 
     def upload_width(self, k: int) -> int:

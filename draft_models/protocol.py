@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.kernels.paged import PagedRows
 from server.sampling.state import SamplingBatch
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
 
 
@@ -32,6 +32,13 @@ class Drafter(Protocol):
         `prediction` is what the client expects the answer to be, from its beginning on: to draft from, or to ignore.
         """
 
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """After `admit`: of the tokens that a prefix hit brought, `first` … `end` - 1 are the drafter's as well.
+
+        Their blocks hold its keys and values; those of other tokens of the hit hold anything. Asked of drafters that
+        keep some (`pools`); `admit_slots` says it to those on the device.
+        """
+
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """`slot` emitted these tokens."""
 
@@ -41,7 +48,10 @@ class Drafter(Protocol):
     def prefill(
         self, carry: Carry, token_ids: Tensor, positions: Tensor, rows: Tensor, features: Tensor | None
     ) -> None:
-        """The target ran a prompt chunk: `token_ids`, `positions`, `rows` are [N] int64, `features` [N, F]."""
+        """The target ran a prompt chunk: `token_ids`, `positions`, `rows` are [N] int64, `features` [N, F].
+
+        Not called while drafting is paused: chunks may be missing, from the first on.
+        """
 
     def propose(self, carry: Carry, k: int, sampling: SamplingBatch) -> Drafts:
         """At most `k` drafts a row, and at most `carry.limits[r]` for row r."""
@@ -49,11 +59,17 @@ class Drafter(Protocol):
     def commit(self, carry: Carry, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
         """Verification accepted a prefix: roll the drafter's own state to the committed end.
 
-        `features` [R, width, F] are the target's features at the verified positions, None if not asked for.
+        `features` [R, width, F] are the target's features at the verified positions, None if not asked for. Also called
+        after a step without drafts (width 1) if the drafter is to see it: while drafting is paused it is not, but for
+        the last steps before drafts are tried again.
         """
 
     def pause(self) -> None:
-        """Drafting stops until the next `propose`; the drafter must not run meanwhile, prefill included."""
+        """Drafting stops; the drafter does not run, prefill included, until it is called again, and misses tokens.
+
+        From then on it may draft from no other keys and values than right ones: tokens that it missed it computes
+        itself (small LM), or looks at none before them (EAGLE).
+        """
 
 
 class KeepsFeatures(Protocol):
@@ -70,15 +86,18 @@ class DeviceDrafter(Drafter, Protocol):
     """A drafter whose part of a step runs inside CUDA graphs: no host value but shapes, no synchronisation.
 
     `draft` is captured with the target's forward pass, `after_verify` with verification, one graph each per (rows, k).
-    The host's part is `upload`, called just before the step is launched, when what the last step emitted is not known
-    yet. `prefill` of the base protocol is replaced by `prefill_chunk`, which runs eagerly behind the target's.
+    After steps without drafts nothing is called, but for drafters with `feature_layers`: `after_verify`, in a graph of
+    its own, if the step's plan says that it follows. The host's part is `upload`, called just before the step is
+    launched, when what the last step emitted is not known yet. `prefill` of the base protocol is replaced by
+    `prefill_chunk`, which runs eagerly behind the target's.
     """
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         """The device's part of `admit`, for all sequences that came together and before it is called for each.
 
-        Sequences with `num_tokens` [A] known tokens took `slots` [A], each once; both int64. May be called more than
-        once for the sequences of one step, and must not synchronise.
+        Sequences with `num_tokens` [A] known tokens took `slots` [A], each once; both int64. `cached` says what of
+        them prefix hits have brought (None: nothing). May be called more than once for the sequences of one step, and
+        must not synchronise.
         """
 
     def upload_width(self, k: int) -> int:
@@ -97,7 +116,7 @@ class DeviceDrafter(Drafter, Protocol):
         """The target ran prompt chunks: `token_ids` [N] int64 and `features` [N, F] of the ragged `rows`."""
 
     def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
-        """Draft again for `slots`, which steps or chunks without drafts have left behind.
+        """Draft again for `slots`, which steps or chunks without drafts have left behind. Not for `feature_layers`.
 
         `known` are the tokens that the host knows of each; the step under way, which has no drafts, may emit one more.
         The first `seen` tokens of each were known when it fell behind; 0: part of its prompt was not shown.

@@ -3,8 +3,8 @@ vocabulary.
 
 Its keys and values live in pools of its own under the target's block tables, so a block of the target is a block
 here too. `valid` is the watermark of a slot: keys and values of the first `valid[slot]` tokens are right. Prompt chunks
-raise it as the target runs them; what is missing when drafting starts (a prefix hit, a pause, the last accepted draft)
-is computed in the first pass of `propose`.
+raise it as the target runs them, and so do blocks of a prefix hit that the drafter has seen; what is missing when
+drafting starts (other blocks, a pause, the last accepted draft) is computed in the first pass of `propose`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class SmallLMDrafter:
         """Nothing of the slot is computed yet. A `prediction` is ignored: the model drafts what it thinks itself."""
         self._tokens[slot] = list(token_ids)
         self._valid[slot] = 0
+
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """What a prefix hit has brought from the first token on need not run."""
+        self._valid[slot] = end if first == 0 else 0
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         self._tokens[slot].extend(token_ids)

@@ -62,11 +62,7 @@ def in_chunks(gaps: Sequence[Gap], size: int) -> Iterator[list[Gap]]:
 
 
 class SmallLMDeviceDrafter(DeviceOnly):
-    """Implements draft_models.protocol.DeviceDrafter.
-
-    Blocks that a prefix hit brings are taken as they are, though drafting may have been paused when they were filled:
-    drafts may be worse for it, output is not.
-    """
+    """Implements draft_models.protocol.DeviceDrafter. What blocks of a prefix hit lack, `resume` computes too."""
 
     name = "small-lm"
     feature_layers: tuple[int, ...] = ()

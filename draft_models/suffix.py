@@ -16,7 +16,7 @@ from torch import Tensor
 from draft_models.recent_outputs import RecentOutputs
 from draft_models.suffix_automaton import SuffixAutomaton
 from server.kernels.paged import PagedRows
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Carry, Drafts, SlotState, Verdict
 
 if TYPE_CHECKING:
@@ -174,6 +174,9 @@ class SuffixDrafter:
         """All known tokens and the prediction will be indexed, about 2 µs each, when they are first needed."""
         self._sequences[slot] = _Sequence(token_ids, prompt_len, prediction)
 
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """Nothing: it keeps no keys and values."""
+
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         """Append emitted tokens: amortised O(1) each."""
         self._sequences[slot].extend(token_ids)
@@ -246,7 +249,7 @@ class SuffixDrafter:
 
     # -- inside graphs -------------------------------------------------------------------------------------
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         """Nothing to do."""
 
     def upload_width(self, k: int) -> int:

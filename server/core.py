@@ -110,11 +110,16 @@ class RowPlan(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the scheduler wants the runner to do next."""
+    """What the scheduler wants the runner to do next.
+
+    `follows`: the drafter sees this step, drafts or not: prompt chunks, and features of the tokens that were verified.
+    False while drafting is paused: nothing of the drafter runs.
+    """
 
     phase: Phase
     rows: list[RowPlan]
     num_draft_tokens: int = 0
+    follows: bool = True
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):

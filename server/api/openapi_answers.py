@@ -175,6 +175,13 @@ def _others() -> dict[str, Schema]:
             config={"type": "object", "description": "The settings that the server runs with."},
             engine={"type": ["object", "null"], "description": "What the engine says of itself."},
             stats={"type": "object", "description": "The engine's counters and gauges."},
+            speculation=struct(
+                paused=BOOLEAN,
+                since=nullable(COUNT),
+                reason=nullable(STRING),
+                predicted_speedup=nullable({"type": "number", "minimum": 0}),
+                realised_speedup=nullable({"type": "number", "minimum": 0}),
+            ),
             num_engine_restarts=COUNT,
             process=struct(pid=COUNT, num_tasks=COUNT, num_fds=INTEGER),
             internal_states=array(struct(**state)),

@@ -66,11 +66,24 @@ async def server_info(request: web.Request) -> web.Response:
             "config": asdict(state.config),
             "engine": None if info is None else asdict(info),
             "stats": asdict(state.engine.stats),
+            "speculation": speculation_state(state.engine.stats),
             "num_engine_restarts": state.engine.num_restarts,
             "process": process_info(),
             "internal_states": [{"avg_spec_accept_length": accept_length(state.engine.stats)}],
         }
     )
+
+
+def speculation_state(stats: EngineStats) -> dict[str, Any]:
+    """Whether drafting is paused, since when (Unix seconds) and why, and what it promises and brings (1: nothing)."""
+    since = stats.speculation_paused_since
+    return {
+        "paused": stats.speculation_paused,
+        "since": None if since is None else int(since),
+        "reason": stats.speculation_pause_reason,
+        "predicted_speedup": stats.predicted_speedup,
+        "realised_speedup": stats.realised_speedup,
+    }
 
 
 def process_info() -> dict[str, int]:

@@ -6,7 +6,8 @@
                                          v                                |
                                   in use, kept     ->  release  ->  free, kept (a prefix hit revives it)
 
-Block 0 is never handed out: padding tokens write there.
+Block 0 is never handed out: padding tokens write there. A mark beside a block's content says that the drafter's keys
+and values of it are there too; it goes with the content.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class BlockPool:
         self._free: dict[int, None] = dict.fromkeys(range(1, num_blocks))  # oldest first
         self._blank = bytearray(b"\x00" + b"\x01" * (num_blocks - 1))  # free and holding nothing worth keeping
         self._kept: set[int] = set()
+        self._drafted = bytearray(num_blocks)
         self._on_evict = on_evict
 
     @property
@@ -54,6 +56,7 @@ class BlockPool:
         del self._free[block]
         self._blank[block] = 0
         self._refs[block] = 1
+        self._drafted[block] = 0
         if block in self._kept:
             self._kept.discard(block)
             if self._on_evict is not None:
@@ -97,6 +100,14 @@ class BlockPool:
         self._kept.remove(block)
         self._blank[block] = block in self._free
         return True
+
+    def mark_drafted(self, block: int) -> None:
+        """The drafter's own keys and values of all the block's tokens are there."""
+        self._drafted[block] = 1
+
+    def is_drafted(self, block: int) -> bool:
+        """Whether `mark_drafted` was said of the block's content."""
+        return bool(self._drafted[block])
 
     def refs(self, block: int) -> int:
         return self._refs[block]

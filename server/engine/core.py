@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from server.core import FinishReason, Phase, Request, StepOutput, StepPlan
+from server.engine.draft_kv import span_maker
 from server.engine.limits import MAX_BIASES, MAX_ENDS, Limits
 from server.engine.messages import EngineStats
 from server.engine.result import LaunchedStep, StepResult
@@ -45,7 +46,8 @@ class EngineCore:
     ) -> None:
         self.runner = runner
         self.eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < runner.model.vocab_size)
-        self.scheduler = Scheduler(limits, self.eos_token_ids, drafts=speculation.max_draft_tokens > 0)
+        most = speculation.max_draft_tokens
+        self.scheduler = Scheduler(limits, self.eos_token_ids, most > 0, span_maker(runner.drafter, most))
         self.speculation = speculation
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
@@ -138,7 +140,7 @@ class EngineCore:
         step needs to know of it is on the device; the host plans by upper bounds. A sequence that turns out to have
         ended costs its row of one step, which is void. On the CPU, where there is nothing to hide, it is this step's.
         """
-        scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens)
+        scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens, self.speculation.follows)
         self._apply_host_events()
         self._tell_started()
         before, self._running = self._running, None
@@ -194,6 +196,8 @@ class EngineCore:
             if result.broken[i]:
                 outputs.append(self._fail(seq))
                 continue
+            chained = result.chained is not None and result.chained[i]
+            self.scheduler.marks.saw(seq, row, plan, len(result.emitted[i]), chained)
             if result.prompt_logprobs is not None and seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.prompt_logprobs[i]
             emitted, reason = self._cut(seq, result.emitted[i])
@@ -205,6 +209,7 @@ class EngineCore:
             if observe is not None:
                 observe(seq.slot, emitted)
             if reason is not None:
+                self.scheduler.marks.ended(seq, self._running is not None and self._running.step.chained)
                 self.scheduler.finish(seq, complete=True)
         return outputs
 
@@ -249,7 +254,7 @@ class EngineCore:
     # -- the rest ------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        s = self.scheduler
+        s, report = self.scheduler, self.speculation.report
         return EngineStats(
             num_running=len(s.running),
             num_waiting=len(s.waiting),
@@ -267,6 +272,13 @@ class EngineCore:
             drafted_per_position=list(self.speculation.drafted_per_position),
             accepted_per_position=list(self.speculation.accepted_per_position),
             speculation_paused=self.speculation.paused,
+            speculation_paused_since=report.since,
+            speculation_pause_reason=report.reason,
+            num_speculation_pauses=report.num_pauses,
+            predicted_speedup=report.predicted,
+            realised_speedup=report.realised,
+            verify_s=report.step_s,
+            verify_plain_s=report.plain_s,
         )
 
     def check_integrity(self) -> None:

@@ -38,7 +38,13 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine started (`num_*`, lists per draft position) and gauges of this moment."""
+    """Counters since the engine started (`num_*`, `*_s`, lists per draft position) and gauges of this moment.
+
+    `verify_s` is what verify steps took, drafting included, `verify_plain_s` what the same tokens would have taken
+    without drafts, by the cost table; the realised speed-up is their ratio over the last steps, the predicted one what
+    the last choice of drafts promised. Without a cost table there is neither. While speculation is paused, which it is
+    since `speculation_paused_since` (Unix seconds), `speculation_pause_reason` says why.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -56,6 +62,13 @@ class EngineStats:
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     speculation_paused: bool = False
+    speculation_paused_since: float | None = None
+    speculation_pause_reason: str | None = None
+    num_speculation_pauses: int = 0
+    predicted_speedup: float | None = None
+    realised_speedup: float | None = None
+    verify_s: float = 0.0
+    verify_plain_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

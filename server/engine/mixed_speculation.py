@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 from draft_models.hybrid import LEARNED, HybridDrafter
 from draft_models.hybrid_device import HybridDeviceDrafter
 from draft_models.suffix import CLASS_NAMES, Match
+from server.core import Phase
 from server.engine.gpu.runner import GpuRunner
 from server.engine.result import StepResult
 from server.engine.runner import Runner
 from server.engine.speculation import Speculation
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
-from server.spec.mixture import Choice, Mixture, loss_of_copying, plan_chain, plan_mixture, take_copy
+from server.spec.mixture import Mixture, choose_mixture, loss_of_copying, plan_chain, plan_mixture, take_copy
 from server.spec.policy import record as record_probe
 
 _FIRST_ACCEPTANCE = {"start": 0.5, "1": 0.3, "2": 0.45, "3-4": 0.6, "5-8": 0.75, "9+": 0.85}
@@ -46,7 +46,6 @@ class MixedSpeculation(Speculation):
         super().__init__(costs, max_draft_tokens, trims=ragged)
         self.drafter = drafter
         self.acceptance = AcceptanceTracker(priors={name: _prior(name) for name in CLASS_NAMES})
-        self.choice = Choice(0, False)
         self._probing: set[int] = set()
         self._lengths: dict[tuple[int, int], int] = {}
         drafter.arbiter = self
@@ -58,16 +57,32 @@ class MixedSpeculation(Speculation):
         self._lengths.clear()
         if not isinstance(self.drafter, HybridDeviceDrafter) or self.costs is None or num_eligible == 0:
             return super().num_draft_tokens(num_rows, num_eligible)
-        known = Counter(match.name for match in self.drafter.foreseen())
+        mixture = self._mixture(self.drafter, num_rows, num_eligible)
+        planned, self._state = plan_mixture(self._state, self.costs, mixture, self.tiers)
+        self.drafter.chain = planned.chain
+        self.paused = self._state.previous_k == 0
+        return planned.k
+
+    def _mixture(self, drafter: HybridDeviceDrafter, num_rows: int, num_eligible: int) -> Mixture:
+        known = Counter(match.name for match in drafter.foreseen())
         # Which of the sequences have rows is not known here; beyond as many as there are rows, each counts for less.
         share = min(1.0, num_eligible / max(1, known.total()))
         copies = [(self._survival(name), count * share) for name, count in known.items()]
-        mixture = Mixture(num_rows, num_eligible, copies, self._survival(LEARNED), self._context)
-        planned, self._state = plan_mixture(self._state, self.costs, mixture, self.tiers, self.choice)
-        self.choice = planned
-        self.drafter.chain = planned.chain
-        self.paused = planned.k == 0
-        return planned.k
+        return Mixture(num_rows, num_eligible, copies, self._survival(LEARNED), self._context)
+
+    def _survivals(self, num_rows: int) -> list[list[float]]:
+        """Of the chain: what it is paid for."""
+        return [self._survival(LEARNED)] * num_rows
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        """See Speculation. Prompts are the chain's: it sees them if it is what would draft for `num_rows` rows, or, on
+        a CPU, what drafted in the last step.
+        """
+        if phase is Phase.VERIFY or self.costs is None or not isinstance(self.drafter, HybridDeviceDrafter):
+            return super().follows(phase, num_rows) and (phase is Phase.VERIFY or self.drafter.chain)
+        mixture = self._mixture(self.drafter, num_rows, num_rows)
+        self.drafter.chain = choose_mixture(self._state, self.costs, mixture, self.tiers).chain
+        return self.drafter.chain
 
     def lengths(self, match: Match, k: int) -> int:
         """See Arbiter. A probe is of the length that is known here: what it turns out to be is no better."""
@@ -136,13 +151,12 @@ class MixedSpeculation(Speculation):
             self._state = record_probe(self._state, probe, accepted)
         return None
 
-    def _observe(self, costs: CostTable, result: StepResult, context: float) -> None:
+    def _verify_ms(self, costs: CostTable, result: StepResult) -> float:
         """Where steps are timed whole, with the chain, its part is what it was measured to be."""
-        if isinstance(self.drafter, HybridDeviceDrafter) and result.chain_tokens:
-            num_rows = len(result.emitted)
-            ms = result.verify_ms - costs.draft_ms(num_rows, result.chain_tokens)
-            result = replace(result, verify_ms=max(ms, 0.1 * result.verify_ms))
-        super()._observe(costs, result, context)
+        if not isinstance(self.drafter, HybridDeviceDrafter) or not result.chain_tokens:
+            return result.verify_ms
+        ms = result.verify_ms - costs.draft_ms(len(result.emitted), result.chain_tokens)
+        return max(ms, 0.1 * result.verify_ms)
 
 
 def make_speculation(costs: CostTable | None, max_draft_tokens: int, runner: Runner | GpuRunner) -> Speculation:

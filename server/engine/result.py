@@ -18,7 +18,9 @@ class StepResult:
     """What a step emitted, on the host, row by row. Rows of a prompt chunk that is not the last emit nothing.
 
     `num_tokens_run` counts the tokens that went through the target; `verify_ms` is what the step took, a host-side
-    drafter's time apart.
+    drafter's time apart, which is `draft_ms`. `caught_up`: the drafter computed tokens in it that a pause had hidden
+    from it, so it took longer than such a step does. `chained` marks rows that the drafter's own network ran on: it has
+    keys and values of the prompt chunk, or of all that was known before the verify step (None: of no row).
     `broken` marks rows whose logits are not finite: nothing they emitted means anything. `prompt_logprobs` are of the
     next prompt tokens that were to be scored, row by row (None: no row has any). `num_copied` are a hybrid drafter's
     drafts that were copied, each row's first ones (None: all of a row's drafts are of its class); `chain_tokens` is the
@@ -33,9 +35,12 @@ class StepResult:
     broken: list[bool]
     num_tokens_run: int
     verify_ms: float = 0.0
+    draft_ms: float = 0.0
+    caught_up: bool = False
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     num_copied: list[int] | None = None
     chain_tokens: int = 0
+    chained: list[bool] | None = None
 
     @staticmethod
     def silent(num_rows: int, num_tokens_run: int) -> StepResult:
@@ -48,6 +53,10 @@ class StepResult:
 class LaunchedStep(Protocol):
     """A step that runs, or has run."""
 
+    @property
+    def chained(self) -> bool:
+        """Whether, while it still runs, the drafter's network runs on all its rows."""
+
     def read(self) -> StepResult:
         """Waits until it is done."""
 
@@ -57,6 +66,7 @@ class DoneStep:
     """A step that has run."""
 
     result: StepResult
+    chained = False
 
     def read(self) -> StepResult:
         """At once."""
@@ -83,6 +93,7 @@ def to_host(
         logprobs=_logprobs_to_host(logprobs, tokens, counts, sequences),
         broken=broken.tolist(),
         num_tokens_run=num_tokens,
+        chained=drafts.chained if drafts.chained is not None else [n > 0 for n in drafted],
     )
 
 

@@ -59,7 +59,7 @@ class Runner:
         self.block_tables = torch.zeros(slots, table_len, dtype=torch.int64, device=self.device)
         self._num_listed = [0] * slots
         self.sampling = SamplingState(slots, model.vocab_size, self.device)
-        self._drafting = False
+        self._following = False
         self._features: Tensor | None = None
         self._feature_layers = drafter.feature_layers if drafter is not None else ()
         self._keep: Keep | None = getattr(drafter, "keep", None)
@@ -83,6 +83,8 @@ class Runner:
         if self.drafter is not None:
             prediction = request.prediction_ids[: self.shape.max_model_len]
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
+            if seq.draft_kv is not None:
+                self.drafter.reuse(slot, seq.draft_kv.first, seq.draft_kv.end)
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks: masked attention multiplies stale places by zero, which does not rid it of a NaN."""
@@ -115,12 +117,14 @@ class Runner:
             return DoneStep(self._prefill(plan, sequences))
         carry = self._carry(plan, sequences)
         before_drafts = time.perf_counter()
-        drafts = self._propose(carry, plan.num_draft_tokens)
+        drafts = self._propose(carry, plan)
         drafting = time.perf_counter() - before_drafts
         layout, token_ids, batch = self._prepare(carry, drafts, sequences)
-        logits, features = self._forward(token_ids, batch, torch.arange(layout.rows.shape[0], device=self.device))
+        at = torch.arange(layout.rows.shape[0], device=self.device)
+        logits, features = self._forward(token_ids, batch, at, plan.follows)
         result = self._decide(carry, drafts, layout, logits, sequences, features, verifying=True)
         result.verify_ms = (time.perf_counter() - started - drafting) * 1e3
+        result.draft_ms = drafting * 1e3
         return DoneStep(result)
 
     def _prefill(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
@@ -137,18 +141,20 @@ class Runner:
         at, scored = ends[sampling], to_score(plan.rows, sequences)
         if scored:
             at = torch.cat([at, positions(scored, plan.rows, ends)])
-        logits, features = self._forward(token_ids, batch, at.to(self.device, non_blocking=True))
+        shown = self.drafter is not None and plan.follows and getattr(self.drafter, "chain", True)
+        logits, features = self._forward(token_ids, batch, at.to(self.device, non_blocking=True), shown)
         carry = self._carry(plan, sequences)
         if features is not None:
             self._remember(carry, features[ends.to(self.device, non_blocking=True)])
-        if self._keep is not None and features is not None and plan.num_draft_tokens == 0:
+        if self._keep is not None and features is not None and not shown:
             self._keep(carry, [len(c) for c in chunks], features[: len(token_ids)])
-        if self.drafter is not None and plan.num_draft_tokens > 0:  # paused: it does not run at all
+        if self.drafter is not None and shown:  # paused: it does not run at all
             num = len(token_ids)
             rows = torch.repeat_interleave(torch.tensor([len(c) for c in chunks])).to(self.device, non_blocking=True)
             wanted = None if features is None else features[:num]
             self.drafter.prefill(carry, token_ids, batch.positions[:num], rows, wanted)
         result = StepResult.silent(len(chunks), len(token_ids))
+        result.chained = [shown] * len(chunks)
         if scored:
             logits, prompt = logits[: len(sampling)], logits[len(sampling) :]
             add_scores(result, scored, sequences, prompt)
@@ -179,10 +185,11 @@ class Runner:
             features=None if self._features is None else self._features[slot_ids],
         )
 
-    def _propose(self, carry: Carry, k: int) -> Drafts:
-        if self.drafter is not None and k == 0 and self._drafting:
+    def _propose(self, carry: Carry, plan: StepPlan) -> Drafts:
+        k = plan.num_draft_tokens
+        if self.drafter is not None and not plan.follows and self._following:
             self.drafter.pause()
-        self._drafting = k > 0 and self.drafter is not None
+        self._following = plan.follows and self.drafter is not None
         if self.drafter is None or k == 0 or not any(carry.limits):
             return Drafts.none(len(carry.slots), self.device)
         drafts = self.drafter.propose(carry, k, self.sampling.gather(carry.slots, carry.slot_ids))
@@ -222,15 +229,20 @@ class Runner:
         batch = ragged_batch(spans, self.shape.block_size, max(0, self.model.min_rows - num_tokens))
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
-    def _forward(self, token_ids: Tensor, batch: AttentionBatch, logits_at: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pads to the model's least number of rows, for tokens and for logits alike."""
+    def _forward(
+        self, token_ids: Tensor, batch: AttentionBatch, logits_at: Tensor, follows: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pads to the model's least number of rows, for tokens and for logits alike. Features for a drafter that
+        `follows`, or keeps them for when it will.
+        """
         wanted = logits_at.shape[0]
         short = self.model.min_rows - token_ids.shape[0]
         if short > 0:
             token_ids = torch.cat([token_ids, token_ids.new_zeros(short)])
         if wanted < self.model.min_rows:
             logits_at = torch.cat([logits_at, logits_at.new_zeros(self.model.min_rows - wanted)])
-        logits, features = self.model.forward(token_ids, self.pools, batch, logits_at, self._feature_layers)
+        layers = self._feature_layers if follows or self._keep is not None else ()
+        logits, features = self.model.forward(token_ids, self.pools, batch, logits_at, layers)
         return logits[:wanted], features
 
     def _decide(
@@ -258,7 +270,7 @@ class Runner:
                 by_row = spread(features[: layout.rows.shape[0]], layout)
                 last = torch.arange(layout.num_rows, device=self.device)
                 self._remember(carry, by_row[last, verdict.num_accepted])
-            if self._drafting:  # paused: it does not run at all
+            if self._following:  # paused: it does not run at all
                 self.drafter.commit(carry, drafts, verdict, by_row)
             elif self._keep is not None and by_row is not None:  # a step without drafts: one token a row
                 self._keep(carry, [1] * layout.num_rows, by_row[:, 0])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from server.core import Phase, Request, RowPlan, StepPlan
 from server.engine.blocks import BlockPool
+from server.engine.draft_kv import MakeSpan
+from server.engine.draft_marks import DraftMarks
 from server.engine.limits import Limits
 from server.engine.prefix_cache import ROOT, PrefixCache, block_key
 from server.engine.sequence import Sequence
@@ -34,19 +36,25 @@ class Counters:
 
 DraftTokens = Callable[[int, int], int]
 """(rows of the verify step, rows among them that may draft) -> most drafts a row."""
+Follows = Callable[[Phase, int], bool]
+"""(phase, rows) -> whether the drafter sees a step without drafts: prompt chunks, or a verify step of k = 0."""
 
 
 class Scheduler:
-    """Owns every sequence from submission to its end: it waits, runs, or is held back. `drafts`: somebody drafts.
+    """Owns every sequence from submission to its end: it waits, runs, or is held back. `drafts`: somebody drafts, who
+    keeps keys and values of its own in the blocks if there is a `make_span`.
 
     `admitted` and `released` say, until the caller clears them, which sequences took and which slots lost their place;
     of a slot, whether its sequence had come to its natural end.
     """
 
-    def __init__(self, limits: Limits, eos_token_ids: Iterable[int] = (), drafts: bool = True) -> None:
+    def __init__(
+        self, limits: Limits, eos_token_ids: Iterable[int] = (), drafts: bool = True, make_span: MakeSpan | None = None
+    ) -> None:
         self.limits = limits
         self.cache = PrefixCache(limits.block_size, limits.prefix_cache)
         self.pool = BlockPool(limits.num_blocks, on_evict=self.cache.forget)
+        self.marks = DraftMarks(self.pool, limits.block_size, make_span)
         self.slots = SlotPool(limits.max_num_seqs)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
@@ -58,7 +66,6 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._drafts = drafts
         self._last_phase = Phase.VERIFY
-        self._last_drafts = 1  # 0: drafting is paused, and prompts are not run through the drafter either
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -118,17 +125,19 @@ class Scheduler:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def schedule(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
+    def schedule(
+        self, draft_tokens: DraftTokens, follows: Follows = lambda phase, num_rows: True
+    ) -> tuple[StepPlan, list[Sequence]] | None:
         """The next step, or None if nothing can run; its rows and the sequences pair up.
 
-        `draft_tokens` is asked for a verify step once its rows are known.
+        `draft_tokens` is asked for a verify step once its rows are known, `follows` if it said 0 and for prompts.
         """
         self._admit()
         decoding = any(s.decoding for s in self.running)
         prefill_first = self._last_phase is Phase.VERIFY or not decoding
-        planned = self._plan_prefill() if prefill_first else self._plan_verify(draft_tokens)
+        planned = self._plan_prefill(follows) if prefill_first else self._plan_verify(draft_tokens, follows)
         if planned is None:
-            planned = self._plan_verify(draft_tokens) if prefill_first else self._plan_prefill()
+            planned = self._plan_verify(draft_tokens, follows) if prefill_first else self._plan_prefill(follows)
         if planned is not None:
             self._last_phase = planned[0].phase
         return planned
@@ -159,6 +168,7 @@ class Scheduler:
                 seq.add_block(block)
             seq.keys = keys
             seq.num_computed = len(blocks) * self.limits.block_size
+            self.marks.begin(seq)
             if not seq.admitted:  # else the blocks are its own, and what it computes again it paid for
                 seq.admitted = True
                 seq.num_cached = seq.num_computed
@@ -180,7 +190,7 @@ class Scheduler:
         wanted = seq.token_ids[:end]
         return any(r.num_computed < end and r.num_tokens > end and r.token_ids[:end] == wanted for r in self.running)
 
-    def _plan_prefill(self) -> tuple[StepPlan, list[Sequence]] | None:
+    def _plan_prefill(self, follows: Follows) -> tuple[StepPlan, list[Sequence]] | None:
         budget, scored = self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS
         rows: list[RowPlan] = []
         sequences: list[Sequence] = []
@@ -198,9 +208,12 @@ class Scheduler:
             rows.append(RowPlan(seq.slot, seq.num_computed + seq.num_launched, chunk, samples=last))
             sequences.append(seq)
             self.counters.num_prefill_tokens += chunk
-        return (StepPlan(Phase.PREFILL, rows, self._last_drafts), sequences) if rows else None
+        if not rows:
+            return None
+        follow = self._drafts and follows(Phase.PREFILL, len(self.running))
+        return StepPlan(Phase.PREFILL, rows, follows=follow), sequences
 
-    def _plan_verify(self, draft_tokens: DraftTokens) -> tuple[StepPlan, list[Sequence]] | None:
+    def _plan_verify(self, draft_tokens: DraftTokens, follows: Follows) -> tuple[StepPlan, list[Sequence]] | None:
         sequences: list[Sequence] = []
         for seq in list(self.running):
             while (goes_on := self._goes_on(seq)) and not self._try_reserve(seq, seq.most_tokens):
@@ -216,12 +229,17 @@ class Scheduler:
         if not sequences:
             return None
         limits = [_most_drafts(seq) for seq in sequences] if self._drafts else [0] * len(sequences)
-        k = self._last_drafts = draft_tokens(len(sequences), sum(most > 0 for most in limits))
+        num_eligible = sum(most > 0 for most in limits)
+        k = draft_tokens(len(sequences), num_eligible)
         rows = [
             RowPlan(seq.slot, len(seq.token_ids) - 1, 1, True, self._reserve_drafts(seq, min(most, k)) if k else 0)
             for seq, most in zip(sequences, limits, strict=True)
         ]
-        return StepPlan(Phase.VERIFY, rows, k), sequences
+        if k > 0 and not any(row.max_drafts for row in rows):  # no blocks for drafts
+            k = 0
+            return StepPlan(Phase.VERIFY, rows), sequences
+        follow = k > 0 or (num_eligible > 0 and follows(Phase.VERIFY, len(rows)))
+        return StepPlan(Phase.VERIFY, rows, k, follow), sequences
 
     def _goes_on(self, seq: Sequence) -> bool:
         """Whether a verify step has a row for it: it decodes, and the step under way can not be its last for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from server.core import Phase, Request, RowPlan, TokenLogprobs
+from server.engine.draft_kv import DraftSpan
 
 
 def end_ids(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int]:
@@ -30,7 +31,8 @@ class Sequence:
 
     While a step runs that was launched and not read yet, `num_launched` is how many prompt tokens it computes, and it
     emits `due` to `ahead` tokens. `tenure` counts the slots the sequence has lost: what a step says of an earlier
-    tenure is void.
+    tenure is void. `draft_kv`: what the drafter has of its tokens, if it keeps keys and values; the first `num_marked`
+    blocks were asked whether they serve it too.
     """
 
     request: Request
@@ -51,6 +53,8 @@ class Sequence:
     ahead: int = 0
     tenure: int = 0
     num_synced: int = 0
+    draft_kv: DraftSpan | None = None
+    num_marked: int = 0
     prompt_len: int = field(init=False)
     max_len: int = field(init=False)
 

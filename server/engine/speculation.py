@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from server.core import Phase
 from server.engine.result import StepResult
+from server.engine.speculation_report import SpeculationReport
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
-from server.spec.policy import PolicyState, plan_ragged, plan_uniform
+from server.spec.policy import PolicyState, best_draft, charge, choose_uniform, plan_ragged, plan_uniform
 from server.spec.policy import record as record_probe
 from server.spec.types import Carry, Drafts
 
@@ -31,7 +33,7 @@ class Speculation:
     """Draft-length control of one engine. Without a cost table every step drafts `max_draft_tokens`.
 
     `trims`: choose per row after drafting rather than one k before it. `paused` says that the last choice was not to
-    draft.
+    draft, whatever a probe did.
     """
 
     def __init__(self, costs: CostTable | None, max_draft_tokens: int, trims: bool) -> None:
@@ -44,6 +46,7 @@ class Speculation:
         self.drafted_per_position = [0] * max_draft_tokens
         self.accepted_per_position = [0] * max_draft_tokens
         self.paused = False
+        self.report = SpeculationReport()
         self._state = PolicyState()
         self._context = 1.0
 
@@ -51,11 +54,27 @@ class Speculation:
         """Most drafts a row for a verify step of `num_rows` rows, `num_eligible` of which may draft at all."""
         if self.costs is None or self.trims or num_eligible == 0:
             return self.max_draft_tokens if num_eligible else 0
-        survival = self.acceptance.survival(ANY, self.max_draft_tokens)
-        survivals = [survival] * num_eligible + [[]] * (num_rows - num_eligible)
+        survivals = self._survivals(num_eligible) + [[]] * (num_rows - num_eligible)
         k, self._state = plan_uniform(self._state, self.costs, survivals, self._context, self.tiers)
-        self.paused = k == 0
+        self.paused = self._state.previous_k == 0
         return k
+
+    def _survivals(self, num_rows: int) -> list[list[float]]:
+        return [self.acceptance.survival(ANY, self.max_draft_tokens)] * num_rows
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        """Whether the drafter sees a step without drafts: a verify step that k = 0 was chosen for, or prompt chunks.
+
+        A verify step is one that only looks whether plain decoding is faster, or one of the last before drafts are
+        tried again: a chain starts from what the target made of the tokens before, as many as a chain is long.
+        Prompts are worth it if drafting pays for `num_rows` rows, which is what will run once they have been read.
+        """
+        if self.costs is None or self.trims:
+            return self.max_draft_tokens > 0
+        if phase is Phase.VERIFY:
+            return not self.paused or self._state.probe_in <= self.max_draft_tokens + 1
+        survivals = self._survivals(num_rows)
+        return choose_uniform(self.costs, survivals, self._context, self.tiers, self._state.previous_k) > 0
 
     def trim(self, drafts: Drafts, carry: Carry) -> Drafts:
         """Drafts that are worth verifying: rows are cut to the choice of the policy."""
@@ -86,7 +105,12 @@ class Speculation:
         the rows that count (the others' owners had gone before it was read)."""
         self._context = context
         if self.costs is not None:
-            self._observe(self.costs, result, context)
+            self._report(self.costs, result, context, counts)
+            verify_ms = self._verify_ms(self.costs, result)
+            if result.caught_up:  # no such step: the table would learn what it is not asked
+                self._charge(self.costs, result, context, verify_ms)
+            else:
+                self.costs.observe(len(result.emitted), result.num_tokens_run, context, verify_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
         lengths: Counter[int] = Counter()
@@ -102,11 +126,31 @@ class Speculation:
                 for j in range(length):
                     positions[j] += count
 
-    def _observe(self, costs: CostTable, result: StepResult, context: float) -> None:
-        costs.observe(len(result.emitted), result.num_tokens_run, context, result.verify_ms)
+    def _verify_ms(self, costs: CostTable, result: StepResult) -> float:
+        """What of a step's time the table has as the cost of verifying."""
+        return result.verify_ms
 
     def _learn(self, result: StepResult, row: int) -> None:
         """What the verdict on a row with drafts says of its class."""
         name = result.classes[row] if self.trims and result.classes is not None else ANY
         self.acceptance.update(name, result.num_drafted[row], result.num_accepted[row])
         self._state = record_probe(self._state, name if self.trims else None, result.num_accepted[row])
+
+    def _report(self, costs: CostTable, result: StepResult, context: float, counts: Sequence[bool]) -> None:
+        """Before the step corrects the table, which was asked without knowing it."""
+        num_rows, num_counted = len(result.emitted), sum(counts)
+        if num_counted:
+            emitted = sum(len(tokens) for tokens, good in zip(result.emitted, counts, strict=True) if good)
+            plain_ms = costs.verify_ms(num_rows, num_rows, context) * emitted / num_counted
+            self.report.took(result.verify_ms + result.draft_ms, plain_ms)
+        self.report.chose(self.paused, self._state.speedup, lambda: self._why(costs, num_rows, context))
+
+    def _why(self, costs: CostTable, num_rows: int, context: float) -> str:
+        if self.trims:
+            return "what was drafted last is not expected to be accepted often enough"
+        return best_draft(costs, self._survivals(1)[0], num_rows, context, self.tiers)
+
+    def _charge(self, costs: CostTable, result: StepResult, context: float, verify_ms: float) -> None:
+        num_rows = len(result.emitted)
+        plain_ms, usual_ms = costs.verify_many(num_rows, [num_rows, result.num_tokens_run], context)
+        self._state = charge(self._state, (verify_ms - usual_ms) / plain_ms)

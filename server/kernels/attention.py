@@ -38,6 +38,7 @@ class Scores:
     sinks: Tensor | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
+    first: Tensor | None = None
 
 
 MAX_WIDTH = 16
@@ -104,13 +105,15 @@ def decode_attention(
     pdl: bool = False,
     settled: bool = False,
     tile: Tile | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [R * W, heads, head_dim] over the paged pool -> [R * W, heads * head_dim], q's dtype.
 
     `rows.width` W is 1 … 16. q may be a view with any distance between tokens. `pool` [places, 2 * kv_heads, head_dim]
     holds the queries' own keys and values already; float8 keys and values are worth `k_scale` and `v_scale` times what
     they say. `window`: a query at p sees positions above p - window. `softcap`: softcap * tanh(score / softcap).
-    `sinks` [heads]: one more score a head, without a value. `workspace` may be missing where `splits.partials` is 1.
+    `sinks` [heads]: one more score a head, without a value. `first` [R] int64, none of them behind `starts`: row r sees
+    no position before `first[r]`, whatever is there. `workspace` may be missing where `splits.partials` is 1.
     `pdl`: launched while the kernel before still runs, whose results are waited for; with `settled` the rows' own
     tensors, and keys and values at positions before `starts`, were complete before that kernel began, and are read
     earlier. `out` may be given.
@@ -131,7 +134,9 @@ def decode_attention(
         workspace.check(needed, dim, rows.num_rows * heads * rows.width)
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
-    how = Scores(scale, window, softcap, sinks, k_scale, v_scale)
+    if first is not None and first.shape != rows.starts.shape:
+        raise ValueError(f"first {list(first.shape)} must be one position a row, {list(rows.starts.shape)}")
+    how = Scores(scale, window, softcap, sinks, k_scale, v_scale, first)
     launch(q, pool, rows, how, splits, workspace, out, tile, pdl, settled)
     return out
 
@@ -164,6 +169,7 @@ def launch(
     shape = {"W": rows.width, "G": group, "KVH": kv_heads, "QT": per_tile, "D": dim, "BLOCK_D": block_d}
     cutting = {"BLOCK_N": tile.block_n, "WINDOW": how.window or 0, "FIXED": fixed}
     reducing = {"SINKS": how.sinks is not None, "BLOCK_R": block_r, "BLOCK_S": block_s, "PDL": pdl}
+    reducing["BOUNDED"] = how.first is not None
     options: dict[str, int] = {"launch_pdl": True} if pdl else {}
     bounded = {"maxnreg": tile.max_registers} if tile.max_registers else {}
     tail = _TAIL_TILES * tile.block_n if settled and tile.early and not splits.deterministic else 0
@@ -171,15 +177,15 @@ def launch(
     decode_kernel[(kv_heads * query_tiles, splits.num_splits, rows.num_rows)](
         q, pool, rows.slots, rows.starts, rows.slots if rows.offsets is None else rows.offsets, rows.block_tables,
         sinks, out, *space, factor, cap, how.v_scale, q.stride(0), rows.block_tables.stride(0), splits.partials,
-        splits.min_tiles, splits.whole_tiles, q.shape[0], **shape, **cutting, **reducing, BLOCK_M=tile.block_m,
-        BLOCK_SIZE=rows.block_size, CAPPED=how.softcap is not None, SPLIT=split, FUSED=splits.fused,
-        PRECISION=dot_precision(q.dtype), SETTLED=settled, TAIL=tail, num_warps=tile.num_warps,
+        splits.min_tiles, splits.whole_tiles, q.shape[0], how.first, **shape, **cutting, **reducing,
+        BLOCK_M=tile.block_m, BLOCK_SIZE=rows.block_size, CAPPED=how.softcap is not None, SPLIT=split,
+        FUSED=splits.fused, PRECISION=dot_precision(q.dtype), SETTLED=settled, TAIL=tail, num_warps=tile.num_warps,
         num_stages=tile.num_stages, **bounded, **options,
     )  # fmt: skip
     if split and not splits.fused:
         reduce_kernel[(kv_heads * query_tiles, ceil_div(per_tile * group, block_r), rows.num_rows)](
             rows.starts, sinks, out, *space[:3], how.v_scale, splits.partials, splits.num_splits, splits.min_tiles,
-            splits.whole_tiles, **shape, **cutting, **reducing, num_warps=_REDUCE_WARPS, **options,
+            splits.whole_tiles, how.first, **shape, **cutting, **reducing, num_warps=_REDUCE_WARPS, **options,
         )  # fmt: skip
 
 
@@ -194,6 +200,7 @@ def attention_reference(
     sinks: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    first: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """What the kernels compute, spelled out row by row in `dtype`; tokens behind the last row's give zeros."""
@@ -201,23 +208,25 @@ def attention_reference(
     kv_heads = pool.shape[1] // 2
     out = q.new_zeros(num_tokens, heads, dim)
     for r, (slot, start) in enumerate(zip(rows.slots.tolist(), rows.starts.tolist(), strict=True)):
-        first, behind = (r * rows.width, (r + 1) * rows.width)
+        begin, behind = (r * rows.width, (r + 1) * rows.width)
         if rows.offsets is not None:
-            first, behind = rows.offsets[r : r + 2].tolist()
-        position = torch.arange(start + behind - first, device=q.device)
+            begin, behind = rows.offsets[r : r + 2].tolist()
+        position = torch.arange(start + behind - begin, device=q.device)
         blocks = rows.block_tables[slot, position // rows.block_size].long()
         seen = pool[blocks * rows.block_size + position % rows.block_size].to(dtype)
         key, value = seen.repeat_interleave(heads // kv_heads, dim=1).chunk(2, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q[first:behind].to(dtype), key) * (scale * k_scale)
+        scores = torch.einsum("qhd,khd->hqk", q[begin:behind].to(dtype), key) * (scale * k_scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         at = position[start:, None]
         hidden = position > at
         if window is not None:
             hidden = hidden | (position <= at - window)
+        if first is not None:
+            hidden = hidden | (position < first[r])
         scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:
-            scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(heads, behind - first, 1)), dim=2)
+            scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(heads, behind - begin, 1)), dim=2)
         weights = scores.softmax(dim=2)[:, :, : len(position)]
-        out[first:behind] = (torch.einsum("hqk,khd->qhd", weights, value) * v_scale).to(q.dtype)
+        out[begin:behind] = (torch.einsum("hqk,khd->qhd", weights, value) * v_scale).to(q.dtype)
     return out.view(num_tokens, heads * dim)

@@ -35,18 +35,19 @@ def _store_run(part, maxima, sums, run, m, z, acc, i, d, D: tl.constexpr, ROWS: 
 def decode_kernel(
     q, pool, slots, starts, offsets, tables, sinks, out, part, maxima, sums, counters,
     scale, softcap, v_scale, q_stride, table_stride, partials, min_tiles,
-    whole_tiles, num_tokens,
+    whole_tiles, num_tokens, bounds,
     W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, FIXED: tl.constexpr,
     SPLIT: tl.constexpr, FUSED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, SETTLED: tl.constexpr, TAIL: tl.constexpr,
+    PDL: tl.constexpr, SETTLED: tl.constexpr, TAIL: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (key heads x query tiles, splits, rows). W 0: ragged rows, whose first tokens `offsets` names.
 
     The rows' own tensors are read before the queries, so that one does not wait for the other.
     TAIL: the last so many tokens of a run are one tile of their own, whose keys and values, as far as they are older
     than the row's queries, are read before the wait: 0 or two tiles, so that what is left before them is older.
+    BOUNDED: no query sees a token before its row's `bounds`, else None; a row's first query sees one at least.
     """
     if PDL and not SETTLED:
         tl.extra.cuda.gdc_wait()
@@ -71,8 +72,11 @@ def decode_kernel(
             zero_tail(out, token + width, num_tokens, share, shares, kv_head, G, KVH, D, BLOCK_D, 16)
     if query >= width:
         return
+    bound = 0
+    if BOUNDED:
+        bound = tl.load(bounds + row).to(tl.int32)
     length, low, high, size, first, last, per, active = cut(
-        start, query, width, tl.num_programs(1), min_tiles, whole_tiles, QT, BLOCK_N, WINDOW, FIXED
+        start, query, width, tl.num_programs(1), min_tiles, whole_tiles, QT, BLOCK_N, WINDOW, FIXED, bound, BOUNDED
     )
     if split >= active:
         return
@@ -86,7 +90,10 @@ def decode_kernel(
         place = tail_places(table, tail, behind, TAIL, BLOCK_SIZE)
         k = tl.zeros([BLOCK_D, TAIL], pool.dtype.element_ty)
         v = tl.zeros([TAIL, BLOCK_D], pool.dtype.element_ty)
-        k, v = tail_tile(keys, place, k, v, tail, tail, tl.minimum(start, behind), TAIL, TOKEN, D, BLOCK_D)
+        early = tail
+        if BOUNDED:
+            early = tl.maximum(tail, bound)
+        k, v = tail_tile(keys, place, k, v, tail, early, tl.minimum(start, behind), TAIL, TOKEN, D, BLOCK_D)
     elif FIXED == 0:
         entry = entries(table, begin, length, BLOCK_N, BLOCK_SIZE)
     if PDL:
@@ -108,14 +115,15 @@ def decode_kernel(
             k, v = tail_tile(keys, place, k, v, tail, tl.maximum(start, tail), behind, TAIL, TOKEN, D, BLOCK_D)
             m, z, acc = attend_tail(
                 queries, start + j, m, z, acc, k, v, tail, behind, scale, softcap,
-                TAIL, WINDOW, CAPPED, PRECISION,
+                TAIL, WINDOW, CAPPED, PRECISION, bound, BOUNDED,
             )  # fmt: skip
             end = tail // BLOCK_N
             entry = entries(table, begin, length, BLOCK_N, BLOCK_SIZE)
         if begin < end:
             m, z, acc = attend_from(
                 queries, start + j, m, z, acc, table, entry, keys, begin, end, length, scale, softcap,
-                TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, TAIL == 0 or WINDOW > 0, PRECISION,
+                TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, TAIL == 0 or WINDOW > 0 or BOUNDED, PRECISION,
+                bound, BOUNDED,
             )  # fmt: skip
         if SPLIT and active > 1:
             _store_run(part, maxima, sums, group * partials + split, m, z, acc, i, d, D, ROWS)
@@ -124,7 +132,7 @@ def decode_kernel(
             m2, z2, acc2 = attend(
                 queries, start + j, empty, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
                 table, keys, tl.maximum(run * size, low), tl.minimum(run * size + size, high), length, scale, softcap,
-                TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION,
+                TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, True, PRECISION, bound, BOUNDED,
             )  # fmt: skip
             if SPLIT and active > 1:
                 _store_run(part, maxima, sums, group * partials + run - first, m2, z2, acc2, i, d, D, ROWS)
@@ -146,10 +154,10 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["partials", "splits", "min_tiles", "whole_tiles"])
 def reduce_kernel(
-    starts, sinks, out, part, maxima, sums, v_scale, partials, splits, min_tiles, whole_tiles,
+    starts, sinks, out, part, maxima, sums, v_scale, partials, splits, min_tiles, whole_tiles, bounds,
     W: tl.constexpr, G: tl.constexpr, KVH: tl.constexpr, QT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    FIXED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (key heads x query tiles, parts of BLOCK_R packed queries, rows): adds up what `decode_kernel` left."""
     if PDL:
@@ -160,8 +168,11 @@ def reduce_kernel(
     query_tiles = tl.num_programs(0) // KVH
     kv_head = tl.program_id(0) // query_tiles
     query = tl.program_id(0) % query_tiles * QT
+    bound = 0
+    if BOUNDED:
+        bound = tl.load(bounds + row).to(tl.int32)
     _, _, _, _, first, last, _, active = cut(
-        start, query, W, splits, min_tiles, whole_tiles, QT, BLOCK_N, WINDOW, FIXED
+        start, query, W, splits, min_tiles, whole_tiles, QT, BLOCK_N, WINDOW, FIXED, bound, BOUNDED
     )
     if active == 1:
         return

@@ -68,15 +68,17 @@ def attend(
     q, at, m, z, acc, table, keys, begin, end, length, scale, softcap,
     TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    bound=0, BOUNDED: tl.constexpr = False,
 ):  # fmt: skip
     """Tiles begin … end - 1 of one row and key head; MASKED False: every query sees every token of them.
 
-    Places behind `length` are never read: they may hold anything, NaN too.
+    Places behind `length` are never read: they may hold anything, NaN too. BOUNDED (and MASKED): no token before
+    `bound` is seen.
     """
     entry = entries(table, begin, length, BLOCK_N, BLOCK_SIZE)
     return attend_from(
         q, at, m, z, acc, table, entry, keys, begin, end, length, scale, softcap,
-        TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, MASKED, PRECISION,
+        TOKEN, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, CAPPED, MASKED, PRECISION, bound, BOUNDED,
     )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def attend_from(
     q, at, m, z, acc, table, entry, keys, begin, end, length, scale, softcap,
     TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    bound=0, BOUNDED: tl.constexpr = False,
 ):  # fmt: skip
     """`attend`, with the block table entries of its first tile: who reads them early waits for them less."""
     d = tl.arange(0, BLOCK_D)
@@ -101,6 +104,8 @@ def attend_from(
         pointers = block[:, None] + within
         if MASKED:
             present = (n < length)[:, None] & inside[None, :]
+            if BOUNDED:
+                present = present & (n >= bound)[:, None]
             k = tl.load(pointers, mask=present, other=0.0)
             v = tl.load(pointers + TOKEN // 2, mask=present, other=0.0)
         elif D != BLOCK_D:
@@ -114,6 +119,8 @@ def attend_from(
             seen = n[None, :] <= at[:, None]
             if WINDOW > 0:
                 seen = seen & (n[None, :] > at[:, None] - WINDOW)
+            if BOUNDED:
+                seen = seen & (n >= bound)[None, :]
             s = tl.where(seen, s, float("-inf"))
         m, z, acc = softmax_step(s, factor, v.to(q.dtype), m, z, acc, MASKED, PRECISION)
     return m, z, acc
@@ -157,6 +164,7 @@ def tail_tile(
 def attend_tail(
     q, at, m, z, acc, k, v, tail, behind, scale, softcap,
     TAIL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    bound=0, BOUNDED: tl.constexpr = False,
 ):  # fmt: skip
     """A run's last tokens, up to `behind`, as one tile that lies in registers: k [BLOCK_D, TAIL], v [TAIL, BLOCK_D]."""
     n = tail + tl.arange(0, TAIL)
@@ -164,6 +172,8 @@ def attend_tail(
     seen = (n[None, :] <= at[:, None]) & (n < behind)[None, :]
     if WINDOW > 0:
         seen = seen & (n[None, :] > at[:, None] - WINDOW)
+    if BOUNDED:
+        seen = seen & (n >= bound)[None, :]
     return softmax_step(tl.where(seen, s, float("-inf")), factor, v.to(q.dtype), m, z, acc, True, PRECISION)
 
 
@@ -255,6 +265,7 @@ def zero_tail(
 def cut(
     start, query, width, splits, min_tiles, whole_tiles,
     QT: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, FIXED: tl.constexpr,
+    bound=0, BOUNDED: tl.constexpr = False,
 ):  # fmt: skip
     """How the queries query … query + QT - 1 of a row are served: (length, low, high, size, first, last, per, active).
 
@@ -267,6 +278,8 @@ def cut(
     low = 0
     if WINDOW > 0:
         low = tl.maximum(start + query - WINDOW + 1, 0) // BLOCK_N
+    if BOUNDED:
+        low = tl.maximum(low, bound // BLOCK_N)
     high = tl.cdiv(length, BLOCK_N)
     if FIXED > 0:
         size = FIXED

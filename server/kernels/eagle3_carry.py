@@ -2,8 +2,9 @@
 
 Position p holds token p and the features of token p - 1. `ring` [S, C, H] keeps the latter for the last C positions of
 slot s, position p at `ring[s, p % C]`; `by_block` [num_blocks, H] what the position after each full block reads.
-`draft_models.eagle3_ring` owns both and says what `known_from`, `valid_from` and `written` [S] int64 mean. Entries of a
-block table behind the row's last block are stale, so nothing is written for drafts past a row's limit.
+`marks` [4, S] int64 say which of it is right (`draft_models.eagle3_ring`): steps that the drafter does not see leave
+all of this as it is, and the next one that it sees finds by its position what is missing. Entries of a block table
+behind the row's last block are stale, so nothing is written for drafts past a row's limit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from torch import Tensor
 from server.kernels.gather import COPY_BLOCK, copy_values
 from server.kernels.paged import chain_ends, places
 from server.kernels.runtime import next_power_of_2, pdl_options
+
+KNOWN_FROM, KNOWN_TO, VALID_FROM, VALID_TO = range(4)
+"""Lines of `marks`: of a slot, the ring has right features of positions `KNOWN_FROM` … `KNOWN_TO` - 1 (as far back as
+it reaches), and the pool right keys and values of positions `VALID_FROM` … `VALID_TO` - 1."""
+_KNOWN_FROM, _KNOWN_TO = tl.constexpr(KNOWN_FROM), tl.constexpr(KNOWN_TO)
+_VALID_FROM, _VALID_TO = tl.constexpr(VALID_FROM), tl.constexpr(VALID_TO)
 
 
 @dataclass(slots=True)
@@ -59,9 +66,7 @@ def _window_kernel(
     num_tokens_ptr: tl.tensor,
     history_ptr: tl.tensor,
     tables_ptr: tl.tensor,
-    known_from_ptr: tl.tensor,
-    valid_from_ptr: tl.tensor,
-    written_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
     ring_ptr: tl.tensor,
     token_ids_ptr: tl.tensor,
     positions_ptr: tl.tensor,
@@ -72,6 +77,7 @@ def _window_kernel(
     end_places_ptr: tl.tensor,
     first_ptr: tl.tensor,
     num_rows: tl.tensor,
+    num_slots: tl.tensor,
     history_stride: tl.tensor,
     tables_stride: tl.tensor,
     num_blocks: tl.tensor,
@@ -93,14 +99,21 @@ def _window_kernel(
     known = tl.load(num_tokens_ptr + slot).to(tl.int64)
     start = tl.maximum(known - W, 0)
     position = start + column
-    writable = (position >= tl.load(known_from_ptr + slot)) & (position < known)
+    known_from = tl.load(marks_ptr + _KNOWN_FROM * num_slots + slot)
+    fresh = tl.load(marks_ptr + _KNOWN_TO * num_slots + slot) == known
+    right = tl.where(fresh, tl.maximum(start, known_from), known)
+    writable = (position >= tl.minimum(right, known - 1)) & (position < known)
     table = tables_ptr + slot * tables_stride
     out = row * W + column
     place, writable = _place_of(table, position, writable, num_blocks, BLOCK_SIZE)
     tl.store(places_ptr + out, place)
     tl.store(positions_ptr + out, position)
     tl.store(token_ids_ptr + out, tl.load(history_ptr + slot * history_stride + position))
-    copy_values(ring_ptr + (slot * RING + position % RING) * HIDDEN, features_ptr + out * HIDDEN, True, HIDDEN, BLOCK)
+    source = ring_ptr + (slot * RING + position % RING) * HIDDEN
+    for at in range(0, HIDDEN, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        values = tl.load(source + offsets, mask=(offsets < HIDDEN) & (position >= right), other=0.0)
+        tl.store(features_ptr + out * HIDDEN + offsets, values, mask=offsets < HIDDEN)
     if column == 0:
         draft = tl.arange(0, BLOCK_K)
         end = known - 1 + draft
@@ -109,8 +122,11 @@ def _window_kernel(
         tl.store(ends_ptr + draft * num_rows + row, end, mask=draft <= K)
         tl.store(end_places_ptr + draft * num_rows + row, end_place, mask=draft < K)
         tl.store(last_ptr + row, row * W + known - 1 - start)
-        tl.store(first_ptr + row, tl.load(valid_from_ptr + slot))
-        tl.store(written_ptr + slot, known)
+        reaches = tl.load(marks_ptr + _VALID_TO * num_slots + slot) >= right
+        valid = tl.where(reaches, tl.load(marks_ptr + _VALID_FROM * num_slots + slot), right)
+        tl.store(first_ptr + row, tl.minimum(valid, known - 1))
+        tl.store(marks_ptr + _VALID_FROM * num_slots + slot, valid)
+        tl.store(marks_ptr + _VALID_TO * num_slots + slot, known)
 
 
 @triton.jit
@@ -123,6 +139,8 @@ def _store_kernel(
     fused_ptr: tl.tensor,
     ring_ptr: tl.tensor,
     by_block_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    num_slots: tl.tensor,
     tables_stride: tl.tensor,
     num_blocks: tl.tensor,
     WIDTH: tl.constexpr,
@@ -139,13 +157,18 @@ def _store_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots_ptr + row).to(tl.int64)
     known = tl.load(num_tokens_ptr + slot).to(tl.int64)
-    position = tl.maximum(known - tl.load(num_emitted_ptr + row).to(tl.int64) + column, 0)
+    first = known - tl.load(num_emitted_ptr + row).to(tl.int64)
+    position = tl.maximum(first + column, 0)
     source = fused_ptr + (row * WIDTH + column) * HIDDEN
     copy_values(source, ring_ptr + (slot * RING + position % RING) * HIDDEN, True, HIDDEN, BLOCK)
     before = tl.maximum(position - 1, 0)
     full = (position % BLOCK_SIZE == 0) & (position > 0) & (column <= tl.load(limits_ptr + row))
     kept, full = _place_of(tables_ptr + slot * tables_stride, before, full, num_blocks, BLOCK_SIZE)
     copy_values(source, by_block_ptr + kept // BLOCK_SIZE * HIDDEN, full, HIDDEN, BLOCK)
+    if column == 0:
+        if tl.load(marks_ptr + _KNOWN_TO * num_slots + slot) != first:  # steps in between were not seen
+            tl.store(marks_ptr + _KNOWN_FROM * num_slots + slot, first)
+        tl.store(marks_ptr + _KNOWN_TO * num_slots + slot, known)
 
 
 def _sizes(ring: Tensor, block_size: int) -> dict[str, Any]:
@@ -163,17 +186,17 @@ def read_window(
     num_tokens: Tensor,
     block_tables: Tensor,
     ring: Tensor,
-    known_from: Tensor,
-    valid_from: Tensor,
-    written: Tensor,
+    marks: Tensor,
     block_size: int,
     width: int,
     k: int,
 ) -> Window:
-    """What the first pass of a chain of k drafts runs, windows of `width` tokens; `written` counts them as written.
+    """What the first pass of a chain of k drafts runs, windows of `width` tokens; `marks` count them as written.
 
     `slots`, `limits` [R] int64, `history` [S, L] and `num_tokens` [S] int64, `block_tables` [S, NB] int32; the rest as
-    above. Rows with fewer tokens than the window start at 0. In the pool nothing goes to positions before `known_from`.
+    above. Rows with fewer tokens than the window start at 0. In the pool nothing goes to positions whose features are
+    not known, but for the row's last token: where even its own are missing it is run without (zeros), seen by this
+    chain alone.
     """
     num_rows, hidden = slots.shape[0], ring.shape[2]
 
@@ -192,9 +215,9 @@ def read_window(
         first=ids(num_rows),
     )
     _window_kernel[(num_rows, width)](
-        slots, limits, num_tokens, history, block_tables, known_from, valid_from, written, ring,
+        slots, limits, num_tokens, history, block_tables, marks, ring,
         found.token_ids, found.positions, found.places, found.features, found.last, found.ends, found.end_places,
-        found.first, num_rows, history.stride(0), block_tables.stride(0), block_tables.shape[1],
+        found.first, num_rows, marks.shape[1], history.stride(0), block_tables.stride(0), block_tables.shape[1],
         W=width, K=k, BLOCK_K=next_power_of_2(k + 1), **_sizes(ring, block_size),
     )  # fmt: skip
     return found
@@ -207,9 +230,7 @@ def read_window_reference(
     num_tokens: Tensor,
     block_tables: Tensor,
     ring: Tensor,
-    known_from: Tensor,
-    valid_from: Tensor,
-    written: Tensor,
+    marks: Tensor,
     block_size: int,
     width: int,
     k: int,
@@ -218,19 +239,24 @@ def read_window_reference(
     known, by_row = num_tokens[slots], slots[:, None]
     starts = (known - width).clamp(min=0)
     positions = starts[:, None] + torch.arange(width, device=slots.device)
-    writable = (positions >= known_from[by_row]) & (positions < known[:, None])
+    known_from, known_to, valid_from, valid_to = marks[:, slots]
+    right = torch.where(known_to == known, torch.maximum(starts, known_from), known)
+    writable = (positions >= torch.minimum(right, known - 1)[:, None]) & (positions < known[:, None])
     ends, end_places = chain_ends(block_tables, slots, known, limits, block_size, k)
-    written[slots] = known
+    valid = torch.where(valid_to >= right, valid_from, right)
+    marks[VALID_FROM, slots] = valid
+    marks[VALID_TO, slots] = known
     each = torch.arange(width - 1, width * slots.shape[0], width, device=slots.device)
+    features = ring[by_row, positions % ring.shape[1]]
     return Window(
         token_ids=history[by_row, positions].view(-1),
         positions=positions.view(-1),
         places=places(block_tables, slots, positions, block_size, writable).view(-1),
-        features=ring[by_row, positions % ring.shape[1]].flatten(0, 1),
+        features=torch.where((positions >= right[:, None])[:, :, None], features, 0.0).flatten(0, 1),
         last=each - (width - known).clamp(min=0),
         ends=ends,
         end_places=end_places,
-        first=valid_from[slots],
+        first=torch.minimum(valid, known - 1),
     )
 
 
@@ -243,6 +269,7 @@ def store_features(
     fused: Tensor,
     ring: Tensor,
     by_block: Tensor,
+    marks: Tensor,
     block_size: int,
 ) -> None:
     """Keeps the features `fused` [R, 1 + k, H] (contiguous) of the tokens that the target has just verified.
@@ -252,8 +279,8 @@ def store_features(
     """
     num_rows, width = fused.shape[:2]
     _store_kernel[(num_rows, width)](
-        slots, limits, num_tokens, num_emitted, block_tables, fused, ring, by_block, block_tables.stride(0),
-        block_tables.shape[1], WIDTH=width, **_sizes(ring, block_size),
+        slots, limits, num_tokens, num_emitted, block_tables, fused, ring, by_block, marks, marks.shape[1],
+        block_tables.stride(0), block_tables.shape[1], WIDTH=width, **_sizes(ring, block_size),
     )  # fmt: skip
 
 
@@ -266,13 +293,17 @@ def store_features_reference(
     fused: Tensor,
     ring: Tensor,
     by_block: Tensor,
+    marks: Tensor,
     block_size: int,
 ) -> None:
     """`store_features` in torch operations."""
-    first = num_tokens[slots] - num_emitted  # the position that reads the features of the one before
+    known = num_tokens[slots]
+    first = known - num_emitted  # the position that reads the features of the one before
     offsets = torch.arange(fused.shape[1], device=slots.device)
     positions = (first[:, None] + offsets).clamp_(min=0)
     ring[slots[:, None], positions % ring.shape[1]] = fused
     ends_block = (positions % block_size == 0) & (positions > 0) & (offsets <= limits[:, None])
     before = places(block_tables, slots, (positions - 1).clamp(min=0), block_size, ends_block)
     by_block[before // block_size] = fused
+    marks[KNOWN_FROM, slots] = torch.where(marks[KNOWN_TO, slots] == first, marks[KNOWN_FROM, slots], first)
+    marks[KNOWN_TO, slots] = known

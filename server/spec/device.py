@@ -18,6 +18,19 @@ TOP_K, SEED, CHOICE, GREEDY, MIN_TOKENS = range(5)
 
 
 @dataclass(slots=True)
+class CachedDrafts:
+    """What a prefix hit has brought to A sequences: [A] int64 each.
+
+    Their first `end` tokens need not run (0: no hit). Of those, the drafter's own keys and values are right from
+    position `first` on; none are where `first` == `end`. `last_block` holds token `end` - 1 (0 without a hit).
+    """
+
+    first: Tensor
+    end: Tensor
+    last_block: Tensor
+
+
+@dataclass(slots=True)
 class DeviceStep:
     """What a drafter may read inside a graph, for R rows (padding rows included: they name the last slot).
 

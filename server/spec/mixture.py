@@ -6,11 +6,11 @@ the chain. Both are judged by the same measure, expected accepted drafts, from a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from server.spec.cost_table import CostTable
-from server.spec.policy import MAX_CREDIT, PROBE_SHARE, PolicyState, choose_ragged, is_due, postpone
+from server.spec.policy import MAX_CREDIT, NEVER, PROBE_SHARE, PolicyState, choose_ragged, is_due, postpone, steps_to
 
 Survival = Sequence[float]
 
@@ -68,39 +68,49 @@ class Choice:
 _NOTHING = Choice(0, False)
 
 
-def plan_mixture(
-    state: PolicyState,
-    cost: CostTable,
-    mixture: Mixture,
-    tiers: Sequence[int],
-    previous: Choice,
-    hysteresis: float = 0.03,
-) -> tuple[Choice, PolicyState]:
-    """The choice of a uniform k that emits most per millisecond, and now and then a probe of what it advises against.
+def choose_mixture(
+    state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = 0.03
+) -> Choice:
+    """The choice of a uniform k that emits most per millisecond.
 
     The same k holds for rows that copy and rows that do not, so what counts is the sum over the rows as they are now:
     a batch that copies long repeats gets a long k, the same requests get a short one where they write new text. More
     drafts than before, or the chain where it was off, must promise `hysteresis` more.
     """
-    rates, plain_ms = _rates(cost, mixture, tiers), cost.verify_ms(mixture.num_rows, mixture.num_rows, mixture.context)
+    return _best(state, _rates(cost, mixture, tiers), hysteresis)
 
+
+def _best(state: PolicyState, rates: Mapping[Choice, float], hysteresis: float) -> Choice:
     def worth(choice: Choice) -> float:
-        longer = choice.k > previous.k or (choice.chain and not previous.chain)
+        longer = choice.k > state.previous_k or (choice.chain and not state.previous_chain)
         return rates[choice] / (1.0 + hysteresis) if longer else rates[choice]
 
-    best = max(rates, key=worth)
+    return max(rates, key=worth)
+
+
+def plan_mixture(
+    state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = 0.03
+) -> tuple[Choice, PolicyState]:
+    """`choose_mixture`, and now and then a probe of what it advises against. Returns it and the next state."""
+    rates, plain_ms = _rates(cost, mixture, tiers), cost.verify_ms(mixture.num_rows, mixture.num_rows, mixture.context)
+    best = _best(state, rates, hysteresis)
     credit, probes = min(state.credit + PROBE_SHARE, MAX_CREDIT), dict(state.probes)
     other, name = _probe_of(best, tiers)
     if best.k == 0:
         postpone(probes, _PLAIN)
     if best.chain:
         probes.pop(_CHAIN, None)
+    due, probe_in = False, 0 if best.chain else NEVER
     if other in rates and mixture.num_rows:
         # Judged by cost alone where the estimate may be what is wrong: a probe of the chain may gain nothing.
         loss = 1.0 - rates[other] / rates[best] if name == _PLAIN else _slowdown(cost, mixture, best, other, plain_ms)
-        if is_due(probes, name, loss, credit):
-            return other, replace(state, probes=probes, credit=credit - max(0.0, loss))
-    return best, replace(state, probes=probes, credit=credit)
+        due = is_due(probes, name, loss, credit)
+        if due:
+            credit -= max(0.0, loss)
+        if not best.chain:
+            probe_in = steps_to(probes[name], loss, credit)
+    state = PolicyState(best.k, probes, credit, probe_in, rates[best] / rates[_NOTHING], best.chain)
+    return other if due else best, state
 
 
 def _rates(cost: CostTable, mixture: Mixture, tiers: Sequence[int]) -> dict[Choice, float]:

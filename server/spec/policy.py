@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from server.spec.cost_table import CostTable
 
@@ -20,7 +21,10 @@ _FIRST_PROBE_INTERVAL = 2
 _MAX_PROBE_INTERVAL = 64
 _FIRST_CREDIT = 1.0
 MAX_CREDIT = 4.0
+_MAX_DEBT = 64.0
 _MIN_GAIN = 0.01
+NEVER = 1 << 30
+"""Steps until a probe that no credit will pay for."""
 _ALL_ROWS = "all rows"
 _PLAIN = "plain"
 
@@ -52,6 +56,15 @@ def choose_uniform(
         if rate > best_rate:
             best_k, best_rate = k, rate
     return best_k
+
+
+def best_draft(cost: CostTable, survival: Sequence[float], rows: int, context: float, tiers: Sequence[int]) -> str:
+    """In words, what the best k of `tiers` but 0 promises `rows` rows that all survive alike."""
+    gains = _column_sums([survival], max(tiers))
+    plain_ms = cost.verify_ms(rows, rows, context)
+    dear = {k: (cost.verify_ms(rows, rows * (1 + k), context) + cost.draft_ms(rows, k)) / plain_ms for k in tiers if k}
+    k = max(dear, key=lambda k: (1.0 + gains[k]) / dear[k])
+    return f"at best k = {k}: {1.0 + gains[k]:.2f} tokens a step in {dear[k]:.2f} times the time, batch {rows}"
 
 
 def _column_sums(survivals: Survivals, max_k: int) -> list[float]:
@@ -122,13 +135,20 @@ _FIRST_PROBES = {_PLAIN: Probe(wait=4, interval=8)}
 class PolicyState:
     """What the policy remembers between steps.
 
-    `previous_k` is the last uniform k, `probes` are by class. `credit` is the time that probes may cost, in steps: it
-    starts with one, so that unknown classes are tried early, and grows by `PROBE_SHARE` a step.
+    `previous_k` is the last uniform k, and `previous_chain` whether a hybrid drafter's chain was to run, probes apart;
+    `probes` are by class. `credit` is the time that probes may cost, in steps: it starts with one, so that unknown
+    classes are tried early, and grows by `PROBE_SHARE` a step. `probe_in` is the number of steps until drafts (of a
+    hybrid drafter: its chain) are tried again where the choice is to do without (1: in the next one), as far as can be
+    told: a drafter that needs to see some steps before it drafts is shown those. `speedup` is what the last choice,
+    probes apart, promised: tokens per second over those of plain decoding.
     """
 
     previous_k: int = 0
     probes: Mapping[str, Probe] = field(default_factory=dict)
     credit: float = _FIRST_CREDIT
+    probe_in: int = 0
+    speedup: float = 1.0
+    previous_chain: bool = False
 
 
 def plan_ragged(
@@ -149,9 +169,11 @@ def plan_ragged(
     if num_drafts:
         emitted = len(counts) + sum(sum(row[:count]) for row, count in zip(survivals, counts, strict=True))
         loss = 1.0 - len(counts) / emitted * curve[num_drafts] / curve[0]
+        state = replace(state, speedup=1.0 / (1.0 - loss))
         if is_due(probes, _PLAIN, loss, credit):
             return [0] * len(counts), replace(state, probes=probes, credit=credit - max(0.0, loss))
     else:
+        state = replace(state, speedup=1.0)
         postpone(probes, _PLAIN)
     for name, row in trimmed.items():
         loss, size = _cheapest_probe(curve, num_drafts, len(survivals[row]))
@@ -197,9 +219,19 @@ def plan_uniform(
         postpone(probes, _PLAIN)
         loss = ms / plain_ms - 1.0
         name, other = _ALL_ROWS, smallest
-    if is_due(probes, name, loss, credit):
-        return other, PolicyState(k, probes, credit - max(0.0, loss))
-    return k, PolicyState(k, probes, credit)
+    due = is_due(probes, name, loss, credit)
+    if due:
+        credit -= max(0.0, loss)
+    probe_in = 0 if k > 0 else steps_to(probes[name], loss, credit)
+    speedup = 1.0 / (1.0 - loss) if k > 0 else 1.0
+    return other if due else k, PolicyState(k, probes, credit, probe_in, speedup)
+
+
+def steps_to(probe: Probe, loss: float, credit: float) -> int:
+    """Steps until `probe` is due and can be paid for."""
+    if loss > MAX_CREDIT:
+        return NEVER
+    return max(1, probe.wait, ceil((loss - credit) / PROBE_SHARE))
 
 
 def is_due(probes: dict[str, Probe], name: str, loss: float, credit: float) -> bool:
@@ -226,4 +258,13 @@ def record(state: PolicyState, cls: str | None, num_accepted: int) -> PolicyStat
     name = _ALL_ROWS if cls is None else cls
     if num_accepted == 0 or name not in state.probes:
         return state
-    return replace(state, probes={**state.probes, name: Probe(wait=1, interval=_FIRST_PROBE_INTERVAL)})
+    probes = {**state.probes, name: Probe(wait=1, interval=_FIRST_PROBE_INTERVAL)}
+    return replace(state, probes=probes, probe_in=min(state.probe_in, 1))
+
+
+def charge(state: PolicyState, excess: float) -> PolicyState:
+    """Drafting again cost `excess` steps more than drafts do, since the drafter had to catch up: probes pay for it.
+
+    Up to a bound, so that what happens once (a kernel that is compiled) does not end all probes.
+    """
+    return replace(state, credit=max(state.credit - max(0.0, excess), -_MAX_DEBT))

@@ -18,7 +18,8 @@ class Drafts:
     `probs` [R, k, V] float32 is the distribution q each draft was drawn from; None means a point mass.
     `classes` names, per row, how the draft was made (for instance a match-length bucket), so that
     acceptance is tracked per kind of draft. `origins` [R] int64 says the same where only the device knows, as a number
-    that the drafter can read.
+    that the drafter can read. `chained` names the rows whose known tokens the drafter's network has keys and values of
+    now, on the host (None: those with drafts).
     """
 
     tokens: Tensor
@@ -27,6 +28,7 @@ class Drafts:
     probs: Tensor | None = None
     classes: list[str] | None = None
     origins: Tensor | None = None
+    chained: list[bool] | None = None
 
     @staticmethod
     def none(num_rows: int, device: torch.device) -> Drafts:
@@ -87,9 +89,10 @@ class Carry:
     `slots` are host integers and `slot_ids` [R] the same on the device. `state` is the slot state; `max_tokens_host` is
     a host upper bound of `state.num_tokens` over the rows. `limits` [R] (host) is the most drafts each row may get (0:
     none). `features` [R, F] are the fused target features of the last committed token for drafters that asked for them
-    (`Drafter.feature_layers`), else None. `block_tables` [R, NB] int64 addresses the paged KV pool; `blocks` and
-    `tokens_host` are the host's view of it: block ids per row, and an upper bound of each row's known tokens (exact on
-    the CPU). `chunks` are (start, length) of the tokens each row runs through the target in this step, drafts apart.
+    (`Drafter.feature_layers`), else None; where the drafter did not see the row's last step, those of an earlier token.
+    `block_tables` [R, NB] int64 addresses the paged KV pool; `blocks` and `tokens_host` are the host's view of it:
+    block ids per row, and an upper bound of each row's known tokens (exact on the CPU). `chunks` are (start, length) of
+    the tokens each row runs through the target in this step, drafts apart.
     """
 
     slots: list[int]

@@ -19,6 +19,13 @@ _COUNTERS = (
     ("emitted_tokens", "num_emitted", "Tokens the engine emitted: accepted drafts and bonus tokens."),
     ("engine_graph_misses", "num_graph_misses", "Halves of GPU steps that ran eagerly for want of a CUDA graph."),
     ("preemptions", "num_preemptions", "Sequences preempted to free KV blocks, to be recomputed later."),
+    ("speculation_pauses", "num_speculation_pauses", "Times the engine stopped drafting as it would not pay."),
+    ("verify_seconds", "verify_s", "Time of verify steps, drafting included."),
+    (
+        "verify_plain_seconds",
+        "verify_plain_s",
+        "Time that the tokens of those steps would have taken without drafts, by the cost table.",
+    ),
 )
 _POSITIONS = (
     ("draft_tokens", "drafted_per_position", "Draft tokens proposed to the target"),
@@ -32,7 +39,7 @@ class EngineStatsCollector:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._latest = EngineStats()
-        self._before: dict[str, int] = {field: 0 for _, field, _ in _COUNTERS}
+        self._before: dict[str, float] = {field: 0 for _, field, _ in _COUNTERS}
         self._before_positions: dict[str, list[int]] = {field: [] for _, field, _ in _POSITIONS}
 
     def update(self, stats: EngineStats) -> None:
@@ -79,6 +86,20 @@ class EngineStatsCollector:
             ),
         ):
             yield GaugeMetricFamily(self._prefix + name, documentation, value=float(value))
+        for name, speedup, documentation in (
+            (
+                "predicted",
+                stats.predicted_speedup,
+                "Speed over plain decoding that the last choice of drafts promised.",
+            ),
+            (
+                "realised",
+                stats.realised_speedup,
+                "Speed of the last verify steps over plain decoding, by the cost table.",
+            ),
+        ):
+            if speedup is not None:
+                yield GaugeMetricFamily(f"{self._prefix}speculation_{name}_speedup_ratio", documentation, value=speedup)
 
 
 def _added(a: list[int], b: list[int]) -> list[int]:

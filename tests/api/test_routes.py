@@ -71,6 +71,25 @@ async def test_server_info_has_what_sglangs_benchmark_reads(live: Live) -> None:
     assert info["internal_states"][0]["avg_spec_accept_length"] == pytest.approx(1.8)
 
 
+async def test_server_info_says_whether_speculation_is_paused_and_why(live: Live) -> None:
+    nothing = {"paused": False, "since": None, "reason": None, "predicted_speedup": None, "realised_speedup": None}
+    assert (await live.get("/server_info"))[1]["speculation"] == nothing
+    live.engine.stats = EngineStats(
+        speculation_paused=True,
+        speculation_paused_since=1234.7,
+        speculation_pause_reason="too dear",
+        predicted_speedup=1.0,
+        realised_speedup=0.99,
+    )
+    assert (await live.get("/server_info"))[1]["speculation"] == {
+        "paused": True,
+        "since": 1234,
+        "reason": "too dear",
+        "predicted_speedup": 1.0,
+        "realised_speedup": 0.99,
+    }
+
+
 async def test_the_fingerprint_depends_on_model_and_version(live: Live) -> None:
     before = live.state.fingerprint
     assert before == live.state.fingerprint

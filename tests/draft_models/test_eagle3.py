@@ -19,7 +19,7 @@ from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_weights import random_weights
 from server.kernels.paged import PagedRows
 from server.sampling.rng import TARGET, gumbel, noise_keys
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Drafts, SlotState, Verdict
 from tests.draft_models.sampling_tables import sampling_tables
 from tests.draft_models.test_eagle3_network import CONFIG, HIDDEN, Dense, best
@@ -68,10 +68,13 @@ class World:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
 
-    def admit(self, slot: int, length: int) -> None:
+    def admit(self, slot: int, length: int, hit: tuple[int, int] = (0, 0)) -> None:
+        """`hit`: what blocks of a prefix hit bring: the first token that the drafter can use, and their tokens."""
         self.tokens[slot] = torch.randint(0, self.config.vocab_size, (length,), generator=self.random).tolist()
         self.features[slot] = torch.zeros(0, 3 * self.config.hidden_size)
-        self.drafter.admit_slots(torch.tensor([slot]), torch.tensor([length]))
+        last_block = self.tables[slot, max(hit[1] // BLOCK_SIZE - 1, 0)].long()
+        cached = CachedDrafts(*(torch.tensor([value]) for value in (*hit, int(last_block))))
+        self.drafter.admit_slots(torch.tensor([slot]), torch.tensor([length]), cached)
 
     def step(self, slots: list[int], limits: list[int] | None = None, temperature: float = 0.0) -> DeviceStep:
         rows = len(slots)
@@ -86,8 +89,8 @@ class World:
             block_size=BLOCK_SIZE,
         )
 
-    def prefill(self, chunks: dict[int, int], padding: int = 0) -> None:
-        """Runs the next `chunks[slot]` prompt tokens of each slot in one ragged step."""
+    def prefill(self, chunks: dict[int, int], padding: int = 0, seen: bool = True) -> None:
+        """Runs the next `chunks[slot]` prompt tokens of each slot in one ragged step, which the drafter has `seen`."""
         starts = {slot: len(self.features[slot]) for slot in chunks}
         for slot, length in chunks.items():
             self.features[slot] = torch.cat([self.features[slot], self.normal(length, 3 * self.config.hidden_size)])
@@ -104,7 +107,8 @@ class World:
         )
         features = torch.cat([self.features[s][starts[s] :] for s in chunks])
         features = F.pad(features, (0, 0, 0, padding), value=3.0)
-        self.drafter.prefill_chunk(self.step(list(chunks)), torch.tensor(ids + [5] * padding), rows, features)
+        if seen:
+            self.drafter.prefill_chunk(self.step(list(chunks)), torch.tensor(ids + [5] * padding), rows, features)
         for slot in chunks:
             if len(self.features[slot]) == len(self.tokens[slot]):
                 self.tokens[slot].append(slot + 3)  # the target's first token
@@ -115,7 +119,7 @@ class World:
         self.state.history[slot, : len(known)] = torch.tensor(known)
         self.state.num_tokens[slot] = len(known)
 
-    def verify(self, step: DeviceStep, drafts: Drafts, accepted: list[int]) -> None:
+    def verify(self, step: DeviceStep, drafts: Drafts, accepted: list[int], seen: bool = True) -> None:
         """The target takes the first `accepted[r]` drafts of each row and says something of its own."""
         num_rows, k = drafts.tokens.shape
         features = self.normal(num_rows, 1 + k, 3 * self.config.hidden_size)
@@ -129,7 +133,12 @@ class World:
             self.features[slot] = torch.cat([self.features[slot], features[r, : n + 1]])
             self.sync(slot)
         emitted = torch.tensor(accepted) + 1
-        self.drafter.after_verify(step, drafts, Verdict(tokens, emitted - 1, emitted), features)
+        if seen:
+            self.drafter.after_verify(step, drafts, Verdict(tokens, emitted - 1, emitted), features)
+
+    def plain(self, slot: int, seen: bool) -> None:
+        """A step without drafts."""
+        self.verify(self.step([slot]), Drafts.none(1, torch.device("cpu")), [0], seen)
 
     def check_pool(self, slot: int, start: int = 0) -> None:
         """Keys and values of all known tokens but the last are those of the target's features."""
@@ -211,10 +220,10 @@ def test_a_prefix_hit_takes_its_features_from_the_block(generated: bool) -> None
     if generated:
         world.drafter.draft(world.step([0]), 1)  # the last window's keys and values come with the next chain
     shared = 2 * BLOCK_SIZE
-    world.admit(2, 13)
+    world.tables[2, :2] = world.tables[0, :2]
+    world.admit(2, 13, (0, shared))
     world.tokens[2][:shared] = world.tokens[0][:shared]
     world.features[2] = world.features[0][:shared].clone()
-    world.tables[2, :2] = world.tables[0, :2]
     before = world.drafter.pools[0].clone()
     world.prefill({2: 5})
     assert world.drafter.draft(world.step([2]), 4).tokens.tolist() == [world.expected(2, 4)]
@@ -226,7 +235,7 @@ def test_a_prefix_hit_takes_its_features_from_the_block(generated: bool) -> None
 
 def test_a_slot_that_changed_hands_starts_anew() -> None:
     world = ready({0: 21})
-    world.drafter.resume([0], [world.tokens[0] * 2], [0])
+    world.plain(0, seen=False)
     step = world.step([0])
     world.verify(step, world.drafter.draft(step, 5), [5])
     world.drafter.release(0, complete=True)
@@ -252,32 +261,106 @@ def test_limits_and_padding_rows() -> None:
         assert bool(tensor.isfinite().all())
 
 
-@pytest.mark.parametrize("num_steps", [MAX_DRAFTS + 1, MAX_DRAFTS + 5])
-def test_after_a_pause_chains_see_what_a_window_reaches(num_steps: int) -> None:
-    world = ready({0: 9})
+@pytest.mark.parametrize("missed", [1, MAX_DRAFTS + 5])
+@pytest.mark.parametrize("shown", [1, 3, MAX_DRAFTS + 3])
+def test_after_a_pause_chains_see_what_was_shown_again(missed: int, shown: int) -> None:
+    """Steps that the drafter was not shown change nothing of its; what it drafts from is right all the same."""
+    world = ready({0: 9, 1: 5})
     step = world.step([0])
     world.verify(step, world.drafter.draft(step, 3), [1])
     world.drafter.pause()
-    for _ in range(num_steps):  # plain steps: features are kept, nothing else happens
+    before = [tensor.clone() for tensor in (world.drafter.pools[0], world.drafter.ring.ring, world.drafter.ring.marks)]
+    for _ in range(missed):
+        world.plain(0, seen=False)
+    after = (world.drafter.pools[0], world.drafter.ring.ring, world.drafter.ring.marks)
+    for old, tensor in zip(before, after, strict=True):
+        assert torch.equal(old, tensor)
+    for _ in range(shown):
+        world.plain(0, seen=True)
+    first = len(world.tokens[0]) - min(shown, MAX_DRAFTS + 1)
+    for accepted in (1, 2, 0, 3, 3):
+        step = world.step([0, 1])
+        drafts = world.drafter.draft(step, 3)
+        assert drafts.tokens.tolist() == [world.expected(0, 3, first), world.expected(1, 3)]
+        world.check_pool(0, first)
+        world.verify(step, drafts, [accepted, 1])
+
+
+def test_a_chain_right_behind_tokens_that_were_missed_starts_from_the_last_one_alone() -> None:
+    """Then from what came after it. The keys and values of that token are not taken for right."""
+    world = ready({0: 9})
+    world.drafter.draft(world.step([0]), 3)
+    world.plain(0, seen=False)
+    world.plain(0, seen=False)
+    step = world.step([0])
+    drafts = world.drafter.draft(step, 3)
+    assert bool(((drafts.tokens >= 0) & (drafts.tokens < CONFIG.vocab_size)).all())
+    known = len(world.tokens[0])
+    world.verify(step, drafts, [2])
+    for accepted in (0, 3, 1):
         step = world.step([0])
-        world.verify(step, Drafts.none(1, torch.device("cpu")), [0])
-    world.drafter.resume([0], [world.tokens[0]], [9])
-    first = len(world.tokens[0]) - MAX_DRAFTS - 1
-    for accepted in (1, 2, 0):
+        drafts = world.drafter.draft(step, 3)
+        assert drafts.tokens.tolist() == [world.expected(0, 3, known)]
+        world.check_pool(0, known)
+        world.verify(step, drafts, [accepted])
+
+
+def test_a_few_plain_steps_that_were_shown_cost_nothing() -> None:
+    world = ready({0: 9})
+    for _ in range(MAX_DRAFTS):
+        world.plain(0, seen=True)
+    assert world.drafter.draft(world.step([0]), 3).tokens.tolist() == [world.expected(0, 3)]
+
+
+@pytest.mark.parametrize("seen", [(True, False, True), (False, True, True), (False, False, True), (True, True, False)])
+def test_prompt_chunks_that_came_in_a_pause(seen: tuple[bool, ...]) -> None:
+    """Attention begins behind the first token after the last gap, whose own features nobody has."""
+    world = World(3)
+    world.admit(0, 12)
+    starts = [0, 4, 7]
+    for size, shown in zip((4, 3, 5), seen, strict=True):
+        world.prefill({0: size}, seen=shown)
+    if not seen[-1]:
+        first = 13
+        world.plain(0, seen=True)
+    else:
+        first = starts[max(i for i, shown in enumerate(seen) if not shown) + 1] + 1
+        world.check_pool(0, first)
+    for accepted in (2, 0, 1):
         step = world.step([0])
         drafts = world.drafter.draft(step, 3)
         assert drafts.tokens.tolist() == [world.expected(0, 3, first)]
         world.verify(step, drafts, [accepted])
-    world.drafter.resume([], [], [])
 
 
-def test_a_pause_that_a_window_spans_costs_nothing() -> None:
-    world = ready({0: 9})
-    for _ in range(MAX_DRAFTS):
-        step = world.step([0])
-        world.verify(step, Drafts.none(1, torch.device("cpu")), [0])
-    world.drafter.resume([0], [world.tokens[0]], [9])
-    assert world.drafter.draft(world.step([0]), 3).tokens.tolist() == [world.expected(0, 3)]
+@pytest.mark.parametrize("usable", [0, 4, 8])
+@pytest.mark.parametrize("left", [1, 5])
+def test_a_prefix_hit_whose_blocks_do_not_all_serve_the_drafter(usable: int, left: int) -> None:
+    """`usable` is where its keys and values begin; 8: nowhere in the hit. With one token left there is no chunk."""
+    world = ready({0: 11})
+    world.tables[2, :2] = world.tables[0, :2]
+    world.admit(2, 8 + left, (usable, 8))
+    world.tokens[2][:8] = world.tokens[0][:8]
+    world.features[2] = world.features[0][:8].clone()
+    if usable:
+        world.drafter.pools[0].view(NUM_BLOCKS, -1)[world.tables[2, : usable // BLOCK_SIZE].long()] = 7.0
+    if usable == 8:
+        world.drafter.ring.by_block[world.tables[2, 1]] = torch.nan
+    first = usable
+    if left > 1:
+        world.prefill({2: left})
+        first = 9 if usable == 8 else usable
+    else:
+        world.sync(2)
+        first = 9 if usable == 8 else usable
+    for accepted in (2, 0, 3):
+        step = world.step([2])
+        drafts = world.drafter.draft(step, 3)
+        if accepted != 2 or left > 1 or usable < 8:  # else its first chain has nothing right to start from
+            assert drafts.tokens.tolist() == [world.expected(2, 3, first)]
+            world.check_pool(2, first)
+        assert bool(world.drafter.pools[0].isfinite().all())
+        world.verify(step, drafts, [accepted])
 
 
 @pytest.mark.parametrize("limit", [0, 1])

@@ -25,7 +25,7 @@ from draft_models.eagle3_weights import random_weights
 from server.kernels.paged import PagedRows
 from server.models.config import RopeConfig
 from server.spec.device import DeviceStep
-from server.spec.types import SlotState, Verdict
+from server.spec.types import Drafts, SlotState, Verdict
 from tests.draft_models.sampling_tables import sampling_tables
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +87,27 @@ def make_step(known: dict[int, int], limits: list[int]) -> DeviceStep:
         max_context=24,
         block_size=BLOCK_SIZE,
     )
+
+
+def test_a_chain_after_a_pause_sees_nothing_older() -> None:
+    """Keys and values from before the gap may be anything, here NaN; both ways draft the same."""
+    step = make_step({0: 9, 2: 14}, [3, 3])
+    drafts = []
+    for ops in (KernelOps(), TorchOps()):
+        drafter = make(ops)
+        slots = torch.tensor([0, 2], device=DEVICE)
+        drafter.admit_slots(slots, torch.tensor([8, 13], device=DEVICE))  # the prompts were not shown
+        one = torch.tensor([1, 1, 1], device=DEVICE)
+        verdict = Verdict(one[:, None], torch.zeros_like(one), one)
+        drafter.after_verify(
+            step, Drafts.none(step.num_rows, DEVICE), verdict, random(3, 1, 3 * CONFIG.hidden_size, seed=3)
+        )
+        for slot, behind in ((0, 8), (2, 13)):
+            position = torch.arange(behind, device=DEVICE)
+            places = step.block_tables[slot, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
+            drafter.pools[0][places] = torch.nan if isinstance(ops, KernelOps) else 7.0
+        drafts.append(drafter.draft(step, 3).tokens[:2].tolist())
+    assert drafts[0] == drafts[1]
 
 
 def test_a_chain() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from server.core import Request, SamplingParams
+from server.engine.draft_kv import FeatureSpan
 from server.engine.gpu import admission
 from server.engine.gpu.admission import Admission
 from server.engine.gpu.state import DeviceState, make_state
@@ -40,14 +41,24 @@ def sequences(seed: int, slots: list[int]) -> list[Sequence]:
         seq = Sequence.of(request, frozenset({2, 11}))
         seq.token_ids += draw.choices(range(VOCAB_SIZE), k=draw.choice([0, 0, 7]))  # it was preempted
         seq.slot = slot
+        if slot in HITS:  # of blocks of 4 tokens
+            first, seq.num_computed, block = HITS[slot]
+            seq.blocks = [9] * (seq.num_computed // 4 - 1) + [block, 9, 9]
+            seq.draft_kv = FeatureSpan(3, first, seq.num_computed) if first < seq.num_computed else None
         made.append(seq)
     return made
 
 
+HITS = {1: (4, 12, 7), 5: (8, 8, 3)}
+"""slot -> first token of a prefix hit that the drafter can use, its tokens, its last block."""
+
+
 def fill(state: DeviceState, batch: list[Sequence]) -> list[tuple[int, int]]:
     found = []
-    for slots, num_tokens in Admission(state).fill(batch):
+    for slots, num_tokens, cached in Admission(state).fill(batch):
         found += list(zip(slots.tolist(), num_tokens.tolist(), strict=True))
+        hits = list(zip(cached.first.tolist(), cached.end.tolist(), cached.last_block.tolist(), strict=True))
+        assert hits == [HITS.get(slot, (0, 0, 0)) for slot in slots.tolist()]
     return found
 
 

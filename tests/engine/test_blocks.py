@@ -40,6 +40,19 @@ def test_a_sequence_hemmed_in_goes_on_in_the_longest_blank_run() -> None:
     assert pool.allocate(10) == 7  # the middle of 5 … 9
 
 
+def test_what_is_said_of_a_blocks_content_goes_with_it() -> None:
+    pool = BlockPool(3)
+    first, second = pool.allocate(), pool.allocate()
+    pool.mark_drafted(first)
+    pool.keep(first)
+    pool.release(first)
+    pool.acquire(first)  # a prefix hit
+    assert pool.is_drafted(first) and not pool.is_drafted(second)
+    pool.release(first)
+    assert pool.allocate() == first
+    assert not pool.is_drafted(first)
+
+
 def test_the_null_block_is_never_handed_out() -> None:
     pool = BlockPool(4)
     assert sorted(pool.allocate() for _ in range(3)) == [1, 2, 3]

@@ -23,7 +23,7 @@ from draft_models.eagle3_weights import random_weights
 from draft_models.hybrid_device import HybridDeviceDrafter
 from draft_models.small_lm_device import SmallLMDeviceDrafter
 from draft_models.suffix import Match, SuffixDrafter
-from server.core import Request, SamplingParams, SpeculationParams
+from server.core import Phase, Request, SamplingParams, SpeculationParams
 from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
@@ -32,7 +32,7 @@ from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
 from server.models.loader import load_model
 from server.models.paged_forward import TorchForward
-from tests.engine.tiny import EOS_ID, VOCAB_SIZE, engine, live, make_drafter, request, run, save_loopy_llama
+from tests.engine.tiny import EOS_ID, VOCAB_SIZE, Wavering, engine, live, make_drafter, request, run, save_loopy_llama
 
 DRAFTERS = ("none", "ngram", "suffix", "eagle3", "small-lm", "hybrid-eagle3", "hybrid-small-lm")
 SAMPLING: list[SamplingParams] = [
@@ -47,18 +47,15 @@ PROMPT_TIERS: list[tuple[int, ...]] = [(), (16, 32, 64), (2, 5, 13), (30,)]
 SPECULATION = [SpeculationParams(), SpeculationParams(), SpeculationParams(False), SpeculationParams(True, 1)]
 
 
-class Wavering(Speculation):
-    """k changes from step to step, 0 among them."""
+class WaveringHybrid(Wavering):
+    """The chain of a hybrid drafter comes and goes too."""
 
-    def __init__(self, k: int, seed: int, tiers: tuple[int, ...], drafter: Any = None) -> None:
-        super().__init__(None, k, False)
-        self.random, self.choices, self.drafter = random.Random(seed), (0, *tiers), drafter
+    drafter: HybridDeviceDrafter
 
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
-        if isinstance(self.drafter, HybridDeviceDrafter):
-            self.drafter.chain = self.random.random() < 0.7
-            self.drafter.arbiter = Fickle(self.random)
-        return self.random.choice(self.choices) if num_eligible else 0
+        self.drafter.chain = self.random.random() < 0.7
+        self.drafter.arbiter = Fickle(self.random)
+        return super().num_draft_tokens(num_rows, num_eligible)
 
 
 @dataclass
@@ -82,6 +79,9 @@ class PausedAtFirst(Speculation):
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
         self.num_asked += 1
         return 0 if self.num_asked <= 3 else super().num_draft_tokens(num_rows, num_eligible)
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        return self.num_asked > 3
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,10 @@ def build(model: Any, name: str, draw: random.Random, seed: int) -> EngineCore:
         pool[size:].normal_()
     most = k if drafter is not None else 0
     waver = drafter is not None and draw.random() < 0.5
-    speculation = Wavering(k, seed, tiers, drafter) if waver else Speculation(None, most, False)
+    wavering = WaveringHybrid if isinstance(drafter, HybridDeviceDrafter) else Wavering
+    speculation = wavering(k, seed, tiers) if waver else Speculation(None, most, False)
+    if isinstance(speculation, WaveringHybrid):
+        speculation.drafter = drafter
     limits = Limits(num_seqs, draw.choice([1, 3, 7, 16, 64]), length, size, num_blocks, draw.random() < 0.7)
     return EngineCore(runner, limits, speculation, (EOS_ID,))
 

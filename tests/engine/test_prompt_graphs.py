@@ -34,9 +34,9 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     forward = PromptGraphs._forward
 
-    def counted(self: PromptGraphs, tier: int) -> None:
+    def counted(self: PromptGraphs, tier: int, layers: tuple[int, ...]) -> None:
         seen.append(tier)
-        forward(self, tier)
+        forward(self, tier, layers)
 
     monkeypatch.setattr(PromptGraphs, "_forward", counted)
     return seen
@@ -148,7 +148,7 @@ def test_start_up_touches_nobodys_block_only(model: Any) -> None:
     for tier, width in ((16, 5), (16, 16), (64, 64)):
         found._stand_in(tier, width)
         with torch.no_grad():
-            found._forward(tier)
+            found._forward(tier, ())
     for pool, old in zip(runner.pools, before, strict=True):
         assert torch.equal(pool[BLOCK_SIZE:], old[BLOCK_SIZE:])
         assert bool(pool[:BLOCK_SIZE].isfinite().all())
@@ -189,12 +189,12 @@ def test_a_tier_must_be_fast_and_leave_room(
     found, reserved = runner.executor.prompts, [0]
     forward = found._forward
 
-    def greedy_for_memory(tier: int) -> None:
+    def greedy_for_memory(tier: int, layers: tuple[int, ...]) -> None:
         if free is None:
             raise torch.cuda.OutOfMemoryError
         reserved[0] += 1000
         with torch.no_grad():
-            forward(tier)
+            forward(tier, layers)
 
     monkeypatch.setattr(found, "_forward", greedy_for_memory)
     monkeypatch.setattr(found, "_launch_ms", lambda run: launch_ms)

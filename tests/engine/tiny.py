@@ -17,13 +17,14 @@ from draft_models.ngram import NgramDrafter
 from draft_models.protocol import DeviceDrafter, Drafter
 from draft_models.small_lm import SmallLMDrafter
 from draft_models.suffix import SuffixDrafter
-from server.core import FinishReason, Request, SamplingParams, StepOutput
+from server.core import FinishReason, Phase, Request, SamplingParams, StepOutput
 from server.engine.core import EngineCore
 from server.engine.gpu.ops import TorchOps
 from server.engine.gpu.runner import GpuParts, GpuRunner
 from server.engine.limits import Limits
 from server.engine.mixed_speculation import make_speculation
 from server.engine.runner import Runner
+from server.engine.speculation import Speculation
 from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.paged_forward import TorchForward
@@ -145,6 +146,24 @@ def runner_of(core: EngineCore) -> Runner:
     return core.runner
 
 
+class Wavering(Speculation):
+    """k changes from step to step, 0 among them; now and then drafting is paused, and the drafter sees nothing."""
+
+    def __init__(self, k: int, seed: int, tiers: tuple[int, ...], pauses: float = 0.2) -> None:
+        super().__init__(None, k, False)
+        self.random, self.choices, self.pauses = random.Random(seed), (0, *tiers), pauses
+        self.left = 0
+
+    def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
+        if self.left == 0 and self.random.random() < self.pauses:
+            self.left = self.random.choice([1, 2, 5, 20])
+        self.left = max(0, self.left - 1)
+        return 0 if self.left else self.random.choice(self.choices) if num_eligible else 0
+
+    def follows(self, phase: Phase, num_rows: int) -> bool:
+        return self.left < 2 and self.random.random() >= self.pauses / 2
+
+
 class Answers(dict[str, list[int]]):
     """Tokens by request id, and the outputs that brought them."""
 
@@ -224,6 +243,9 @@ class Scripted:
     def admit(self, slot: int, token_ids: Sequence[int], prompt_len: int, prediction: Sequence[int] = ()) -> None:
         assert slot not in self.tokens, "a slot is released before it is taken again"
         self.tokens[slot] = list(token_ids)
+
+    def reuse(self, slot: int, first: int, end: int) -> None:
+        """Nothing: it keeps no keys and values."""
 
     def observe(self, slot: int, token_ids: Sequence[int]) -> None:
         self.tokens[slot].extend(token_ids)

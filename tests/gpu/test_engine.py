@@ -11,7 +11,7 @@ from draft_models.hybrid_device import HybridDeviceDrafter
 from server.core import FinishReason, Phase, Request, SamplingParams
 from server.engine.core import EngineCore
 from server.engine.gpu.kinds import SamplingClass
-from tests.engine.tiny import Answers, engine, request, run
+from tests.engine.tiny import Answers, Wavering, engine, request, run
 from tests.gpu.small import DRAFTERS, EOS, MAX_MODEL_LEN, MIXED, NUM_LIKELY, Engines, finish, gpu, prompts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -115,6 +115,20 @@ def test_prefix_hits(engines: Engines, greedy: Answers, drafter: str) -> None:
     for _ in range(2):
         assert dict(run(core, batch())) == dict(greedy)
     assert core.stats().num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("drafter", ["small-lm", "eagle3"])
+def test_pauses(engines: Engines, greedy: Answers, drafter: str) -> None:
+    """Begun and ended at random, with prefix hits on what they left: the same text, the same hits, a graph for all."""
+    plain = engines.get("none", 3, dtype="float32", prefix_cache=True)
+    core = engines.get(drafter, 3, dtype="float32", prefix_cache=True)
+    for seed in range(4):
+        core.speculation = Wavering(3, seed, gpu(core).executor.k_tiers[1:], 0.3)
+        assert dict(run(plain, batch())) == dict(greedy)
+        assert dict(run(core, batch())) == dict(greedy)
+    assert core.stats().num_cached_tokens == plain.stats().num_cached_tokens > 0
+    assert core.stats().num_graph_misses == 0
+    assert core.speculation.num_draft_steps > 0
 
 
 def every_class() -> list[Request]:

@@ -144,6 +144,31 @@ def test_settled_reads_only_what_is_older_early(device: torch.device) -> None:
     check(uniform(Shape(), 3, lengths, device, torch.float16), Splits(3, None, 3, 1), torch.float16)
 
 
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    "splits", [Splits(1), Splits(3, None, 3, 1), Splits(3, None, 3, 1, fused=False), Splits(2, 64, 5)]
+)
+def test_no_position_before_the_first(device: torch.device, width: int, window: int | None, splits: Splits) -> None:
+    """Whatever lies there, NaN too: rows that see all, all but a token or some tiles, and their own token alone."""
+    dtype = torch.float16
+    starts = [20, 60, 140, 140, 33, 128, 4]
+    first = torch.tensor([0, 1, 129, 140, 32, 64, 4], device=device)
+    case = uniform(Shape(), width, [start + width for start in starts], device, dtype)
+    expected = case.reference(first=first, window=window)
+    if window is None:
+        assert not torch.equal(expected, case.reference())
+    for slot, begin in zip(case.rows.slots.tolist(), first.tolist(), strict=True):
+        position = torch.arange(begin, device=device)
+        case.pool[case.rows.block_tables[slot, position // 16].long() * 16 + position % 16] = torch.nan
+    for tile, settled in product(tiles(case, splits), (False, True)):
+        found = decode_attention(
+            case.q, case.pool, case.rows, scale=case.scale, splits=splits, workspace=space(device, 64),
+            window=window, tile=tile, settled=settled, first=first,
+        )  # fmt: skip
+        assert_close(found, expected, dtype)
+
+
 @pytest.mark.parametrize("width", [1, 5])
 def test_many_rows_have_small_programs(device: torch.device, width: int) -> None:
     """Their tiles read nothing before the queries, and their plans leave all but long rows whole."""
@@ -186,6 +211,8 @@ def test_refusals(device: torch.device) -> None:
         call(replace(case, rows=replace(case.rows, block_size=12)))
     with pytest.raises(ValueError, match="out"):
         call(out=torch.empty(2, 2))
+    with pytest.raises(ValueError, match=r"first \[2\] must be one position a row, \[1\]"):
+        call(first=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="before scaling"):
         call(k_scale=-1.0)
 

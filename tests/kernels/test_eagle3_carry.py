@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from server.kernels.eagle3_carry import (
+    KNOWN_TO,
+    VALID_TO,
     Window,
     read_window,
     read_window_reference,
@@ -35,9 +37,7 @@ class World:
     block_tables: Tensor
     ring: Tensor
     by_block: Tensor
-    known_from: Tensor
-    valid_from: Tensor
-    written: Tensor
+    marks: Tensor
 
     def copied(self) -> World:
         return replace(self, **{f.name: getattr(self, f.name).clone() for f in fields(self)})
@@ -45,8 +45,8 @@ class World:
     def window(self, k: int, read: object) -> Window:
         assert callable(read)
         found = read(
-            self.slots, self.limits, self.history, self.num_tokens, self.block_tables, self.ring, self.known_from,
-            self.valid_from, self.written, BLOCK_SIZE, WIDTH, k,
+            self.slots, self.limits, self.history, self.num_tokens, self.block_tables, self.ring, self.marks,
+            BLOCK_SIZE, WIDTH, k,
         )  # fmt: skip
         assert isinstance(found, Window)
         return found
@@ -55,12 +55,15 @@ class World:
         assert callable(write)
         write(
             self.slots, self.limits, self.num_tokens, num_emitted, self.block_tables, fused, self.ring, self.by_block,
-            BLOCK_SIZE,
+            self.marks, BLOCK_SIZE,
         )  # fmt: skip
 
 
 def world(known: dict[int, int], limits: list[int], hidden: int, device: torch.device, dtype: torch.dtype) -> World:
-    """Rows of the slots in `known` (slot -> tokens), then one of padding."""
+    """Rows of the slots in `known` (slot -> tokens), then one of padding. All of the tokens' features are known, but
+    the ring's reach back for 4, 3, 9 tokens only.
+    """
+    back = torch.tensor([4, 3, 9, 1])
     tables = torch.zeros(NUM_SLOTS, TABLE, dtype=torch.int32)
     tables[:NOBODY] = (torch.randperm(NUM_BLOCKS - 1)[: NOBODY * TABLE] + 1).view(NOBODY, TABLE).int()
     num_tokens = torch.ones(NUM_SLOTS, dtype=torch.int64)
@@ -74,41 +77,67 @@ def world(known: dict[int, int], limits: list[int], hidden: int, device: torch.d
         block_tables=tables.to(device),
         ring=torch.randn(NUM_SLOTS, 2 * WIDTH, hidden, device=device).to(dtype),
         by_block=torch.randn(NUM_BLOCKS, hidden, device=device).to(dtype),
-        known_from=(num_tokens - torch.tensor([4, 3, 9, 1])).clamp(min=1).to(device),
-        valid_from=torch.tensor([3, 0, 7, 0], device=device),
-        written=torch.zeros(NUM_SLOTS, dtype=torch.int64, device=device),
+        marks=torch.stack([(num_tokens - back).clamp(min=1), num_tokens, num_tokens // 3, num_tokens - 2]).to(device),
     )
 
 
 @pytest.mark.parametrize("hidden", HIDDENS)
 @pytest.mark.parametrize("k", [1, 3, 4])
 @pytest.mark.parametrize("known", [{0: 9, 2: 17}, {1: 2, 0: 5, 2: 24}, {2: 30}])
-def test_window(device: torch.device, dtype: torch.dtype, known: dict[int, int], k: int, hidden: int) -> None:
-    """Also short rows, and rows that reach the end of their block table."""
+@pytest.mark.parametrize("missed", [0, 1, 3])
+def test_window(
+    device: torch.device, dtype: torch.dtype, known: dict[int, int], k: int, hidden: int, missed: int
+) -> None:
+    """Also short rows, rows that reach the end of their block table, and rows of which the drafter has not seen the
+    last steps, or not written their tokens.
+    """
     found = world(known, [k, 0, 1][: len(known)], hidden, device, dtype)
+    found.marks[KNOWN_TO, 0] -= missed
+    found.marks[VALID_TO] -= 2 * missed
     expected = found.copied()
     others = [slot for slot in range(NOBODY) if slot not in known]
     found.ring[others] = torch.nan
     ours, theirs = found.window(k, read_window), expected.window(k, read_window_reference)
     for field in fields(Window):
         assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
-    assert torch.equal(found.written, expected.written)
+    assert torch.equal(found.marks, expected.marks)
+    assert bool((ours.first < found.num_tokens[found.slots]).all()), "a row sees its last token at least"
 
 
 def test_window_by_hand(device: torch.device) -> None:
     case = world({1: 7}, [1], 48, device, torch.float32)
-    case.known_from[1] = 4
+    case.marks[:, 1] = torch.tensor([4, 7, 1, 3], device=device)
     found = case.window(2, read_window)
     blocks = case.block_tables[1].tolist()
     assert found.positions[:WIDTH].tolist() == [2, 3, 4, 5, 6]
     assert found.places[:WIDTH].tolist() == [0, 0, *(blocks[1] * 4 + i for i in range(3))], (
-        "before known_from: nobody's"
+        "features not known: nobody's"
     )
     assert found.last.tolist() == [4, WIDTH], "the padding row's only token comes first"
     assert found.ends[:, 0].tolist() == [6, 7, 8]
     assert found.end_places[:, 0].tolist() == [blocks[1] * 4 + 2, blocks[1] * 4 + 3]
     assert torch.equal(found.features[4], case.ring[1, 6])
-    assert case.written.tolist() == [0, 7, 0, 1]
+    assert case.marks[:, 1].tolist() == [4, 7, 4, 7], "position 3 was never written"
+    assert found.first.tolist() == [4, 0]
+
+
+def test_a_row_whose_last_step_was_not_seen_starts_from_its_token_alone(device: torch.device) -> None:
+    case = world({1: 7}, [1], 48, device, torch.float32)
+    case.marks[:, 1] = torch.tensor([2, 6, 0, 6], device=device)
+    found = case.window(2, read_window)
+    assert found.places[: WIDTH - 1].tolist() == [0] * (WIDTH - 1)
+    assert found.places[WIDTH - 1] == case.block_tables[1, 1] * 4 + 2
+    assert not bool(found.features[:WIDTH].any()), "zeros, not those of another token"
+    assert found.first.tolist()[0] == 6
+    assert case.marks[:, 1].tolist() == [2, 6, 7, 7], "what is written now is not right: the next chain begins behind"
+
+
+def test_features_after_a_gap_are_known_from_there(device: torch.device) -> None:
+    case = world({0: 9, 1: 6}, [2, 2], 48, device, torch.float32)
+    case.marks[KNOWN_TO, :2] = torch.tensor([7, 3], device=device)
+    emitted = torch.tensor([2, 2, 1], device=device)
+    case.store(emitted, torch.randn(3, 3, 48, device=device), store_features)
+    assert case.marks[:2, :2].tolist() == [[5, 4], [9, 6]]
 
 
 @pytest.mark.parametrize("hidden", HIDDENS)
@@ -120,6 +149,7 @@ def test_store(device: torch.device, dtype: torch.dtype, k: int, hidden: int) ->
     fused = torch.randn(4, 1 + k, hidden, device=device).to(dtype)
     found.store(emitted, fused, store_features)
     expected.store(emitted, fused, store_features_reference)
+    assert torch.equal(found.marks, expected.marks)
     assert torch.equal(found.ring[:NOBODY], expected.ring[:NOBODY])
     assert torch.equal(found.by_block[1:], expected.by_block[1:]), "all but the null block"
     assert not torch.equal(found.ring, before.ring)

@@ -23,10 +23,9 @@ def costs(token: float = 0.05, draft: float = 0.02) -> CostTable:
 
 def settled(cost: CostTable, mixture: Mixture, steps: int = 200) -> tuple[Choice, list[Choice]]:
     """The usual choice after many steps, and all of them."""
-    state, previous, seen = PolicyState(), OFF, []
+    state, seen = PolicyState(), []
     for _ in range(steps):
-        choice, state = plan_mixture(state, cost, mixture, TIERS, previous)
-        previous = choice
+        choice, state = plan_mixture(state, cost, mixture, TIERS)
         seen.append(choice)
     return max(set(seen), key=seen.count), seen
 
@@ -86,8 +85,8 @@ def test_what_is_advised_against_is_tried_now_and_then_and_seldom() -> None:
 def test_nothing_longer_is_taken_for_a_small_gain() -> None:
     mixture = Mixture(1, 1, [], [0.5, 0.0, 0.0, 0.0], 16.0)
     tight = costs(token=0.47, draft=0.005)  # 1.5 tokens for 1.475 ms: less than 3 % gained
-    assert plan_mixture(PolicyState(credit=-9.0), tight, mixture, TIERS, OFF)[0] == OFF
-    held = plan_mixture(PolicyState(credit=-9.0), tight, mixture, TIERS, Choice(1, True))[0]
+    assert plan_mixture(PolicyState(credit=-9.0), tight, mixture, TIERS)[0] == OFF
+    held = plan_mixture(PolicyState(1, credit=-9.0, previous_chain=True), tight, mixture, TIERS)[0]
     assert held == Choice(1, True)
 
 

@@ -10,7 +10,17 @@ import pytest
 
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostGrid, CostTable
-from server.spec.policy import PolicyState, Probe, choose_ragged, choose_uniform, plan_ragged, plan_uniform, record
+from server.spec.policy import (
+    PolicyState,
+    Probe,
+    best_draft,
+    charge,
+    choose_ragged,
+    choose_uniform,
+    plan_ragged,
+    plan_uniform,
+    record,
+)
 
 CONTEXT = 500
 MEASURED = {1: 22, 2: 25, 3: 18, 4: 18, 6: 18, 8: 24, 12: 26, 16: 31, 24: 41, 32: 51, 64: 92, 128: 176}
@@ -205,6 +215,55 @@ def test_uniform_probes_come_back_from_zero() -> None:
     assert plan_uniform(state, table, [survival(0.05)] * 4, CONTEXT, (1, 3))[0] == 1
     k, state = plan_uniform(state, table_of(flat), [survival(0.9)] * 4, CONTEXT, (1, 3))
     assert (k, state.previous_k, set(state.probes)) == (3, 3, {"plain"})
+
+
+@pytest.mark.parametrize("cost", [flat, cpu, steep])
+def test_uniform_says_when_it_will_probe(cost: Callable[[float], float]) -> None:
+    """To the step, where the loss does not change; nothing while it drafts, and never for what no credit pays for."""
+    table, state, said = table_of(cost, 1.0), PolicyState(), 0
+    for step in range(1500):
+        k, state = plan_uniform(state, table, [survival(0.01)] * 4, CONTEXT, (1, 3))
+        assert state.previous_k == 0
+        if said > 0:
+            assert (k > 0) == (said == 1), step
+        assert state.probe_in == said - 1 or said <= 1, "it counts down"
+        said = state.probe_in
+        assert said >= 1
+    dear = table_of(lambda tokens: 1.0 + 10 * max(0.0, tokens - 4))
+    assert plan_uniform(state, dear, [survival(0.01)] * 4, CONTEXT, (1, 3))[1].probe_in > 10**6
+    k, state = plan_uniform(state, table_of(flat), [survival(0.9)] * 4, CONTEXT, (1, 3))
+    assert k > 0 and state.probe_in == 0
+
+
+def test_what_a_choice_promises() -> None:
+    """Tokens over time, beside one token a step; nothing where it does not draft."""
+    state = plan_uniform(PolicyState(), table_of(steep), [survival(0.9)] * 2, CONTEXT, (3,))[1]
+    assert state.previous_k == 3
+    assert state.speedup == pytest.approx((1 + sum(survival(0.9, 3))) * steep(2) / steep(8))
+    assert plan_uniform(state, table_of(steep, 9.0), [survival(0.1)], CONTEXT, (3,))[1].speedup == 1.0
+    counts, state = plan_ragged(PolicyState(), table_of(flat), ["a", "b"], [survival(0.9, 2), []], CONTEXT)
+    assert counts == [2, 0]
+    assert state.speedup == pytest.approx((2 + 0.9 + 0.81) / 2 * flat(2) / flat(4))
+    assert plan_ragged(state, table_of(steep), ["a"], [[0.01]], CONTEXT)[1].speedup == 1.0
+    told = best_draft(table_of(steep, 1.0), survival(0.5), 2, CONTEXT, (0, 1, 3))
+    assert told == "at best k = 1: 1.50 tokens a step in 1.75 times the time, batch 2"
+
+
+def test_what_catching_up_costs_is_paid_by_the_probes_to_come() -> None:
+    state = charge(PolicyState(credit=1.0), 3.0)
+    assert state.credit == -2.0
+    assert charge(state, -5.0) == state, "a step that was faster gives nothing"
+    assert charge(state, 1e9).credit == -64.0
+    steps = 0
+    while (k := plan_uniform(state, table_of(flat), [survival(0.001)], CONTEXT, (1,)))[0] == 0:
+        state, steps = k[1], steps + 1
+    assert steps >= 2.0 / 0.008
+
+
+def test_an_accepted_probe_is_followed_by_another_at_once() -> None:
+    state = PolicyState(probes={"all rows": Probe(wait=60, interval=64)}, probe_in=60)
+    assert record(state, None, 0).probe_in == 60
+    assert record(state, None, 1).probe_in == 1
 
 
 def test_uniform_without_tiers_or_rows_never_probes() -> None:

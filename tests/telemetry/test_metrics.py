@@ -94,6 +94,22 @@ def test_gauges_are_of_the_latest_frame() -> None:
     assert samples(metrics)["outpace_requests_running"] == 0
 
 
+def test_speed_ups_and_what_they_come_from() -> None:
+    metrics = Metrics("1")
+    found = samples(metrics)
+    assert not any("speedup" in name for name in found), "nothing was measured"
+    metrics.on_stats(stats(num_steps=3, predicted_speedup=1.5, realised_speedup=1.25, verify_s=4.0, verify_plain_s=5.0))
+    metrics.on_stats(
+        stats(num_steps=1, realised_speedup=0.5, verify_s=1.0, verify_plain_s=0.5, num_speculation_pauses=2)
+    )
+    found = samples(metrics)
+    assert found["outpace_verify_seconds_total"] == 5.0
+    assert found["outpace_verify_plain_seconds_total"] == 5.5
+    assert found["outpace_speculation_realised_speedup_ratio"] == 0.5
+    assert "outpace_speculation_predicted_speedup_ratio" not in found
+    assert found["outpace_speculation_pauses_total"] == 2
+
+
 def test_build_info_and_engine_state() -> None:
     metrics = Metrics("1.2.3")
     restarts = 0

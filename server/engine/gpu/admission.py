@@ -3,7 +3,9 @@
 One by one a request cost 0.26 ms of the host on an H100: 66 ms before the first prefill step of 256. What is sent is a
 head of `_HEAD` integers a sequence, then the tokens of all:
 
-    slot | num_tokens | prompt_len | first place - first token | floats, two to an integer | ints || tokens ...
+    slot | num_tokens | prompt_len | first place - first token | prefix hit | floats, two to an integer | ints || tokens
+
+A prefix hit is the first token of it that the drafter can use, its number of tokens, and its last block.
 
 A sequence's tokens go to consecutive places of the flattened history.
 """
@@ -22,8 +24,9 @@ from server.engine.gpu.staging import BulkUpload
 from server.engine.gpu.state import DeviceState
 from server.engine.sequence import Sequence
 from server.sampling.state import NUM_FLOATS, NUM_INTS
+from server.spec.device import CachedDrafts
 
-_PLACED = 4
+_PLACED = 7
 _FLOATS = NUM_FLOATS // 2
 _HEAD = _PLACED + _FLOATS + NUM_INTS
 _USUAL_SIZE = 1 << 18
@@ -37,9 +40,9 @@ class Admission:
         self._state = state
         self._upload = BulkUpload(max(_USUAL_SIZE, state.max_context + _HEAD), state.block_tables.device)
 
-    def fill(self, sequences: list[Sequence]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Slots [A] and numbers of known tokens [A], int64 on the device and good until the next ones, of as many at
-        a time as one upload holds.
+    def fill(self, sequences: list[Sequence]) -> Iterator[tuple[Tensor, Tensor, CachedDrafts]]:
+        """Slots [A], numbers of known tokens [A] and what prefix hits brought, int64 on the device and good until the
+        next ones, of as many at a time as one upload holds.
 
         ValueError: as SamplingState.set.
         """
@@ -54,12 +57,12 @@ class Admission:
         if batch:
             yield self._fill(batch, size)
 
-    def _fill(self, sequences: list[Sequence], size: int) -> tuple[Tensor, Tensor]:
+    def _fill(self, sequences: list[Sequence], size: int) -> tuple[Tensor, Tensor, CachedDrafts]:
         self._pack(sequences, self._upload.begin()[:size])
         sent = self._upload.send(size)
         count, state = len(sequences), self._state
         head, tokens = sent[: count * _HEAD].view(count, _HEAD), sent[count * _HEAD :]
-        slots, num_tokens, prompt_lens, shifts = head[:, :_PLACED].t().contiguous().unbind(0)
+        slots, num_tokens, prompt_lens, shifts, *hit = head[:, :_PLACED].t().contiguous().unbind(0)
         floats = head.view(torch.float32)[:, 2 * _PLACED : 2 * _PLACED + NUM_FLOATS]
         state.sampling.write(slots, floats, head[:, _PLACED + _FLOATS :])
         known = state.slots
@@ -68,7 +71,7 @@ class Admission:
         places = shifts.repeat_interleave(num_tokens, output_size=len(tokens))
         places += torch.arange(len(tokens), device=tokens.device)
         known.history.view(-1).index_copy_(0, places, tokens)
-        return slots, num_tokens
+        return slots, num_tokens, CachedDrafts(*hit)
 
     def _pack(self, sequences: list[Sequence], room: NDArray[np.int64]) -> None:
         width, count = self._state.slots.history.shape[1], len(sequences)
@@ -82,7 +85,7 @@ class Admission:
             fractions, ints = self._state.sampling.prepare(
                 slot, request.sampling, request.choice, request.min_tokens, ends
             )
-            lines.append((slot, num_tokens, seq.prompt_len, slot * width - (at - first), *ints))
+            lines.append((slot, num_tokens, seq.prompt_len, slot * width - (at - first), *self._hit(seq), *ints))
             floats.append(fractions)
             pack_into(f"{num_tokens}q", memory, 8 * at, *seq.token_ids)  # half of what numpy takes for a list
             at += num_tokens
@@ -91,3 +94,8 @@ class Admission:
         head[:, :_PLACED] = found[:, :_PLACED]
         head[:, _PLACED + _FLOATS :] = found[:, _PLACED:]
         head[:, _PLACED : _PLACED + _FLOATS] = np.array(floats, dtype=np.float32).view(np.int64)
+
+    def _hit(self, seq: Sequence) -> tuple[int, int, int]:
+        end, span = seq.num_computed, seq.draft_kv
+        last_block = seq.blocks[end // self._state.block_size - 1] if end else 0
+        return end if span is None else min(span.first, end), end, last_block

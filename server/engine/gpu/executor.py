@@ -65,9 +65,13 @@ class Executor:
             sent[len(slots) :] = 0
         self.program.inputs.send(fields.size)
 
-    def forward(self, num_rows: int, k: int, chain: bool = True) -> None:
-        """Half A, on the inputs that were sent last; without `chain` a hybrid drafter only copies."""
-        if chain or k == 0:
+    def forward(self, num_rows: int, k: int, chain: bool = True, follows: bool = False) -> None:
+        """Half A, on the inputs that were sent last; without `chain` a hybrid drafter only copies. `follows`: no
+        drafts, and `follow` comes behind half B.
+        """
+        if follows:
+            self.graphs.run(("forward", num_rows, "followed"), partial(self._forward_followed, num_rows))
+        elif chain or k == 0:
             self.graphs.run(("forward", num_rows, k), partial(self._forward, num_rows, k))
         else:
             self.graphs.run(("copies", num_rows, k), partial(self._copies, num_rows, k))
@@ -76,18 +80,17 @@ class Executor:
         """Half B, on what half A of the same (rows, k) or `stage_prompts` has left."""
         self.graphs.run(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
 
-    def stage_prompts(self, num_rows: int, logits: Tensor, features: Tensor | None) -> None:
-        """Puts logits [R, V] and features [R, F] of prompts' last tokens where half A without drafts leaves its own."""
-        count = logits.shape[0]
+    def follow(self, num_rows: int) -> None:
+        """Behind both halves of a step without drafts whose half A was told so: the drafter sees it."""
+        self.graphs.run(("follow", num_rows), partial(self._follow, num_rows))
+
+    def stage_prompts(self, num_rows: int, logits: Tensor) -> None:
+        """Puts logits [R, V] of prompts' last tokens where half A without drafts leaves its own."""
         staged = self._staged.get((num_rows, 0))
         if staged is None:  # without graphs there may have been no such step yet
-            wide = None if features is None else features.new_zeros(num_rows, features.shape[1])
             room = logits.new_zeros(num_rows, logits.shape[1])
-            staged = self._staged[num_rows, 0] = Staged(self.program.no_drafts(num_rows), room, wide)
-        staged.logits[:count].copy_(logits)
-        if features is not None and staged.features is not None:
-            staged.features[:count].copy_(features)
-            staged.features[count:].zero_()  # other graphs write to this memory too
+            staged = self._staged[num_rows, 0] = Staged(self.program.no_drafts(num_rows), room, None)
+        staged.logits[: logits.shape[0]].copy_(logits)
 
     def _forward(self, num_rows: int, k: int) -> None:
         self._staged[num_rows, k] = self.program.draft_and_forward(num_rows, k)
@@ -98,6 +101,17 @@ class Executor:
         kept = self._staged.setdefault((num_rows, k), staged)
         if kept is not staged:
             kept.overwrite(staged)
+
+    def _forward_followed(self, num_rows: int) -> None:
+        """Leaves its logits where half A without features does: half B is the same for both."""
+        found = self.program.draft_and_forward(num_rows, 0, follows=True)
+        staged = self._staged.setdefault((num_rows, 0), found)
+        if staged is not found:
+            staged.logits.copy_(found.logits)
+            staged.features = found.features
+
+    def _follow(self, num_rows: int) -> None:
+        self.program.follow(num_rows, self._staged[num_rows, 0])
 
     def _verify(self, num_rows: int, k: int, kind: SamplingClass) -> None:
         self.program.verify(num_rows, k, kind, self._staged[num_rows, k])
@@ -118,8 +132,13 @@ class Executor:
         self.graphs.capture(("forward", num_rows, k), partial(self._forward, num_rows, k))
         if k > 0 and self.program.can_copy:
             self.graphs.capture(("copies", num_rows, k), partial(self._copies, num_rows, k))
+        follows = k == 0 and bool(self.program.feature_layers)
+        if follows:  # before half B, which then takes no memory that holds the features in between
+            self.graphs.capture(("forward", num_rows, "followed"), partial(self._forward_followed, num_rows))
         for kind in kinds:
             self.graphs.capture(("verify", num_rows, k, kind.name), partial(self._verify, num_rows, k, kind))
+        if follows:
+            self.graphs.capture(("follow", num_rows), partial(self._follow, num_rows))
         if k > 0:
             self._staged.pop((num_rows, k), None)  # its memory serves the next pair; k = 0 also serves prompts
 

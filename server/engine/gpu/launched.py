@@ -71,7 +71,7 @@ class Launched:
 
     `report` holds the tier's rows, the first `len(emitting)` of them real: row i of it belongs to row `emitting[i]` of
     the plan's `num_rows`. `width` is 1 + k. Where `origin_of` can read them, the report ends with the rows'
-    `Drafts.origins`.
+    `Drafts.origins`. `chained`: the drafter's network runs on all rows.
     """
 
     timer: StepTimer
@@ -84,12 +84,15 @@ class Launched:
     scores: PromptScores | None = None
     origin_of: Callable[[int], tuple[str, int]] | None = None
     chain_tokens: int = 0
+    caught_up: bool = False
+    chained: bool = False
 
     def read(self) -> StepResult:
         """Waits for the step and unpacks what it emitted."""
         elapsed_ms = self.timer.wait()
         result = StepResult.silent(len(self.sequences), self.num_tokens_run)
         result.verify_ms, result.chain_tokens = elapsed_ms, self.chain_tokens
+        result.caught_up, result.chained = self.caught_up, [self.chained] * len(self.sequences)
         if self.report is not None:
             self._unpack(result, self.report)
         if self.scores is not None:

@@ -64,21 +64,22 @@ class PromptGraphs:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def run(self, chunks: Chunks, lasting: bool = False) -> tuple[Inputs, Tensor, Tensor | None]:
-        """The network on `chunks`: their inputs, logits [T, V] at the wanted tokens, features [N, F].
+    def run(self, chunks: Chunks, lasting: bool = False, follows: bool = True) -> tuple[Inputs, Tensor, Tensor | None]:
+        """The network on `chunks`: their inputs, logits [T, V] at the wanted tokens, features [N, F] if it `follows`.
 
         `lasting`: they may be read even after the next chunks have run. Such chunks, and those that want more logits
-        than one a row, run eagerly.
+        than one a row, run eagerly. `follows`: the drafter sees them.
         """
         tier = None if lasting else self.tier_of(chunks)
+        layers = self.program.feature_layers if follows else ()
         if tier is None:
-            return self._run_eagerly(chunks)
+            return self._run_eagerly(chunks, layers)
         layout, state = self._layout(tier), self.program.state
         chunks.fill(self._inputs.begin()[: layout.size], layout, state.block_size, self._nobody)
         self._inputs.send(layout.size)
-        self.graphs.run(("prompts", tier), partial(self._forward, tier))
+        self.graphs.run(("prompts", tier, bool(layers)), partial(self._forward, tier, layers))
         assert self._logits is not None
-        features = None if self._features is None else self._features[: chunks.num_tokens]
+        features = self._features[: chunks.num_tokens] if layers and self._features is not None else None
         inputs = inputs_in(self._inputs.device, layout, state, chunks)
         return inputs, self._logits[: chunks.num_logits], features
 
@@ -88,14 +89,14 @@ class PromptGraphs:
         at = bisect_left(self.tiers, chunks.num_tokens)
         return self.tiers[at] if fits and at < len(self.tiers) else None
 
-    def _run_eagerly(self, chunks: Chunks) -> tuple[Inputs, Tensor, Tensor | None]:
+    def _run_eagerly(self, chunks: Chunks, layers: tuple[int, ...]) -> tuple[Inputs, Tensor, Tensor | None]:
         layout, state = Layout.of(chunks.num_tokens, chunks.num_rows, chunks.num_logits), self.program.state
         buffer = np.empty(layout.size, dtype=np.int64)
         chunks.fill(buffer, layout, state.block_size, self._nobody)
         inputs = inputs_in(to_device(buffer, self._device), layout, state, chunks)
-        return inputs, *self._network(inputs)
+        return inputs, *self._network(inputs, layers)
 
-    def _network(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    def _network(self, inputs: Inputs, layers: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         program = self.program
         return program.forward(
             inputs.token_ids,
@@ -104,12 +105,13 @@ class PromptGraphs:
             inputs.positions,
             inputs.places,
             inputs.logits_at,
-            program.feature_layers,
+            layers,
         )
 
-    def _forward(self, tier: int) -> None:
+    def _forward(self, tier: int, layers: tuple[int, ...]) -> None:
         """What a graph holds."""
-        logits, features = self._network(inputs_in(self._inputs.device, self._layout(tier), self.program.state))
+        inputs = inputs_in(self._inputs.device, self._layout(tier), self.program.state)
+        logits, features = self._network(inputs, layers)
         self._logits = _keep(logits, self._logits, self.max_rows)
         if features is not None:
             self._features = _keep(features, self._features, tier)
@@ -122,7 +124,7 @@ class PromptGraphs:
 
     def _warm_up(self, tier: int) -> None:
         self._stand_in(tier, 0)
-        self._forward(tier)
+        self._forward(tier, self.program.feature_layers)
 
     def choose(self) -> None:
         """Measures which tiers pay and takes those into use; nothing is captured yet.
@@ -136,8 +138,9 @@ class PromptGraphs:
         """Captures the graphs of `tiers`, largest first; nothing runs on a real slot."""
         self._logits = self._features = None  # made again for the largest, which comes first
         for tier in reversed(self.tiers):
-            self._stand_in(tier, 0)
-            self.graphs.capture(("prompts", tier), partial(self._forward, tier))
+            for layers in dict.fromkeys((self.program.feature_layers, ())):
+                self._stand_in(tier, 0)
+                self.graphs.capture(("prompts", tier, bool(layers)), partial(self._forward, tier, layers))
 
     def _stand_in(self, tier: int, width: int) -> None:
         """Inputs of nobody's: rows of `width` tokens that fill the tier, or with 0 nothing but padding.
@@ -154,7 +157,7 @@ class PromptGraphs:
 
     def _pays(self, tier: int) -> bool:
         """Whether a graph of `tier` runs in less time than the host needs to launch what it holds."""
-        run = partial(self._forward, tier)
+        run = partial(self._forward, tier, self.program.feature_layers)
         self._stand_in(tier, min(tier, self.program.state.max_context))
         if not self._has_room(tier, run):
             return False

@@ -92,12 +92,14 @@ class GpuRunner:
             early = seq.num_emitted < request.min_tokens and bool(seq.ends)
             self._kinds[seq.slot] = class_of(request.sampling, early)
             self._behind.pop(seq.slot, None)
-        for slots, num_tokens in self._admission.fill(sequences):
+        for slots, num_tokens, cached in self._admission.fill(sequences):
             if self.drafter is not None:
-                self.drafter.admit_slots(slots, num_tokens)
+                self.drafter.admit_slots(slots, num_tokens, cached)
         if self.drafter is None:
             return
         for seq in sequences:
+            if seq.draft_kv is not None and seq.draft_kv.end < seq.num_computed and not self.program.feature_layers:
+                self._behind[seq.slot] = seq.draft_kv.end
             prediction = seq.request.prediction_ids[: self.shape.max_model_len]
             self.drafter.admit(seq.slot, seq.token_ids, seq.prompt_len, prediction)
 
@@ -159,12 +161,16 @@ class GpuRunner:
         k = plan.num_draft_tokens if self.drafter is not None and any(limits) else 0
         num_rows = tier_of(self.executor.tiers, len(sequences))
         chain = self._chain_runs
-        self._begin_drafting(k if chain else 0, plan.num_draft_tokens > 0 and chain, sequences)
+        caught_up = self._begin_drafting(k if chain else 0, plan.follows and (chain or k == 0), sequences)
+        followed = k == 0 and plan.follows and bool(self.program.feature_layers)
         slots = [seq.slot for seq in sequences]
         self.executor.send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
-        self.executor.forward(num_rows, k, chain)
+        self.executor.forward(num_rows, k, chain, followed)
         launched = self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
-        launched.chain_tokens = k if chain else 0
+        launched.chain_tokens, launched.chained = k if chain else 0, chain and k > 0
+        launched.caught_up = caught_up
+        if followed:
+            self.executor.follow(num_rows)
         return launched
 
     @property
@@ -172,22 +178,28 @@ class GpuRunner:
         """Whether drafting runs the drafter's network; a hybrid drafter may do without."""
         return bool(getattr(self.drafter, "chain", True))
 
-    def _begin_drafting(self, k: int, wanted: bool, sequences: list[Sequence]) -> None:
-        """Before a verify step: rows that steps without drafts have left behind catch up, if it drafts."""
+    def _begin_drafting(self, k: int, follows: bool, sequences: list[Sequence]) -> bool:
+        """Before a verify step: rows that steps without drafts have left behind catch up, if it drafts; whether any
+        had to.
+
+        Not those of a drafter that reads features, which nobody computes again: it knows itself which it has seen.
+        """
         if self.drafter is None:
-            return
+            return False
         if k == 0:
-            if self._drafting and not wanted:
+            if self._drafting and not follows:
                 self.drafter.pause()
-            self._drafting = self._drafting and wanted
-            for seq in sequences:
-                self._behind.setdefault(seq.slot, seq.num_tokens)
-            return
+            self._drafting = self._drafting and follows
+            if not self.program.feature_layers:
+                for seq in sequences:
+                    self._behind.setdefault(seq.slot, seq.num_tokens)
+            return False
         self._drafting = True
         late = [seq for seq in sequences if seq.slot in self._behind] if self._behind else []
         if late:
             seen = [self._behind.pop(seq.slot) for seq in late]
             self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late], seen)
+        return bool(late) and late[0].draft_kv is not None
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
         """(slot, index, block) of the blocks that rows have got; what is too much for the step's inputs goes apart."""
@@ -233,33 +245,30 @@ class GpuRunner:
         if scored:
             at = positions(scored, plan.rows, torch.from_numpy(chunks.ends)).numpy()
             chunks.logits_at = np.concatenate([chunks.logits_at, at])
-        inputs, logits, features = self.executor.prompts.run(chunks, lasting=bool(scored))
-        if self.drafter is not None and plan.num_draft_tokens > 0 and self._chain_runs:
+        follows = self.drafter is not None and plan.follows and self._chain_runs
+        inputs, logits, features = self.executor.prompts.run(chunks, bool(scored), follows)
+        if self.drafter is not None and follows:
             slots = inputs.rows.slots
             step = self.state.step(slots, torch.zeros_like(slots), None)
             self.drafter.prefill_chunk(step, inputs.token_ids, inputs.rows, features)
-        elif self.drafter is not None:
-            for row in plan.rows:  # what a prefix hit brought may come from a pause too
-                self._behind.setdefault(row.slot, 0)
+        elif self.drafter is not None and not self.program.feature_layers:
+            for row in plan.rows:
+                self._behind.setdefault(row.slot, row.start)
         scores = PromptScores(scored, logits[len(sampling) :]) if scored else None
         if not sampling:
-            return Launched(timer, sequences, chunks.num_tokens, [], None, 1, scores=scores)
-        last = None if features is None else features[inputs.logits_at[: len(sampling)]]
-        launched = self._decide_prompts(sequences, sampling, logits[: len(sampling)], last, timer, chunks.num_tokens)
-        launched.scores = scores
+            return Launched(timer, sequences, chunks.num_tokens, [], None, 1, scores=scores, chained=follows)
+        launched = self._decide_prompts(sequences, sampling, logits[: len(sampling)], timer, chunks.num_tokens)
+        launched.scores, launched.chained = scores, follows
         return launched
 
     def _decide_prompts(
-        self,
-        sequences: list[Sequence],
-        sampling: list[int],
-        logits: Tensor,
-        features: Tensor | None,
-        timer: StepTimer,
-        num_run: int,
+        self, sequences: list[Sequence], sampling: list[int], logits: Tensor, timer: StepTimer, num_run: int
     ) -> Launched:
-        """The first tokens of prompts that end: half B of a step without drafts, on these logits and features."""
+        """The first tokens of prompts that end: half B of a step without drafts, on these logits.
+
+        The drafter has seen their chunks, features of the last token included.
+        """
         num_rows, count = tier_of(self.executor.tiers, len(sampling)), len(sampling)
         self.executor.send(num_rows, 0, [sequences[row].slot for row in sampling], [0] * count, [])
-        self.executor.stage_prompts(num_rows, logits, features)
+        self.executor.stage_prompts(num_rows, logits)
         return self._decide(num_rows, 0, sequences, sampling, timer, num_run)

@@ -3,6 +3,9 @@
     A (rows, k)         block updates -> drafts -> inputs -> forward           leaves `Staged`
     B (rows, k, class)  process + verify -> commit -> drafter -> results       reads it
 
+Without drafts the drafter has no part in either, and the network leaves no features. Where it is to see such a step all
+the same, A is another, which leaves them, and `follow` is a third part behind B.
+
 Between them is where a grammar would upload its masks. All inputs come from one static buffer, all results go to one,
 so that a step costs the host one copy each way and two launches.
 """
@@ -23,7 +26,7 @@ from server.kernels.paged import PagedRows
 from server.models.paged_forward import PagedForward
 from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
-from server.spec.types import Drafts
+from server.spec.types import Drafts, Verdict
 
 UPDATES_PER_ROW = 2
 """Blocks a row may get in a verify step before its table is sent apart."""
@@ -98,6 +101,7 @@ class StepProgram:
         self.feature_layers = drafter.feature_layers if drafter is not None else ()
         self.forced: int | None = None
         self._no_drafts: dict[int, Drafts] = {}
+        self._no_verdicts: dict[int, Verdict] = {}
         device = state.block_tables.device
         widest = max((self.upload_width(k) for k in range(1, max_drafts + 1)), default=0)
         self.inputs = Upload(Fields(max_rows, widest).size, device)
@@ -144,8 +148,17 @@ class StepProgram:
             found = self._no_drafts[num_rows] = Drafts.none(num_rows, self.inputs.device.device)
         return found
 
-    def draft_and_forward(self, num_rows: int, k: int, chain: bool = True) -> Staged:
-        """Half A; without `chain` a hybrid drafter only copies."""
+    def _plain_verdict(self, num_rows: int) -> Verdict:
+        """What is known of any step without drafts: every row emitted one token (which one is left out). Made once."""
+        found = self._no_verdicts.get(num_rows)
+        if found is None:
+            ones = torch.ones(num_rows, dtype=torch.int64, device=self.inputs.device.device)
+            zeros = torch.zeros_like(ones)
+            found = self._no_verdicts[num_rows] = Verdict(zeros.view(num_rows, 1), zeros, ones)
+        return found
+
+    def draft_and_forward(self, num_rows: int, k: int, chain: bool = True, follows: bool = False) -> Staged:
+        """Half A; without `chain` a hybrid drafter only copies. `follows`: without drafts it leaves features too."""
         step = self._device_step(num_rows, k)
         fields = self.fields(num_rows, k)
         self.ops.update_tables(self.inputs.device[fields.updates].view(-1, 3), self.state.block_tables)
@@ -159,8 +172,9 @@ class StepProgram:
             max_context=self.state.max_context,
             width=1 + k,
         )
+        layers = self.feature_layers if k > 0 or follows else ()
         logits, features = self.forward(
-            inputs.token_ids, self.state.pools, rows, inputs.positions, inputs.places, None, self.feature_layers
+            inputs.token_ids, self.state.pools, rows, inputs.positions, inputs.places, None, layers
         )
         return Staged(drafts, logits, features)
 
@@ -187,7 +201,7 @@ class StepProgram:
         origins = staged.drafts.origins
         if origins is not None:
             self.results.source[report.numel() :][:num_rows].copy_(origins)
-        if self.drafter is not None and staged.complete:
+        if self.drafter is not None and k > 0 and staged.complete:
             features = None if staged.features is None else staged.features.view(num_rows, 1 + k, -1)
             self.drafter.after_verify(step, staged.drafts, verdict, features)
         if logprobs is not None:
@@ -197,3 +211,9 @@ class StepProgram:
                 (self.top_logprobs, logprobs.top_logprobs),
             ):
                 source.source[: values.numel()].copy_(values.reshape(-1))
+
+    def follow(self, num_rows: int, staged: Staged) -> None:
+        """Behind half B without drafts: shows the drafter what the network made of each row's last token."""
+        assert self.drafter is not None and staged.features is not None
+        step, features = self._device_step(num_rows, 0), staged.features.view(num_rows, 1, -1)
+        self.drafter.after_verify(step, staged.drafts, self._plain_verdict(num_rows), features)
