@@ -52,7 +52,7 @@ def emitted_per_step(core: EngineCore, prompts: list[list[int]], num_tokens: int
 
 @pytest.mark.timeout(300)
 def test_serving_the_embedded_model_drafts_with_its_head() -> None:
-    """Words that are not in the prompt: copying alone emits 1.08 a step here, a head that is read wrongly adds nothing."""
+    """Words that are not in the prompt: copying alone emits 1.08 a step here, a head that is read wrongly no more."""
     core, info = build_engine(
         EngineConfig(max_draft_tokens=4, adaptive=False, kv_cache_tokens=2048, max_model_len=512, device="cpu"),
         lambda text: None,
