@@ -21,9 +21,9 @@ from server.config import (
 
 HELP = {
     "model": "the model: smollm2-135m (embedded), a Hugging Face directory, a hub id or a GGUF file",
-    "drafter": f"what proposes draft tokens: {', '.join(DRAFTERS)}",
+    "drafter": f"what proposes draft tokens: {', '.join(DRAFTERS)} (auto: hybrid with a draft model, else suffix)",
     "draft_model": "what drafters small-lm, eagle3 and hybrid predict with: a model of the same vocabulary, or an "
-    "EAGLE-3 head",
+    "EAGLE-3 head (for the embedded model one comes with Outpace)",
     "max_draft_tokens": "most draft tokens per sequence and step (0: no speculation)",
     "adaptive": "draft only as much as pays, measured on this machine; off: always max-draft-tokens",
     "verification": f"the acceptance rule, both lossless: {', '.join(VERIFICATION_RULES)}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DRAFTERS = ("suffix", "ngram", "small-lm", "eagle3", "hybrid", "none")
+DRAFTERS = ("auto", "suffix", "ngram", "small-lm", "eagle3", "hybrid", "none")
 VERIFICATION_RULES = ("coupled", "ratio")
 SPEC_METRICS = ("none", "summary", "detailed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -45,6 +45,8 @@ class EngineConfig:
     means every core; `max_num_batched_tokens` (the token budget of a prefill step) None means 256 on a CPU, 2048 on a
     GPU, `max_num_seqs` None 16 and 64. `deterministic` (GPUs; a CPU in float32 always is): output does not depend on
     drafts, batch or chunks, in any bit. `cuda_graphs` False runs every step eagerly, to find faults.
+    `drafter` `auto` is hybrid where there is something to predict with, a `draft_model` or the head that comes with the
+    embedded model, else suffix; eagle3 and hybrid predict with that head too unless `draft_model` names another.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
@@ -52,7 +54,7 @@ class EngineConfig:
     """
 
     model: str = "smollm2-135m"
-    drafter: str = "suffix"
+    drafter: str = "auto"
     draft_model: str | None = None
     max_draft_tokens: int = 7
     adaptive: bool = True

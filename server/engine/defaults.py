@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from draft_models.packaged import packaged_head
 from server.config import ConfigError, EngineConfig
 from server.models.source import ModelSource
 
@@ -26,13 +27,27 @@ def with_defaults(config: EngineConfig, device: torch.device, source: ModelSourc
     for name, neutral in (("deterministic", False), ("kv_cache_dtype", "auto")):
         if not on_gpu and getattr(config, name) != neutral:
             raise ConfigError(f"{name}: {getattr(config, name)!r} is a setting for GPUs; this engine runs on {device}")
+    drafter, draft_model = _drafter(config, source)
     return replace(
         config,
+        drafter=drafter,
+        draft_model=draft_model,
         max_model_len=_max_model_len(config, source),
         max_num_seqs=config.max_num_seqs or (GPU_NUM_SEQS if on_gpu else CPU_NUM_SEQS),
         max_num_batched_tokens=config.max_num_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS),
         kv_memory_share=config.kv_memory_share or (GPU_KV_SHARE if on_gpu else CPU_KV_SHARE),
     )
+
+
+def _drafter(config: EngineConfig, source: ModelSource) -> tuple[str, str | None]:
+    """Drafter and draft model, the head that comes with the embedded model where nothing else is named."""
+    drafter, draft_model = config.drafter, config.draft_model
+    if drafter in ("auto", "eagle3", "hybrid") and draft_model is None and source.kind == "embedded":
+        head = packaged_head(source.name)
+        draft_model = None if head is None else str(head)
+    if drafter == "auto":
+        drafter = "suffix" if draft_model is None else "hybrid"
+    return drafter, draft_model
 
 
 def max_positions(config: EngineConfig) -> int:

@@ -164,13 +164,14 @@ def draft_needs(network: DraftNetwork | None, max_draft_tokens: int) -> DraftNee
     layers = getattr(network, "kv_layers", None)
     if layers is not None:
         return DraftNeeds(tuple(layers))
+    from draft_models.eagle3_backlog import REACH
     from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
     from draft_models.eagle3_ring import ring_length
 
     head = network.config  # type: ignore[union-attr]
     kv = (KVLayer(head.num_kv_heads, head.head_dim),)
-    if isinstance(network, Eagle3CpuNetwork):  # a pause may come before features are fused; slots hold few of them
-        return DraftNeeds(kv, head.feature_width)
+    if isinstance(network, Eagle3CpuNetwork):  # a pause may come before features are fused
+        return DraftNeeds(kv, head.feature_width, REACH * head.feature_width)
     return DraftNeeds(kv, head.hidden_size, ring_length(max_draft_tokens + 1) * head.hidden_size)
 
 

@@ -26,7 +26,8 @@ class Bf16Linear:
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         reorder: Callable[[Tensor, int], Tensor] = torch.ops.mkldnn._reorder_linear_weight
-        self._weight = reorder(weight.to(torch.bfloat16).contiguous(), PACK_HINT_ROWS)
+        rounded = weight.to(torch.bfloat16).contiguous()
+        self._weight = rounded if rounded.is_meta else reorder(rounded, PACK_HINT_ROWS)  # a sketch is not packed
         self.path = "onednn-packed-bf16"
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -16,12 +16,15 @@ from torch import Tensor
 from draft_models.eagle3 import Eagle3Drafter
 from draft_models.eagle3_chain import ChainShape, TorchSampler
 from draft_models.eagle3_config import config_for
+from draft_models.eagle3_cpu import Eagle3CpuDrafter
+from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
 from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_weights import random_weights
 from server.config import ConfigError, EngineConfig
 from server.engine import build
 from server.engine.build import build_engine
 from server.engine.defaults import max_positions, with_defaults
+from server.engine.drafters import load_draft_network
 from server.engine.footprint import tensor_bytes
 from server.engine.memory import DeviceMemory, assume, measure
 from server.engine.plan import MemoryPlan, plan_engine, size
@@ -111,6 +114,29 @@ def test_an_eagle_head_and_what_it_keeps() -> None:
     assert parts["drafter_kv"] == num_bytes(drafter.pools)
     assert parts["drafter_features"] == num_bytes([drafter.ring.ring, drafter.ring.by_block])
     assert plan.drafter == "eagle3"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_eagle_head_on_a_cpu(dtype: str) -> None:
+    """Its linear layers may be rounded and packed there, whatever the target's are."""
+    config = EngineConfig(model="llama", drafter="eagle3", dtype=dtype, max_num_seqs=5, kv_cache_tokens=320)
+
+    def find(name: str) -> ModelSource:
+        return replace(peek("tiny"), config={**peek("tiny").config, "num_hidden_layers": 4})
+
+    plan = plan_engine(config, CPU, assume(GIB, CPU), find)
+    source = find("")
+    settled = with_defaults(config, CPU, source)
+    positions = max_positions(settled)
+    target = load_source(replace(source, tensors=None), CPU, getattr(torch, dtype), positions)
+    network = load_draft_network(settled, target, source, CPU, positions, lambda text: None, find)
+    assert isinstance(network, Eagle3CpuNetwork)
+    drafter = Eagle3CpuDrafter(network, 5, plan.num_blocks, 16, "coupled")
+    parts = plan.parts()
+    assert parts["target_weights"] == tensor_bytes(target)
+    assert parts["drafter_weights"] == tensor_bytes([target, network]) - tensor_bytes(target) > 0
+    assert parts["drafter_kv"] == num_bytes(drafter.pools)
+    assert parts["drafter_features"] == num_bytes([drafter.backlog._by_block, drafter.backlog._waiting])
 
 
 def test_a_published_head_is_read_from_its_header(tmp_path: Path) -> None:
