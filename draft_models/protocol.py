@@ -118,6 +118,7 @@ class DeviceDrafter(Drafter, Protocol):
     def resume(self, slots: Sequence[int], known: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
         """Draft again for `slots`, which steps or chunks without drafts have left behind. Not for `feature_layers`.
 
-        `known` are the tokens that the host knows of each; the step under way, which has no drafts, may emit one more.
+        `known` are the tokens that the host knows of each; the step under way, which has no drafts, may emit one more,
+        or some more if it copies them: those are of the next call.
         The first `seen` tokens of each were known when it fell behind; 0: part of its prompt was not shown.
         """

@@ -31,12 +31,21 @@ MakeSpan = Callable[[Sequence[bool], int], DraftSpan]
 """(whether each block of a prefix hit serves the drafter, block size) -> what the sequence begins with."""
 
 
+_WINDOW = 2
+"""WINDOW of `draft_models.small_lm_device`."""
+
+
 @dataclass(slots=True)
 class CausalSpan:
-    """A language model's: they mean nothing without all that is before them, and it computes what it lacks itself."""
+    """A language model's: they mean nothing without all that is before them, and it computes what it lacks itself.
+
+    `unseen` is how many tokens the last step emitted, if it had no chain. Where steps are read one late the next chain
+    catches up to before those and runs the last `_WINDOW` itself: the rest comes with the chain behind it.
+    """
 
     first: int = 0
     end: int = 0
+    unseen: int = 0
 
     @staticmethod
     def after_hit(serves: Sequence[bool], block_size: int) -> CausalSpan:
@@ -52,7 +61,8 @@ class CausalSpan:
     def step(self, known: int, num_emitted: int, drafted: bool) -> None:
         """See DraftSpan. Before it drafts it catches up; of the last token it learns in the next step."""
         if drafted:
-            self.end = known
+            self.end = max(self.end, known - self.unseen) if self.unseen > _WINDOW else known
+        self.unseen = 0 if drafted else num_emitted
 
     def holds(self, start: int, end: int) -> bool:
         """See DraftSpan."""

@@ -12,7 +12,7 @@ from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
 from server.core import SamplingParams
 from server.kernels.paged import PagedRows
 from server.sampling.state import SamplingBatch
-from server.spec.device import DeviceStep
+from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Carry, Drafts, Verdict
 from tests.draft_models.test_eagle3 import BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, PADDING, World
 from tests.draft_models.test_eagle3_network import CONFIG
@@ -26,7 +26,7 @@ class AsDevice:
         self.pools = drafter.pools
         self.paused = False
 
-    def admit_slots(self, slots: Tensor, num_tokens: Tensor) -> None:
+    def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         for slot in slots.tolist():
             self.cpu.admit(slot, self.world.tokens[slot], len(self.world.tokens[slot]))
 
@@ -96,9 +96,9 @@ class CpuWorld(World):
         self.cpu = cpu
         self.drafter: Any = AsDevice(cpu, self)
 
-    def prefill(self, chunks: dict[int, int], padding: int = 0) -> None:
+    def prefill(self, chunks: dict[int, int], padding: int = 0, seen: bool = True) -> None:
         before = {slot: len(self.tokens[slot]) for slot in chunks}
-        super().prefill(chunks, padding)
+        super().prefill(chunks, padding, seen)
         for slot, length in before.items():
             self.cpu.observe(slot, self.tokens[slot][length:])
 

@@ -77,6 +77,7 @@ class GpuRunner:
         self._timers = [StepTimer(self.device) for _ in range(_TIMERS)]
         self._num_launched = 0
         self._drafting = False
+        self._copied = False  # whether the last verify step had drafts and no chain
         self._behind: dict[int, int] = {}  # slots whose drafter has not seen every token: how many it has seen
         self._origin_of = getattr(parts.drafter, "origin_of", None)
         bind = getattr(parts.drafter, "bind", None)
@@ -162,6 +163,7 @@ class GpuRunner:
         num_rows = tier_of(self.executor.tiers, len(sequences))
         chain = self._chain_runs
         caught_up = self._begin_drafting(k if chain else 0, plan.follows and (chain or k == 0), sequences)
+        self._copied = k > 0 and not chain
         followed = k == 0 and plan.follows and bool(self.program.feature_layers)
         slots = [seq.slot for seq in sequences]
         self.executor.send(num_rows, k, slots, limits, self._table_updates(sequences, num_rows))
@@ -199,6 +201,8 @@ class GpuRunner:
         if late:
             seen = [self._behind.pop(seq.slot) for seq in late]
             self.drafter.resume([seq.slot for seq in late], [seq.token_ids for seq in late], seen)
+            if self._copied:  # that step may still run, and its tokens be too many for the chain: they come next time
+                self._behind |= {seq.slot: seq.num_tokens for seq in late}
         return bool(late) and late[0].draft_kv is not None
 
     def _table_updates(self, sequences: list[Sequence], num_rows: int) -> list[int]:
