@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.common import PROMPTS, Row, load_prompts, write_result
 from benchmarks.engine import Prompter, another, build, run
-from benchmarks.parity_cases import Counts, Seen, Tokens, case, failed
+from benchmarks.parity_cases import Counts, Seen, Tokens, case, causes_in_words, failed
 from server.core import Request, SamplingParams
 from server.engine.core import EngineCore
 from server.sampling.rng import TARGET, gumbel, noise_keys
@@ -222,11 +222,8 @@ def _agreement(
     different = [d for d in found if d is not None]
     true, fast = judge.gaps(different, sampling) if different else ([], [])
     scale = 1.0 if sampling.greedy else 1.0 / sampling.temperature
-    gaps = sorted(abs(gap) for gap in true if gap is not None)
-    ties = sum(gap <= 2 * bound * scale for gap in gaps)  # either side may be off by the bound
-    note = f"{ties} of {len(different)} differences are ties (gap at most {2 * bound * scale:.3f} nats)"
-    if gaps:
-        note += f"; gaps median {gaps[len(gaps) // 2]:.4f}, largest {gaps[-1]:.4f}"
+    pairs = [d.tokens for d in different]
+    note = causes_in_words(pairs, true, bound * scale)
     causes = [
         {"tokens": d.tokens, "position": len(d.before), "gap_float32": t, "gap_bfloat16": f}
         for d, t, f in zip(different, true, fast, strict=True)

@@ -1,4 +1,4 @@
-"""Cases of deterministic mode in `gpu_parity.py`: what each claims, what it had of it, and whether it failed."""
+"""What `gpu_parity.py` says of its cases: whether one of deterministic mode was what it claims, and why answers differ."""
 
 from __future__ import annotations
 
@@ -68,3 +68,23 @@ def case(where: tuple[str, str], how: str, got: Tokens, expected: Tokens, counts
 def failed(row: Row) -> bool:
     """Whether a row of deterministic mode differs, or is of a case that did not happen."""
     return "/smollm2-deterministic/" in row.case and (row.value != 0 or MISSING in row.note)
+
+
+def causes_in_words(pairs: list[tuple[int, int]], gaps: list[float | None], bound: float) -> str:
+    """How many differences are ties, and which are not.
+
+    `gaps`: how far the first token of each pair truly leads, None where one was not scored. Two runs part only if one of
+    them has moved the gap by its whole size, the other perhaps by nothing; so a tie is a gap of at most `bound`, what
+    rounding moves one run's gaps by.
+    """
+    scored = [(abs(gap), pair) for gap, pair in zip(gaps, pairs, strict=True) if gap is not None]
+    beyond = [(gap, pair) for gap, pair in scored if gap > bound]
+    note = f"{len(scored) - len(beyond)} of {len(pairs)} differences are ties (gap at most {bound:.3f} nats)"
+    if scored:
+        sizes = sorted(gap for gap, _ in scored)
+        note += f"; gaps median {sizes[len(sizes) // 2]:.4f}, largest {sizes[-1]:.4f}"
+    if beyond:
+        note += "; no ties: " + ", ".join(f"tokens {a}/{b} {gap:.3f}" for gap, (a, b) in beyond)
+    if len(scored) < len(pairs):
+        note += f"; {len(pairs) - len(scored)} with a token that was not scored"
+    return note

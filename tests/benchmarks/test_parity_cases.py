@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.parity_cases import MISSING, Counts, case, failed
+from benchmarks.parity_cases import MISSING, Counts, case, causes_in_words, failed
 
 WHOLE = Counts(preemptions=2, cached=30, drafted=9, accepted=4)
 
@@ -32,3 +32,11 @@ def test_a_difference_fails() -> None:
     row = case(("greedy/k5", "whole"), "b32/hit", [[1, 2], [3]], [[1, 2], [4]], WHOLE)
     assert row.value == 1 and failed(row)
     assert not failed(case(("greedy/k5", "whole"), "b32/hit", [[1, 2]], [[1, 2], [4]], WHOLE)), "fewer were run alone"
+
+
+def test_what_is_no_tie_is_named() -> None:
+    pairs = [(1, 2), (3, 4), (5, 6), (7, 8)]
+    note = causes_in_words(pairs, [0.1, -0.2, 0.21, None], 0.2)
+    assert note.startswith("2 of 4 differences are ties (gap at most 0.200 nats)")
+    assert note.endswith("no ties: tokens 5/6 0.210; 1 with a token that was not scored")
+    assert causes_in_words([], [], 0.2) == "0 of 0 differences are ties (gap at most 0.200 nats)"
