@@ -1,4 +1,4 @@
-"""What `gpu_parity.py` says of its cases: whether one of deterministic mode was what it claims, and why answers differ."""
+"""What `gpu_parity.py` says of its cases: whether one was what it claims to be, and why answers differ."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def failed(row: Row) -> bool:
 def causes_in_words(pairs: list[tuple[int, int]], gaps: list[float | None], bound: float) -> str:
     """How many differences are ties, and which are not.
 
-    `gaps`: how far the first token of each pair truly leads, None where one was not scored. Two runs part only if one of
-    them has moved the gap by its whole size, the other perhaps by nothing; so a tie is a gap of at most `bound`, what
-    rounding moves one run's gaps by.
+    `gaps`: how far the first token of each pair truly leads, None where one was not scored. Two runs part only if one
+    of them has moved the gap by its whole size, the other perhaps by nothing; so a tie is a gap of at most `bound`,
+    what rounding moves one run's gaps by.
     """
     scored = [(abs(gap), pair) for gap, pair in zip(gaps, pairs, strict=True) if gap is not None]
     beyond = [(gap, pair) for gap, pair in scored if gap > bound]
