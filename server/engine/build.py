@@ -88,7 +88,8 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     costs = None
     if drafter is not None and config.adaptive:
         settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
-        costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
+        with explained(limits.kv_tokens):  # it runs the largest steps there are
+            costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
     trims = runner.ragged and drafter is not None and not drafter.has_distribution
     speculation = Speculation(costs, config.max_draft_tokens if drafter is not None else 0, trims)
     core = EngineCore(
