@@ -17,9 +17,9 @@ _DEFAULT_POOL = (0, 0)
 
 def memory(bench: Bench) -> tuple[Table, list[Row]]:
     """Weights, KV pools and CUDA graphs in MiB, and the peak of the whole run so far."""
-    models = [bench.core.runner.model, getattr(bench.core.runner.drafter, "model", None)]
+    models = [bench.core.runner.model, *draft_networks(bench.core.runner.drafter)]
     parts: list[tuple[str, float, str]] = [
-        ("weights", tensor_bytes(models), "target and draft model"),
+        ("weights", tensor_bytes(models), "target and draft model" if len(models) > 1 else "target"),
         ("kv", bench.info.kv_cache_bytes, f"{bench.info.kv_cache_tokens} tokens"),
         *(_gpu_parts(bench) if bench.device.type == "cuda" else _cpu_parts()),
     ]
@@ -29,6 +29,14 @@ def memory(bench: Bench) -> tuple[Table, list[Row]]:
         table.lines.append([name, number(round(size / _MIB, 1)), note])
         rows.append(Row(bench.names.case("memory_mib", name), round(size / _MIB, 1), "MiB", None, note))
     return table, rows
+
+
+def draft_networks(drafter: object) -> list[object]:
+    """What a drafter draws drafts with, wherever it keeps it; none for one that copies."""
+    forward = getattr(drafter, "forward", None)  # on a GPU a draft model runs by kernels, which hold it
+    found = [getattr(drafter, "model", None), getattr(drafter, "network", None), getattr(forward, "model", None)]
+    learned = getattr(drafter, "learned", None)
+    return [network for network in found if network is not None] + (draft_networks(learned) if learned else [])
 
 
 def _gpu_parts(bench: Bench) -> list[tuple[str, float, str]]:

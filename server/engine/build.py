@@ -81,7 +81,8 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     costs = None
     if drafter is not None and config.adaptive:
         settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
-        costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
+        with explained(limits.kv_tokens):  # it runs the largest steps there are
+            costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
     core = EngineCore(
         runner,

@@ -78,8 +78,8 @@ class Runner:
         self.state.prompt_len[slot] = seq.prompt_len
         self._num_listed[slot] = 0
         request = seq.request
-        early = seq.num_emitted < request.min_tokens
-        self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, seq.ends if early else ())
+        ends = seq.ends if seq.early else ()
+        self.sampling.set(slot, request.sampling, request.choice, request.min_tokens, ends)
         if self.drafter is not None:
             prediction = request.prediction_ids[: self.shape.max_model_len]
             self.drafter.admit(slot, seq.token_ids, seq.prompt_len, prediction)
@@ -111,7 +111,7 @@ class Runner:
         self._sync_tables(sequences)
         if self.sampling.early_slots:
             for seq in sequences:
-                if seq.slot in self.sampling.early_slots and seq.num_emitted >= seq.request.min_tokens:
+                if seq.slot in self.sampling.early_slots and not seq.early:
                     self.sampling.end_freely(seq.slot)
         if plan.phase is Phase.PREFILL:
             return DoneStep(self._prefill(plan, sequences))

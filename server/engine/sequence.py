@@ -78,6 +78,11 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def early(self) -> bool:
+        """There are tokens that would end it, and it is too short to end (`min_tokens`)."""
+        return bool(self.ends) and self.num_emitted < self.request.min_tokens
+
+    @property
     def num_left(self) -> int:
         """Tokens it may still emit."""
         return self.max_len - len(self.token_ids)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from draft_models.hybrid import HybridDrafter
 from server.config import ConfigError, EngineConfig
@@ -95,6 +96,17 @@ def test_a_damaged_cost_table_is_measured_anew(loopy_dir: Path, tmp_path: Path, 
     file.write_text(content)
     build(loopy_dir, adaptive=True, max_draft_tokens=1)
     assert json.loads(file.read_text()).keys() == good.keys()
+
+
+def test_memory_that_does_not_suffice_for_measuring_is_explained(
+    loopy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("server.engine.build.load_or_measure", fails)
+    with pytest.raises(ConfigError, match="memory is full"):
+        build(loopy_dir, adaptive=True, max_draft_tokens=1)
 
 
 @pytest.mark.parametrize("drafter", ["suffix", "small-lm", "hybrid"])

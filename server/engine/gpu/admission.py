@@ -81,7 +81,7 @@ class Admission:
         memory = room.data
         for seq in sequences:
             request, slot, num_tokens = seq.request, seq.slot, seq.num_tokens
-            ends = seq.ends if seq.num_emitted < request.min_tokens else ()
+            ends = seq.ends if seq.early else ()
             fractions, ints = self._state.sampling.prepare(
                 slot, request.sampling, request.choice, request.min_tokens, ends
             )

@@ -89,9 +89,7 @@ class GpuRunner:
     def admit(self, sequences: list[Sequence]) -> None:
         """Fills the slots that the scheduler gave to `sequences`."""
         for seq in sequences:
-            request = seq.request
-            early = seq.num_emitted < request.min_tokens and bool(seq.ends)
-            self._kinds[seq.slot] = class_of(request.sampling, early)
+            self._kinds[seq.slot] = class_of(seq.request.sampling, seq.early)
             self._behind.pop(seq.slot, None)
         for slots, num_tokens, cached in self._admission.fill(sequences):
             if self.drafter is not None:
@@ -153,7 +151,7 @@ class GpuRunner:
 
     def _end_freely(self, sequences: list[Sequence]) -> None:
         for seq in sequences if self.sampling.early_slots else ():
-            if seq.slot in self.sampling.early_slots and seq.num_emitted >= seq.request.min_tokens:
+            if seq.slot in self.sampling.early_slots and not seq.early:
                 self.sampling.end_freely(seq.slot)
                 self._kinds[seq.slot] = class_of(seq.request.sampling, early=False)
 
