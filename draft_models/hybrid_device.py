@@ -8,6 +8,8 @@
 The host is a step behind when it looks for a match. What was emitted since either left the foreseen way, and nothing is
 copied, or followed it, and the match is that much longer: so the length that decides is known on the device only, and
 the host sends what it would decide for every length. That these decisions are a step old can cost speed, never tokens.
+
+Run in torch and under Triton's interpreter on a CPU so far, on a GPU not yet.
 """
 
 from __future__ import annotations

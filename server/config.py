@@ -45,8 +45,8 @@ class EngineConfig:
     means every core; `max_num_batched_tokens` (the token budget of a prefill step) None means 256 on a CPU, 2048 on a
     GPU, `max_num_seqs` None 16 and 64. `deterministic` (GPUs; a CPU in float32 always is): output does not depend on
     drafts, batch or chunks, in any bit. `cuda_graphs` False runs every step eagerly, to find faults.
-    `drafter` `auto` is hybrid where there is something to predict with, a `draft_model` or the head that comes with the
-    embedded model, else suffix; eagle3 and hybrid predict with that head too unless `draft_model` names another.
+    `drafter` `auto` is hybrid where there is something to predict with, a `draft_model` or (on a CPU) the head that
+    comes with the embedded model, else suffix; eagle3 and hybrid predict with that head unless `draft_model` names one.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is

@@ -27,7 +27,7 @@ def with_defaults(config: EngineConfig, device: torch.device, source: ModelSourc
     for name, neutral in (("deterministic", False), ("kv_cache_dtype", "auto")):
         if not on_gpu and getattr(config, name) != neutral:
             raise ConfigError(f"{name}: {getattr(config, name)!r} is a setting for GPUs; this engine runs on {device}")
-    drafter, draft_model = _drafter(config, source)
+    drafter, draft_model = _drafter(config, device, source)
     return replace(
         config,
         drafter=drafter,
@@ -39,10 +39,14 @@ def with_defaults(config: EngineConfig, device: torch.device, source: ModelSourc
     )
 
 
-def _drafter(config: EngineConfig, source: ModelSource) -> tuple[str, str | None]:
-    """Drafter and draft model, the head that comes with the embedded model where nothing else is named."""
+def _drafter(config: EngineConfig, device: torch.device, source: ModelSource) -> tuple[str, str | None]:
+    """Drafter and draft model, the head that comes with the embedded model where nothing else is named.
+
+    On a GPU that head drafts only where eagle3 or hybrid is asked for: hybrid drafting has not been measured there yet.
+    """
     drafter, draft_model = config.drafter, config.draft_model
-    if drafter in ("auto", "eagle3", "hybrid") and draft_model is None and source.kind == "embedded":
+    wanted = drafter in ("eagle3", "hybrid") or (drafter == "auto" and device.type == "cpu")
+    if wanted and draft_model is None and source.kind == "embedded":
         head = packaged_head(source.name)
         draft_model = None if head is None else str(head)
     if drafter == "auto":
