@@ -207,7 +207,7 @@ def test_before_the_chain_is_tried_again_steps_are_shown(deep_model: Any) -> Non
         else:
             assert since == 0, "once begun it goes on to the probe"
     assert speculation.paused
-    assert 5 < chained < 40 and shown <= (K + 1) * (chained + 1)
+    assert 5 < chained < 40 and chained < shown <= (K + 1) * (chained + 1)
 
 
 class Switched(Wavering):

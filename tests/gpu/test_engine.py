@@ -117,7 +117,7 @@ def test_prefix_hits(engines: Engines, greedy: Answers, drafter: str) -> None:
     assert core.stats().num_cached_tokens > 0
 
 
-@pytest.mark.parametrize("drafter", ["small-lm", "eagle3"])
+@pytest.mark.parametrize("drafter", ["small-lm", "eagle3", "hybrid"])
 def test_pauses(engines: Engines, greedy: Answers, drafter: str) -> None:
     """Begun and ended at random, with prefix hits on what they left: the same text, the same hits, a graph for all."""
     plain = engines.get("none", 3, dtype="float32", prefix_cache=True)
