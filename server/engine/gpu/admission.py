@@ -27,7 +27,7 @@ _PLACED = 4
 _FLOATS = NUM_FLOATS // 2
 _HEAD = _PLACED + _FLOATS + NUM_INTS
 _USUAL_SIZE = 1 << 18
-"""Integers an upload: 2 MiB, prompts of 512 tokens for 496 sequences; more of them go in several."""
+"""Integers an upload: 2 MiB, prompts of 512 tokens for 496 sequences; more of them go in several, as many as the KV pool can need."""
 
 
 class Admission:
@@ -35,7 +35,8 @@ class Admission:
 
     def __init__(self, state: DeviceState) -> None:
         self._state = state
-        self._upload = BulkUpload(max(_USUAL_SIZE, state.max_context + _HEAD), state.block_tables.device)
+        size = max(_USUAL_SIZE, state.max_context + _HEAD)
+        self._upload = BulkUpload(size, most_uploads(state, size), state.block_tables.device)
 
     def fill(self, sequences: list[Sequence]) -> Iterator[tuple[Tensor, Tensor]]:
         """Slots [A] and numbers of known tokens [A], int64 on the device and good until the next ones, of as many at
@@ -91,3 +92,14 @@ class Admission:
         head[:, :_PLACED] = found[:, :_PLACED]
         head[:, _PLACED + _FLOATS :] = found[:, _PLACED:]
         head[:, _PLACED : _PLACED + _FLOATS] = np.array(floats, dtype=np.float32).view(np.int64)
+
+
+def most_uploads(state: DeviceState, size: int) -> int:
+    """How many uploads of `size` integers fill every slot with as many tokens as the KV pool holds.
+
+    Sequences are not divided, but two uploads in a row are more than one full one. Only prefixes that many sequences
+    share can take more.
+    """
+    num_slots, width = state.slots.history.shape
+    tokens = min(state.pools[0].shape[0], num_slots * width)
+    return 1 + 2 * -(-(tokens + num_slots * _HEAD) // size)
