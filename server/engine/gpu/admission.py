@@ -27,7 +27,8 @@ _PLACED = 4
 _FLOATS = NUM_FLOATS // 2
 _HEAD = _PLACED + _FLOATS + NUM_INTS
 _USUAL_SIZE = 1 << 18
-"""Integers an upload: 2 MiB, prompts of 512 tokens for 496 sequences; more of them go in several, as many as the KV pool can need."""
+"""Integers an upload: 2 MiB, prompts of 512 tokens for 496 sequences; more of them go in several, at most as many as
+the KV pool can need."""
 
 
 class Admission:
