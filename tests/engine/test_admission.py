@@ -87,6 +87,21 @@ def test_slots_hold_what_their_sequences_know(room: int, monkeypatch: pytest.Mon
         assert state.sampling.early_slots == expected.early_slots
 
 
+@pytest.mark.parametrize("room", [1, 90, 120, 1 << 18])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_admission_never_waits_for_its_own_uploads(seed: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "_USUAL_SIZE", room)
+    state = make()
+    places = state.pools[0].shape[0]
+    batch = sequences(seed, list(range(SLOTS)))
+    while sum(seq.num_tokens for seq in batch) > places:
+        batch.pop()
+    assert len(batch) > 1
+    size = max(room, state.max_context + admission._HEAD)
+    num_uploads = sum(1 for _ in Admission(state).fill(batch))
+    assert num_uploads <= admission.most_uploads(state, size)
+
+
 def test_a_predecessors_bias_is_gone() -> None:
     state = make()
     values = state.sampling.tables()[3]

@@ -30,7 +30,8 @@ _PLACED = 7
 _FLOATS = NUM_FLOATS // 2
 _HEAD = _PLACED + _FLOATS + NUM_INTS
 _USUAL_SIZE = 1 << 18
-"""Integers an upload: 2 MiB, prompts of 512 tokens for 496 sequences; more of them go in several."""
+"""Integers an upload: 2 MiB, prompts of 512 tokens for 496 sequences; more of them go in several, at most as many as
+the KV pool can need."""
 
 
 class Admission:
@@ -38,7 +39,8 @@ class Admission:
 
     def __init__(self, state: DeviceState) -> None:
         self._state = state
-        self._upload = BulkUpload(max(_USUAL_SIZE, state.max_context + _HEAD), state.block_tables.device)
+        size = max(_USUAL_SIZE, state.max_context + _HEAD)
+        self._upload = BulkUpload(size, most_uploads(state, size), state.block_tables.device)
 
     def fill(self, sequences: list[Sequence]) -> Iterator[tuple[Tensor, Tensor, CachedDrafts]]:
         """Slots [A], numbers of known tokens [A] and what prefix hits brought, int64 on the device and good until the
@@ -99,3 +101,14 @@ class Admission:
         end, span = seq.num_computed, seq.draft_kv
         last_block = seq.blocks[end // self._state.block_size - 1] if end else 0
         return end if span is None else min(span.first, end), end, last_block
+
+
+def most_uploads(state: DeviceState, size: int) -> int:
+    """How many uploads of `size` integers fill every slot with as many tokens as the KV pool holds.
+
+    Sequences are not divided, but two uploads in a row are more than one full one. Only prefixes that many sequences
+    share can take more.
+    """
+    num_slots, width = state.slots.history.shape
+    tokens = min(state.pools[0].shape[0], num_slots * width)
+    return 1 + 2 * -(-(tokens + num_slots * _HEAD) // size)

@@ -39,19 +39,20 @@ class Upload:
 
 
 class BulkUpload:
-    """Up to `size` int64 at a time, any number of times a step; `device` holds the last ones sent.
+    """Up to `size` int64 at a time, several times a step; `device` holds the last ones sent.
 
     Pinned once: memory of a size that the caching host allocator has not seen costs a `cudaHostAlloc`, which takes
-    long and may wait for the device. `begin` waits where all buffers are under way.
+    long and may wait for the device. Copies lie behind the step that runs, so the `num_buffers` + 1st `begin` of a
+    step waits for its end; those of the step before are through by then.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, num_buffers: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self.size = size
+        self.size, self.num_buffers = size, num_buffers
         self.device = torch.zeros(size, dtype=torch.int64, device=device)
-        self._ring = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(_RING)]
+        self._ring = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(num_buffers)]
         self._views = [buffer.numpy() for buffer in self._ring]
-        self._read = [torch.cuda.Event() for _ in range(_RING)] if pinned else []
+        self._read = [torch.cuda.Event() for _ in range(num_buffers)] if pinned else []
         self._next = 0
 
     def begin(self) -> NDArray[np.int64]:
@@ -66,7 +67,7 @@ class BulkUpload:
         sent.copy_(self._ring[self._next][:size], non_blocking=True)
         if self._read:
             self._read[self._next].record()
-        self._next = (self._next + 1) % _RING
+        self._next = (self._next + 1) % self.num_buffers
         return sent
 
 
