@@ -158,7 +158,7 @@ def test_an_engine_that_adjusts(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("tests.engine.tiny.TorchOps", KernelOps)
     core = engine(model, "suffix", k=2, overlapped=True, max_num_seqs=2, eos=(2, 9, 20))
     assert isinstance(core.runner, GpuRunner)
-    for warm_up in core.runner.executor.warm_up_jobs():
+    for warm_up in core.runner.executor.warm_up_jobs(20):
         warm_up()  # leaves nothing behind
     found = run(core, requests())
     assert dict(found) == dict(expected)

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from draft_models.eagle3_chain import ChainShape
+from draft_models.small_lm_device import SmallLMDeviceDrafter
 from server.core import RowPlan
 from server.engine.gpu.prefill import Chunks, Layout, inputs_in
 from server.engine.gpu.prompt_graphs import PromptGraphs
 from server.engine.gpu.runner import GpuRunner
 from server.engine.sequence import Sequence
+from server.models.paged_forward import TorchForward
 from tests.engine.tiny import BLOCK_SIZE, engine, prompts, request, run
 
 LENGTH = 16
@@ -157,6 +160,47 @@ def test_start_up_touches_nobodys_block_only(model: Any) -> None:
     own = inputs_in(found._inputs.device, found._layout(64), runner.state)
     assert own.rows.offsets is not None and int(own.rows.offsets.max()) == 0  # nothing but padding
     assert set(own.rows.slots.tolist()) == {runner.shape.max_num_seqs}
+
+
+@pytest.mark.parametrize("drafter", ["none", "suffix", "small-lm"])
+def test_ragged_chunks_are_warmed_up_on_nobodys_block(
+    model: Any, other_model: Any, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones too, though a row has room for less, and without any tiers, as in deterministic mode."""
+    by_hand = None
+    if drafter == "small-lm":
+        sizes = ChainShape(num_slots=17, num_blocks=400, block_size=BLOCK_SIZE, max_draft_tokens=3)
+        sampler: Any = None
+        device = torch.device("cpu")
+        forward = TorchForward(other_model)
+        by_hand = SmallLMDeviceDrafter(forward, other_model.kv_layers, torch.float32, device, sizes, sampler)
+    made: Any = by_hand or drafter
+    runner = gpu(late(model, made, prompt_tiers=()))
+    pools = [*runner.pools, *(by_hand.pools if by_hand else [])]
+    for pool in pools:
+        pool[BLOCK_SIZE:].normal_()
+        pool[:BLOCK_SIZE] = 0.0
+    before = [pool.clone() for pool in pools]
+    known, history = runner.state.slots.num_tokens.clone(), runner.state.slots.history.clone()
+    seen: list[tuple[int, int]] = []
+    forwards = runner.program.forward
+
+    def counted(token_ids: Any, pools: Any, rows: Any, *rest: Any) -> Any:
+        seen.append((len(token_ids), rows.width))
+        return forwards(token_ids, pools, rows, *rest)
+
+    monkeypatch.setattr(runner.program, "forward", counted)
+    most = 2 * runner.state.max_context + 5
+    with torch.no_grad():
+        for job in runner.executor.chunk_jobs(most):
+            job()
+    assert seen == [(16, 0), (most, 0)]
+    for pool, old in zip(pools, before, strict=True):
+        assert torch.equal(pool[BLOCK_SIZE:], old[BLOCK_SIZE:])
+        assert bool(pool[:BLOCK_SIZE].isfinite().all()) and bool(pool[:BLOCK_SIZE].any())
+    assert torch.equal(runner.state.slots.num_tokens, known)
+    assert torch.equal(runner.state.slots.history, history)
+    assert len(runner.executor.chunk_jobs(9)) == 1
 
 
 def test_only_tiers_that_pay_are_taken(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

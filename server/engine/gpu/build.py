@@ -44,13 +44,14 @@ def build_gpu_runner(
         prompt_tokens=0 if config.deterministic else config.max_num_batched_tokens or 0,
     )
     runner = GpuRunner(model, parts, shape, tuple(k for k in tiers if k > 0))
+    if capturable:  # in every mode, so that no request waits for a compiler
+        compile_all(runner.executor.warm_up_jobs(config.max_num_batched_tokens or 1), num_threads(), say)
     if not parts.graphs:
         say(
             "steps run eagerly: "
             + ("a network that runs through transformers is not captured" if not capturable else "CUDA graphs are off")
         )
         return runner
-    compile_all(runner.executor.warm_up_jobs(), num_threads(), say)
     executor = runner.executor
     executor.prompts.choose()
     say(f"capturing CUDA graphs for {len(executor.tiers)} batch sizes and k of {executor.k_tiers}")

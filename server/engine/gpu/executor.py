@@ -13,6 +13,7 @@ from torch import Tensor
 from server.engine.gpu.graphs import Graphs
 from server.engine.gpu.kinds import SamplingClass
 from server.engine.gpu.launched import StepTimer
+from server.engine.gpu.prefill import nobodys_chunks
 from server.engine.gpu.prompt_graphs import PromptGraphs
 from server.engine.gpu.step import Staged, StepProgram
 from server.engine.gpu.tiers import batch_tiers, tier_of
@@ -20,6 +21,7 @@ from server.kernels.paged import PagedRows
 from server.spec.types import Drafts
 
 GREEDY = SamplingClass.GREEDY
+_FEW_TOKENS = 16
 
 
 class Executor:
@@ -142,10 +144,27 @@ class Executor:
         if k > 0:
             self._staged.pop((num_rows, k), None)  # its memory serves the next pair; k = 0 also serves prompts
 
-    def warm_up_jobs(self) -> list[Callable[[], object]]:
-        """Launches of every kernel of a step but the drafter's own, on nothing: to be compiled side by side."""
+    def warm_up_jobs(self, prompt_tokens: int) -> list[Callable[[], object]]:
+        """Launches of every kernel of a step but the drafter's chain, on nothing: to be compiled side by side.
+
+        `prompt_tokens`: the most tokens of a prefill step, in graphs or not.
+        """
         steps = [partial(self._warm_up, num_rows, k) for num_rows in self.tiers for k in self.k_tiers]
-        return [*steps, *self.prompts.warm_up_jobs()]
+        return [*steps, *self.prompts.warm_up_jobs(), *self.chunk_jobs(prompt_tokens)]
+
+    def chunk_jobs(self, most_tokens: int) -> list[Callable[[], object]]:
+        """Ragged chunks as they run eagerly, of which larger ones have other tiles, with what a drafter does that
+        reads no features; one that does has no kernels there that its chain has not.
+        """
+        return [partial(self._warm_up_chunk, size) for size in sorted({min(_FEW_TOKENS, most_tokens), most_tokens})]
+
+    def _warm_up_chunk(self, num_tokens: int) -> None:
+        state, drafter = self.program.state, self.program.drafter
+        chunks = nobodys_chunks(num_tokens, self._nobody, state)
+        inputs, _, _ = self.prompts.run(chunks, lasting=True)
+        if drafter is not None and not self.program.feature_layers:
+            step = state.step(inputs.rows.slots, torch.zeros_like(inputs.rows.slots), None)
+            drafter.prefill_chunk(step, inputs.token_ids, inputs.rows, None)
 
     def _warm_up(self, num_rows: int, k: int) -> None:
         self.send(num_rows, k, [], [], [])

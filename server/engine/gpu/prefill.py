@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.core import RowPlan
+from server.core import Request, RowPlan, SamplingParams
 from server.engine.gpu.state import DeviceState
 from server.engine.sequence import Sequence
 from server.kernels.paged import PagedRows
@@ -96,6 +96,18 @@ class Chunks:
         _fill(buffer[layout.starts], [row.start for row in self.rows], 0)
         _fill(buffer[layout.offsets], [0, *(self.ends + 1)], first)
         _fill(buffer[layout.logits_at], self.logits_at, 0)
+
+
+def nobodys_chunks(num_tokens: int, nobody: int, state: DeviceState) -> Chunks:
+    """Chunks of `num_tokens` tokens in rows of slot `nobody` that read and write block 0 only: to warm up."""
+    rows, owners = [], []
+    for first in range(0, num_tokens, state.max_context):
+        length = min(num_tokens - first, state.max_context)
+        owner = Sequence(Request("warm-up", [0] * length, SamplingParams()), [0] * length, slot=nobody)
+        owner.blocks = [0] * -(-length // state.block_size)
+        rows.append(RowPlan(nobody, 0, length, True))
+        owners.append(owner)
+    return Chunks.of(rows, owners)
 
 
 def _fill(part: NDArray[np.int64], values: NDArray[np.int64] | list[int], padding: int) -> None:
