@@ -71,6 +71,7 @@ def _step_sizes(config: EngineConfig, model: TargetModel, item: int) -> StepSize
         item=item,
         graphs=config.cuda_graphs,
         ratio=config.verification == "ratio",
+        network=config.drafter not in ("none", "ngram", "suffix"),
     )
 
 
