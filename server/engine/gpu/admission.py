@@ -31,6 +31,17 @@ _USUAL_SIZE = 1 << 18
 the KV pool can need."""
 
 
+def most_uploads(state: DeviceState, size: int) -> int:
+    """How many uploads of `size` integers fill every slot with as many tokens as the KV pool holds.
+
+    Sequences are not divided, but two uploads in a row are more than one full one. Only prefixes that many sequences
+    share can take more.
+    """
+    num_slots, width = state.slots.history.shape
+    tokens = min(state.pools[0].shape[0], num_slots * width)
+    return 1 + 2 * -(-(tokens + num_slots * _HEAD) // size)
+
+
 class Admission:
     """Writes to `state`. Not thread-safe; called by the runner between steps."""
 
@@ -93,14 +104,3 @@ class Admission:
         head[:, :_PLACED] = found[:, :_PLACED]
         head[:, _PLACED + _FLOATS :] = found[:, _PLACED:]
         head[:, _PLACED : _PLACED + _FLOATS] = np.array(floats, dtype=np.float32).view(np.int64)
-
-
-def most_uploads(state: DeviceState, size: int) -> int:
-    """How many uploads of `size` integers fill every slot with as many tokens as the KV pool holds.
-
-    Sequences are not divided, but two uploads in a row are more than one full one. Only prefixes that many sequences
-    share can take more.
-    """
-    num_slots, width = state.slots.history.shape
-    tokens = min(state.pools[0].shape[0], num_slots * width)
-    return 1 + 2 * -(-(tokens + num_slots * _HEAD) // size)
