@@ -117,6 +117,7 @@ def step_sizes(config: EngineConfig, model: TargetModel) -> StepSizes:
         item=model.dtype.itemsize,
         graphs=config.cuda_graphs,
         ratio=config.verification == "ratio",
+        network=config.drafter not in ("none", "ngram", "suffix"),
     )
 
 
@@ -126,7 +127,7 @@ def explained(kv_tokens: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise ConfigError(
             f"the GPU's memory is full: it does not hold a KV cache of {kv_tokens} tokens, the activations of steps "
@@ -134,7 +135,7 @@ def explained(kv_tokens: int) -> Iterator[None]:
         ) from error
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether that is what began it: a capture that is broken off fails once more when it is closed."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):

@@ -24,6 +24,9 @@ _KNOWN_BYTES = 9
 """A token of a row's context, kept by slot: its id, and the block tables."""
 _FEEDFORWARD = 16
 """Values a token in units of the hidden size: a gated layer of three and a half hidden sizes, and what flows past."""
+_DRAFTED = 16
+"""The same of what a drafter's network does: a layer of its own, as wide as the target's at most, and features of three
+of the target's layers, by themselves, joined and shifted."""
 _CHUNKS = 2
 """Prompt chunks come in all sizes, so the allocator can not always use what the last one left."""
 _FIXED = 256 << 20
@@ -33,7 +36,8 @@ _FIXED = 256 << 20
 @dataclass(frozen=True, slots=True)
 class StepSizes:
     """Of the largest steps: verify steps of `num_rows` rows with `num_drafts` drafts, prompt chunks of `num_tokens`
-    tokens. `context` bounds a row's known tokens; `item` is the bytes of an activation."""
+    tokens. `context` bounds a row's known tokens; `item` is the bytes of an activation. `network`: the drafter has one.
+    """
 
     num_rows: int
     num_drafts: int
@@ -44,6 +48,7 @@ class StepSizes:
     item: int
     graphs: bool
     ratio: bool
+    network: bool = False
 
 
 def working_bytes(s: StepSizes) -> int:
@@ -54,11 +59,14 @@ def working_bytes(s: StepSizes) -> int:
         by_position += (4 + 4) * s.vocab_size
     activations = _FEEDFORWARD * s.hidden_size * s.item
     logits = s.vocab_size * s.item
-    verify = positions * (by_position + activations + logits)
+    drafted = _DRAFTED * s.hidden_size * s.item if s.network and s.num_drafts else 0
+    verify = positions * (by_position + activations + drafted + logits)
+    if drafted:  # one draft of every row at a time
+        verify += s.num_rows * logits
     kept = sum(batch_tiers(s.num_rows)) * logits if s.graphs else 0
     known = s.num_rows * (s.context * _KNOWN_BYTES + s.vocab_size * _COUNT_BYTES)
     scored = min(PROMPT_LOGPROB_ROWS, s.num_tokens) * s.vocab_size * _SCORE_BYTES
-    prefill = s.num_tokens * activations * _CHUNKS + min(s.num_rows, s.num_tokens) * logits + scored
+    prefill = s.num_tokens * (activations * _CHUNKS + drafted) + min(s.num_rows, s.num_tokens) * logits + scored
     return verify + kept + prefill + known + _FIXED
 
 

@@ -131,6 +131,7 @@ def test_working_memory_of_known_cases() -> None:
         {"hidden_size": 5120},
         {"item": 4},
         {"ratio": True},
+        {"network": True},
     ],
 )
 def test_whatever_is_larger_needs_more(larger: dict[str, Any]) -> None:

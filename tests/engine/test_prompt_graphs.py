@@ -250,3 +250,30 @@ def test_a_tier_must_be_fast_and_leave_room(
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: reserved[0])
     assert found._pays(16) is pays
+
+
+@pytest.mark.parametrize("room", [4, 3, 1])
+def test_prompt_tiers_give_way_to_the_graphs_of_steps(model: Any, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Memory for `room` graphs of any kind; those of steps take one here."""
+    executor = gpu(late(model)).executor
+    held: list[Any] = []
+
+    def captured(key: Any, run: Any) -> None:
+        if len(held) == room:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        held.append(key)
+
+    monkeypatch.setattr(executor.graphs, "capture", captured)
+    monkeypatch.setattr(executor.graphs, "clear", held.clear)
+    monkeypatch.setattr(executor, "tiers", (16,))
+    monkeypatch.setattr(executor, "k_tiers", (0,))
+    monkeypatch.setattr(executor, "_capture_pair", lambda *_: captured("step", None))
+    executor.capture()
+    assert executor.prompts.tiers == TIERS[: room - 1]
+    assert [key[1] for key in held[:-1]] == list(reversed(TIERS[: room - 1])) and held[-1] == "step"
+    room = 0
+    with pytest.raises(RuntimeError, match="previous error"):
+        executor.capture()

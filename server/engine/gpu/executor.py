@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from server.engine.gpu.prefill import nobodys_chunks
 from server.engine.gpu.prompt_graphs import PromptGraphs
 from server.engine.gpu.step import Staged, StepProgram
 from server.engine.gpu.tiers import batch_tiers, tier_of
+from server.engine.memory import is_out_of_memory
 from server.kernels.paged import PagedRows
 from server.spec.types import Drafts
+
+log = logging.getLogger("outpace.engine")
 
 GREEDY = SamplingClass.GREEDY
 _FEW_TOKENS = 16
@@ -121,7 +125,27 @@ class Executor:
     # -- start-up ------------------------------------------------------------------------------------------
 
     def capture(self, kinds: tuple[SamplingClass, ...] = tuple(SamplingClass)) -> None:
-        """Captures every graph that a step can need, largest first; nothing runs on a real slot."""
+        """Captures every graph that a step can need, largest first; nothing runs on a real slot.
+
+        Where memory does not suffice for all of them, prompt tiers are given up, the largest first: they were chosen
+        before there were others. Raises torch's OutOfMemoryError if it does not suffice without any.
+        """
+        while not self._fits(kinds):
+            given_up = self.prompts.tiers[-1]
+            self.prompts.tiers = self.prompts.tiers[:-1]
+            log.warning("no memory for a graph of prompt chunks of %d tokens: they run eagerly", given_up)
+
+    def _fits(self, kinds: tuple[SamplingClass, ...]) -> bool:
+        """Whether all graphs could be captured; what a failure holds is free again when this has returned."""
+        try:
+            self._capture(kinds)
+        except RuntimeError as error:
+            if not self.prompts.tiers or not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _capture(self, kinds: tuple[SamplingClass, ...]) -> None:
         self.graphs.clear()
         self._staged.clear()
         self.prompts.capture()
