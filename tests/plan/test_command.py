@@ -29,6 +29,14 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["fits"], found["drafter"]["name"], found["device"]["type"]) == (True, "eagle3", "cuda")
 
 
+@pytest.mark.parametrize("where", [("--device", "cpu"), (*GPU, "24GiB")])
+def test_the_head_that_comes_with_the_embedded_model(
+    where: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("smollm2-135m", "--drafter", "eagle3", *where) == 0
+    assert "smollm2-135m-eagle3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_what_does_not_fit_is_shown_and_exit_status_1(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("llama-3.1-8b", *GPU, "16GiB", *more) == 1
@@ -45,8 +53,11 @@ def test_this_machine(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) 
     ("arguments", "status", "words"),
     [
         (["nowhere"], 1, ["nowhere: there is no such file or directory", "llama-3.1-8b"]),
-        (["tiny", "--drafter", "eagle3", "--device", "cpu"], 2, ["drafter: 'eagle3' runs on a GPU only"]),
-        (["smollm2-135m", "--drafter", "eagle3", *GPU, "24GiB"], 2, ["draft_model: missing"]),
+        (
+            ["tiny", "--drafter", "eagle3", "--device", "cpu"],
+            1,
+            ["EAGLE-3 needs three layers to fuse; the target has 2"],
+        ),
         (["tiny", "--kv-cache-dtype", "fp8", "--device", "cpu"], 2, ["kv_cache_dtype: 'fp8' is a setting for GPUs"]),
         (["tiny", "--max-model-len", "5000"], 2, ["max_model_len: 5000 is too large; tiny was trained for 4096"]),
         (["tiny", "--device", "cuda:99"], 2, ["device: 'cuda:99' is not there", "--device-memory"]),
