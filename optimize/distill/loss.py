@@ -47,12 +47,35 @@ class Targets:
         for start in range(0, normed.shape[0], step):
             part = slice(start, start + step)
             logits = teacher.logits(normed[part])
+            if logits.is_cuda:
+                _kernels().target_rows(logits, target_ids, column, hard, mass[part], labels[part])
+                continue
             label = labels[part] = column[logits.argmax(-1)]
             probs = logits.softmax(-1)
             chosen = probs if size == vocab_size else probs[:, target_ids]
             extra = torch.where(label >= 0, hard, 0.0)[:, None]
             mass[part] = chosen.scatter_add_(1, label.clamp(min=0)[:, None], extra.to(chosen.dtype))
         return Targets(mass, labels)
+
+
+def loss_rows_(
+    logits: Tensor, mass: Tensor, at: Tensor, labels: Tensor, weights: Tensor, grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The reference of `loss_kernels.loss_rows_`."""
+    z, aim, label = logits.float(), mass[at].float(), labels[at]
+    chosen = z.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
+    agrees = (chosen >= z.amax(-1)) & (label >= 0)
+    whole, amount = z.logsumexp(-1), aim.sum(-1)
+    losses = weights * (amount * whole - torch.linalg.vecdot(aim, z))
+    if grad:
+        logits.copy_(z.sub(whole[:, None]).exp_().mul_(amount[:, None]).sub_(aim).mul_(weights[:, None]))
+    return losses, agrees
+
+
+def _kernels() -> Any:
+    from optimize.distill import loss_kernels  # needs triton, which a CPU's torch comes without
+
+    return loss_kernels
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -71,18 +94,11 @@ class _VocabularyLoss(torch.autograd.Function):
         step = chunk_rows(head.shape[0], normed.device)
         for start in range(0, normed.shape[0], step):
             part = slice(start, start + step)
-            logits = F.linear(normed[part], matrix).float()
-            aim, label, weight = mass[at[part]].float(), labels[at[part]], weights[part]
-            best = logits.amax(-1)
-            chosen = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
-            agrees[part] = (chosen >= best) & (label >= 0)
-            whole = logits.logsumexp(-1)
-            amount = aim.sum(-1)
-            total += (weight * (amount * whole - torch.linalg.vecdot(aim, logits))).sum()
-            if not (needs_normed or needs_head):
-                continue
-            grad = logits.sub_(whole[:, None]).exp_().mul_(amount[:, None]).sub_(aim).mul_(weight[:, None])
-            grad = grad.to(normed.dtype)
+            logits = F.linear(normed[part], matrix)
+            rows = _kernels().loss_rows_ if logits.is_cuda else loss_rows_
+            losses, agrees[part] = rows(logits, mass, at[part], labels, weights[part], needs_normed or needs_head)
+            total += losses.sum()
+            grad = logits
             if grad_normed is not None:
                 grad_normed[part] = grad @ matrix
             if grad_head is not None:

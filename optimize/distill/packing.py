@@ -89,12 +89,18 @@ class Chains:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows of L tokens on the device: `ids`, `positions`, `documents` [B, L] int64; `chains` one a step."""
+    """B rows of L tokens on the device: `ids`, `positions`, `documents` [B, L] int64; `chains` one a step.
+
+    Document i of the flattened rows is tokens offsets[i] … offsets[i + 1] - 1, `offsets` [D + 1] int32, and no longer
+    than `longest`; a row's padding counts as one.
+    """
 
     ids: Tensor
     positions: Tensor
     documents: Tensor
     chains: tuple[Chains, ...]
+    offsets: Tensor
+    longest: int
 
     @property
     def begins(self) -> Tensor:
@@ -124,7 +130,17 @@ def make_batch(packed: Packed, rows: NDArray[np.int64], steps: int, device: torc
         start = np.flatnonzero(weights)
         chains.append(Chains(_move(start, device), _move(weights.ravel()[start], device)))
     ids, positions = (_move(x[rows].astype(np.int64), device) for x in (packed.ids, packed.positions))
-    return Batch(ids, positions, _move(documents.astype(np.int64), device), tuple(chains))
+    offsets = _offsets(documents)
+    longest = int(np.diff(offsets).max())
+    moved = _move(documents.astype(np.int64), device)
+    return Batch(ids, positions, moved, tuple(chains), _move(offsets, device), longest)
+
+
+def _offsets(documents: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Where the documents of the flattened rows begin, and where the last one ends."""
+    begins = np.ones(documents.shape, bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return np.append(np.flatnonzero(begins), documents.size).astype(np.int32)
 
 
 def _move(array: NDArray[np.generic], device: torch.device) -> Tensor:

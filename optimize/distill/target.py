@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optimize.distill.documents_attention import attend
 from optimize.distill.options import DistillOptions
 from optimize.distill.packing import Batch
 from server.config import EngineConfig
@@ -84,13 +85,10 @@ class LlamaTeacher:
         model, (rows, length) = self.model, batch.ids.shape
         x = F.embedding(batch.ids.flatten(), model.embedding)
         rotation = model.rotations[batch.positions.flatten()].unsqueeze(1)
-        sees = batch.sees()
-        masks: dict[int | None, Tensor] = {None: sees[:, None]}
+        masks = _Masks(batch)
         features = []
         for i, layer in enumerate(model.layers):
-            if layer.window not in masks:
-                masks[layer.window] = (sees & within(length, layer.window or length, sees.device))[:, None]
-            x = self._attention(layer, x, rotation, masks[layer.window], rows).add_(x)
+            x = self._attention(layer, x, rotation, masks).add_(x)
             gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, dim=-1)
             x = layer.down(F.silu(gate).mul_(up)).add_(x)
             if i in self.feature_layers:
@@ -103,7 +101,7 @@ class LlamaTeacher:
         """[N, H] -> float32 [N, V]."""
         return self.model.head(normed).float()
 
-    def _attention(self, layer: Layer, x: Tensor, rotation: Tensor, mask: Tensor, rows: int) -> Tensor:
+    def _attention(self, layer: Layer, x: Tensor, rotation: Tensor, masks: _Masks) -> Tensor:
         c = self.model.config
         qkv = layer.qkv(layer.input_norm(x)).view(x.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         qk = qkv[:, : c.num_heads + c.num_kv_heads]
@@ -112,12 +110,36 @@ class LlamaTeacher:
             qk[:, c.num_heads :] = layer.k_norm(qk[:, c.num_heads :])
         if layer.rotates:
             rotate_(qk, rotation)
-        by_row = qkv.view(rows, -1, *qkv.shape[1:]).transpose(1, 2)  # [B, heads + 2 kv_heads, L, D]
-        query, key, value = by_row.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        parts = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+        if x.is_cuda and x.dtype != torch.float32 and masks.whole(layer.window):
+            query, key, value = (part.contiguous() for part in qkv.split(parts, dim=1))
+            return layer.out(attend(query, key, value, masks.batch, c.head_dim**-0.5).flatten(1))
+        mask = masks.of(layer.window)
+        by_row = qkv.view(len(mask), -1, *qkv.shape[1:]).transpose(1, 2)  # [B, heads + 2 kv_heads, L, D]
+        query, key, value = by_row.split(parts, dim=1)
         groups = c.num_heads // c.num_kv_heads
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=c.head_dim**-0.5)
         return layer.out(mixed.transpose(1, 2).reshape(x.shape[0], -1))
+
+
+class _Masks:
+    """Which tokens a batch's tokens see in layers of different windows, made when asked for."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._made: dict[int | None, Tensor] = {}
+
+    def whole(self, window: int | None) -> bool:
+        """Whether a token sees all of its document before it."""
+        return window is None or window >= self.batch.longest
+
+    def of(self, window: int | None) -> Tensor:
+        """[B, 1, L, L] bool."""
+        if window not in self._made:
+            sees, length = self.batch.sees(), self.batch.ids.shape[1]
+            self._made[window] = (sees if window is None else sees & within(length, window, sees.device))[:, None]
+        return self._made[window]
 
 
 def within(length: int, window: int, device: torch.device) -> Tensor:

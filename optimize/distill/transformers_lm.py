@@ -115,7 +115,8 @@ class TransformersTeacher:
     def _check(self, model: TransformersModel) -> None:
         """Raises UnsupportedModelError where logits are more than the output layer's product."""
         ids = torch.arange(8, device=self.device)[None] % self.vocab_size
-        batch = Batch(ids, torch.arange(8, device=self.device)[None], torch.zeros_like(ids), ())
+        whole = torch.tensor([0, 8], dtype=torch.int32, device=self.device)
+        batch = Batch(ids, torch.arange(8, device=self.device)[None], torch.zeros_like(ids), (), whole, 8)
         token = _rows.set(_Rows(batch.sees()))
         try:
             expected = self._net(input_ids=ids, position_ids=batch.positions, use_cache=False).logits[0].float()

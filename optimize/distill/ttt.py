@@ -12,17 +12,22 @@ own, which is what a draft that is accepted is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optimize.distill.documents_attention import attend_chain
 from optimize.distill.head import Eagle3Head
 from optimize.distill.loss import Targets, vocabulary_loss
 from optimize.distill.packing import Batch
 from optimize.distill.student import mixed_precision
 from optimize.distill.target import LlamaTeacher
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of a step's query [B, heads, L, D], key and value [B, kv_heads, L, D]: what attention mixes, [B, heads, L, D]. Called
+step by step; keys and values of the steps before are kept."""
 
 
 def attention_mask(batch: Batch, steps: int, dtype: torch.dtype) -> Tensor:
@@ -36,25 +41,51 @@ def attention_mask(batch: Batch, steps: int, dtype: torch.dtype) -> Tensor:
 
 def unroll(head: Eagle3Head, embedding: Tensor, batch: Batch, features: Tensor, steps: int) -> Iterator[Tensor]:
     """The layer's outputs [B, L, H] of steps 0 … S - 1 at every chain; `features` [B, L, 3 H] are the target's."""
-    length, groups = batch.ids.shape[1], head.config.num_heads // head.config.num_kv_heads
+    groups = head.config.num_heads // head.config.num_kv_heads
     fused = head.fc(features).float()
     x = F.pad(fused[:, :-1], (0, 0, 1, 0)).masked_fill(batch.begins[..., None], 0.0)  # a document begins with zeros
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    mask: Tensor | None = None
+    attend = _flash(batch) if features.is_cuda else _masked(batch, steps, groups)
     for s in range(steps):
         ids = F.pad(batch.ids[:, s:], (0, s))
         embedded = F.embedding(ids, embedding).float()
         query, key, value, residual = head.project(embedded, x, batch.positions + s)
+        x = head.finish(residual, attend(query, key, value))
+        yield x
+
+
+def _masked(batch: Batch, steps: int, groups: int) -> Attend:
+    """Attention over whole rows with a mask."""
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys.append(key.repeat_interleave(groups, dim=1))
         values.append(value.repeat_interleave(groups, dim=1))
-        if mask is None:
-            mask = attention_mask(batch, steps, query.dtype)
-        mixed = F.scaled_dot_product_attention(
-            query, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask[..., : (s + 1) * length]
-        )
-        x = head.finish(residual, mixed)
-        yield x
+        if not masks:
+            masks.append(attention_mask(batch, steps, query.dtype))
+        mask = masks[0][..., : len(keys) * batch.ids.shape[1]]
+        return F.scaled_dot_product_attention(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask)
+
+    return attend
+
+
+def _flash(batch: Batch) -> Attend:
+    """The same by documents; on a GPU, where it is several times as fast."""
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    rows = batch.ids.shape[0]
+
+    def flat(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys.append(flat(key))
+        values.append(flat(value))
+        mixed: Tensor = attend_chain(flat(query), keys, values, batch).unflatten(0, (rows, -1))
+        return mixed.transpose(1, 2)
+
+    return attend
 
 
 def chain_losses(
