@@ -63,7 +63,7 @@ class Defaults:
 
 GPU = Defaults(
     streams="1,2,4,8,16,32,64,128",
-    cell_s=0.5,
+    cell_s=1.2,
     max_tokens=128,
     max_prompt=1024,
     rounds=4,

@@ -9,7 +9,7 @@ chosen for the matches that the host knows when it plans the step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from draft_models.hybrid import LEARNED, HybridDrafter
 from draft_models.hybrid_device import HybridDeviceDrafter
@@ -18,11 +18,10 @@ from server.core import Phase
 from server.engine.gpu.runner import GpuRunner
 from server.engine.result import StepResult
 from server.engine.runner import Runner
-from server.engine.speculation import Speculation
+from server.engine.speculation import ANY, Speculation
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
 from server.spec.mixture import Mixture, choose_mixture, loss_of_copying, plan_chain, plan_mixture, take_copy
-from server.spec.policy import record as record_probe
 
 _FIRST_ACCEPTANCE = {"start": 0.5, "1": 0.3, "2": 0.45, "3-4": 0.6, "5-8": 0.75, "9+": 0.85}
 """Of copies by length of the match, before anything is known: about what SmolLM2-135M accepts. The longest are tried at
@@ -70,9 +69,9 @@ class MixedSpeculation(Speculation):
         copies = [(self._survival(name), count * share) for name, count in known.items()]
         return Mixture(num_rows, num_eligible, copies, self._survival(LEARNED), self._context)
 
-    def _survivals(self, num_rows: int) -> list[list[float]]:
+    def _survival_of_any(self) -> list[float]:
         """Of the chain: what it is paid for."""
-        return [self._survival(LEARNED)] * num_rows
+        return self._survival(LEARNED)
 
     def follows(self, phase: Phase, num_rows: int) -> bool:
         """See Speculation. Prompts are the chain's: it sees them if it is what would draft for `num_rows` rows, or, on
@@ -138,18 +137,24 @@ class MixedSpeculation(Speculation):
         takes, self._state = take_copy(self._state, name, copy, learned)
         return takes
 
-    def _learn(self, result: StepResult, row: int) -> None:
-        drafted, accepted = result.num_drafted[row], result.num_accepted[row]
+    def _verdicts(
+        self, result: StepResult, counts: Sequence[bool], pairs: Mapping[tuple[int, int], int]
+    ) -> Mapping[tuple[str, int, int], int]:
         if result.classes is None:
-            return super()._learn(result, row)
-        name = result.classes[row]
-        if name != LEARNED:
-            drafted = drafted if result.num_copied is None else min(drafted, result.num_copied[row])
-            accepted = min(accepted, drafted)
-        self.acceptance.update(name, drafted, accepted)
-        for probe in (name, f"copy {name}" if name != LEARNED else "chain"):
-            self._state = record_probe(self._state, probe, accepted)
-        return None
+            return super()._verdicts(result, counts, pairs)
+        found: Counter[tuple[str, int, int]] = Counter()
+        for row, (name, drafted, accepted) in enumerate(
+            zip(result.classes, result.num_drafted, result.num_accepted, strict=True)
+        ):
+            if drafted and counts[row]:
+                copied = drafted if name == LEARNED or result.num_copied is None else result.num_copied[row]
+                found[name, min(drafted, copied), min(accepted, copied)] += 1
+        return found
+
+    def _probes_of(self, name: str) -> tuple[str | None, ...]:
+        if name == ANY:
+            return super()._probes_of(name)
+        return name, f"copy {name}" if name != LEARNED else "chain"
 
     def _verify_ms(self, costs: CostTable, result: StepResult) -> float:
         """Where steps are timed whole, with the chain, its part is what it was measured to be."""

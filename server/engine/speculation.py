@@ -8,7 +8,7 @@ for all rows is chosen before anything is drafted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from server.core import Phase
@@ -16,12 +16,24 @@ from server.engine.result import StepResult
 from server.engine.speculation_report import SpeculationReport
 from server.spec.acceptance import AcceptanceTracker
 from server.spec.cost_table import CostTable
-from server.spec.policy import PolicyState, best_draft, charge, choose_uniform, plan_ragged, plan_uniform
+from server.spec.policy import (
+    PolicyState,
+    RowsAlike,
+    Survivals,
+    best_draft,
+    charge,
+    choose_uniform,
+    plan_ragged,
+    plan_uniform,
+)
 from server.spec.policy import record as record_probe
 from server.spec.types import Carry, Drafts
 
 ANY = "any"
 """Acceptance class of a uniform choice: whatever the drafter proposes."""
+CORRECT_EVERY_MS = 5.0
+"""The cost table learns from a step once steps since the last one that it learned from took so long, and from any that
+is of another kind than the one before. A correction costs the host as much as a tenth of a short step."""
 
 
 def draft_tiers(max_draft_tokens: int) -> tuple[int, ...]:
@@ -49,18 +61,24 @@ class Speculation:
         self.report = SpeculationReport()
         self._state = PolicyState()
         self._context = 1.0
+        self._uncorrected_ms = CORRECT_EVERY_MS
+        self._last_kind = 0
 
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
         """Most drafts a row for a verify step of `num_rows` rows, `num_eligible` of which may draft at all."""
         if self.costs is None or self.trims or num_eligible == 0:
             return self.max_draft_tokens if num_eligible else 0
-        survivals = self._survivals(num_eligible) + [[]] * (num_rows - num_eligible)
+        survivals = self._survivals(num_eligible, num_rows)
         k, self._state = plan_uniform(self._state, self.costs, survivals, self._context, self.tiers)
         self.paused = self._state.previous_k == 0
         return k
 
-    def _survivals(self, num_rows: int) -> list[list[float]]:
-        return [self.acceptance.survival(ANY, self.max_draft_tokens)] * num_rows
+    def _survivals(self, num_eligible: int, num_rows: int) -> Survivals:
+        return RowsAlike(self._survival_of_any(), num_eligible, num_rows)
+
+    def _survival_of_any(self) -> list[float]:
+        """Of a draft where all rows have the same k."""
+        return self.acceptance.survival(ANY, self.max_draft_tokens)
 
     def follows(self, phase: Phase, num_rows: int) -> bool:
         """Whether the drafter sees a step without drafts: a verify step that k = 0 was chosen for, or prompt chunks.
@@ -73,7 +91,7 @@ class Speculation:
             return self.max_draft_tokens > 0
         if phase is Phase.VERIFY:
             return not self.paused or self._state.probe_in <= self.max_draft_tokens + 1
-        survivals = self._survivals(num_rows)
+        survivals = self._survivals(num_rows, num_rows)
         return choose_uniform(self.costs, survivals, self._context, self.tiers, self._state.previous_k) > 0
 
     def trim(self, drafts: Drafts, carry: Carry) -> Drafts:
@@ -109,46 +127,64 @@ class Speculation:
             verify_ms = self._verify_ms(self.costs, result)
             if result.caught_up:  # no such step: the table would learn what it is not asked
                 self._charge(self.costs, result, context, verify_ms)
-            else:
+            elif self._is_news(result, verify_ms):
                 self.costs.observe(len(result.emitted), result.num_tokens_run, context, verify_ms)
         if any(result.num_drafted):
             self.num_draft_steps += 1
-        lengths: Counter[int] = Counter()
-        hits: Counter[int] = Counter()
-        for row, (drafted, accepted) in enumerate(zip(result.num_drafted, result.num_accepted, strict=True)):
-            if drafted == 0 or not counts[row]:
-                continue
-            self._learn(result, row)
-            lengths[drafted] += 1
-            hits[accepted] += 1
-        for counts_by_length, positions in ((lengths, self.drafted_per_position), (hits, self.accepted_per_position)):
-            for length, count in counts_by_length.items():
-                for j in range(length):
-                    positions[j] += count
+        pairs = Counter(
+            (drafted, accepted)
+            for drafted, accepted, counted in zip(result.num_drafted, result.num_accepted, counts, strict=True)
+            if drafted and counted
+        )
+        for (name, drafted, accepted), count in self._verdicts(result, counts, pairs).items():
+            self.acceptance.update(name, drafted, accepted, count)
+            for probe in self._probes_of(name):
+                self._state = record_probe(self._state, probe, accepted)
+        for (drafted, accepted), count in pairs.items():
+            for j in range(drafted):
+                self.drafted_per_position[j] += count
+            for j in range(accepted):
+                self.accepted_per_position[j] += count
 
     def _verify_ms(self, costs: CostTable, result: StepResult) -> float:
         """What of a step's time the table has as the cost of verifying."""
         return result.verify_ms
 
-    def _learn(self, result: StepResult, row: int) -> None:
-        """What the verdict on a row with drafts says of its class."""
-        name = result.classes[row] if self.trims and result.classes is not None else ANY
-        self.acceptance.update(name, result.num_drafted[row], result.num_accepted[row])
-        self._state = record_probe(self._state, name if self.trims else None, result.num_accepted[row])
+    def _is_news(self, result: StepResult, verify_ms: float) -> bool:
+        """Whether the table is to learn from this step."""
+        kind = result.num_tokens_run // max(1, len(result.emitted))
+        self._uncorrected_ms += verify_ms
+        if kind == self._last_kind and self._uncorrected_ms < CORRECT_EVERY_MS:
+            return False
+        self._last_kind, self._uncorrected_ms = kind, 0.0
+        return True
+
+    def _verdicts(
+        self, result: StepResult, counts: Sequence[bool], pairs: Mapping[tuple[int, int], int]
+    ) -> Mapping[tuple[str, int, int], int]:
+        """How often (class, drafted, accepted) was the verdict on a row that counts; `pairs` say it without classes."""
+        if not self.trims or result.classes is None:
+            return {(ANY, *pair): count for pair, count in pairs.items()}
+        rows = zip(result.classes, result.num_drafted, result.num_accepted, counts, strict=True)
+        return Counter((name, drafted, accepted) for name, drafted, accepted, good in rows if drafted and good)
+
+    def _probes_of(self, name: str) -> tuple[str | None, ...]:
+        """The policy's names of probes that a class of drafts answers."""
+        return (name if self.trims else None,)
 
     def _report(self, costs: CostTable, result: StepResult, context: float, counts: Sequence[bool]) -> None:
         """Before the step corrects the table, which was asked without knowing it."""
         num_rows, num_counted = len(result.emitted), sum(counts)
         if num_counted:
             emitted = sum(len(tokens) for tokens, good in zip(result.emitted, counts, strict=True) if good)
-            plain_ms = costs.verify_ms(num_rows, num_rows, context) * emitted / num_counted
+            plain_ms = costs.step_ms(num_rows, 0, context) * emitted / num_counted
             self.report.took(result.verify_ms + result.draft_ms, plain_ms)
         self.report.chose(self.paused, self._state.speedup, lambda: self._why(costs, num_rows, context))
 
     def _why(self, costs: CostTable, num_rows: int, context: float) -> str:
         if self.trims:
             return "what was drafted last is not expected to be accepted often enough"
-        return best_draft(costs, self._survivals(1)[0], num_rows, context, self.tiers)
+        return best_draft(costs, self._survival_of_any(), num_rows, context, self.tiers)
 
     def _charge(self, costs: CostTable, result: StepResult, context: float, verify_ms: float) -> None:
         num_rows = len(result.emitted)

@@ -49,8 +49,9 @@ class AcceptanceTracker:
         self._keep_stale = 1.0 - 1.0 / (window * stale_factor)
         self._classes: dict[str, _ClassStatistics] = {}
 
-    def update(self, cls: str, num_drafted: int, num_accepted: int) -> None:
-        """One row's verdict: of `num_drafted` drafts of class `cls` the first `num_accepted` were accepted."""
+    def update(self, cls: str, num_drafted: int, num_accepted: int, count: int = 1) -> None:
+        """A row's verdict, or that of `count` rows: of `num_drafted` drafts of class `cls` the first `num_accepted`
+        were accepted."""
         if not 0 <= num_accepted <= num_drafted:
             raise ValueError(f"num_accepted: {num_accepted} is not valid; use 0 to num_drafted ({num_drafted})")
         if num_drafted == 0:
@@ -62,18 +63,19 @@ class AcceptanceTracker:
         while len(trials) < num_drafted:
             trials.append(0.0)
             accepted.append(0.0)
-        keep = self._keep
+        keep, stale = self._keep**count, self._keep_stale**count
+        new = (1.0 - keep) / (1.0 - self._keep) if self._keep < 1.0 else float(count)
         for position in range(num_accepted):
-            trials[position] = trials[position] * keep + 1.0
-            accepted[position] = accepted[position] * keep + 1.0
+            trials[position] = trials[position] * keep + new
+            accepted[position] = accepted[position] * keep + new
         num_reached = num_accepted
         if num_accepted < num_drafted:
-            trials[num_accepted] = trials[num_accepted] * keep + 1.0
+            trials[num_accepted] = trials[num_accepted] * keep + new
             accepted[num_accepted] *= keep
             num_reached += 1
         for position in range(num_reached, len(trials)):
-            trials[position] *= self._keep_stale
-            accepted[position] *= self._keep_stale
+            trials[position] *= stale
+            accepted[position] *= stale
         statistics.survival = []
 
     def survival(self, cls: str, k: int) -> list[float]:

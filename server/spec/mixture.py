@@ -92,7 +92,7 @@ def plan_mixture(
     state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = 0.03
 ) -> tuple[Choice, PolicyState]:
     """`choose_mixture`, and now and then a probe of what it advises against. Returns it and the next state."""
-    rates, plain_ms = _rates(cost, mixture, tiers), cost.verify_ms(mixture.num_rows, mixture.num_rows, mixture.context)
+    rates = _rates(cost, mixture, tiers)
     best = _best(state, rates, hysteresis)
     credit, probes = min(state.credit + PROBE_SHARE, MAX_CREDIT), dict(state.probes)
     other, name = _probe_of(best, tiers)
@@ -103,7 +103,7 @@ def plan_mixture(
     due, probe_in = False, 0 if best.chain else NEVER
     if other in rates and mixture.num_rows:
         # Judged by cost alone where the estimate may be what is wrong: a probe of the chain may gain nothing.
-        loss = 1.0 - rates[other] / rates[best] if name == _PLAIN else _slowdown(cost, mixture, best, other, plain_ms)
+        loss = 1.0 - rates[other] / rates[best] if name == _PLAIN else _slowdown(cost, mixture, best, other)
         due = is_due(probes, name, loss, credit)
         if due:
             credit -= max(0.0, loss)
@@ -117,11 +117,10 @@ def _rates(cost: CostTable, mixture: Mixture, tiers: Sequence[int]) -> dict[Choi
     """Tokens per millisecond of every choice."""
     rows = mixture.num_rows
     ks = sorted({0, *tiers})
-    verify = dict(zip(ks, cost.verify_many(rows, [rows * (1 + k) for k in ks], mixture.context), strict=True))
-    rates = {_NOTHING: rows / verify[0]}
-    for k in ks[1:]:
-        for chain in (False, True):
-            ms = verify[k] + (cost.draft_ms(rows, k) if chain else 0.0)
+    rates = {_NOTHING: rows / cost.step_ms(rows, 0, mixture.context)} if rows else {_NOTHING: 1.0}
+    for k in ks[1:] if rows else ():
+        with_chain = cost.step_ms(rows, k, mixture.context)
+        for chain, ms in ((False, with_chain - cost.draft_ms(rows, k)), (True, with_chain)):
             rates[Choice(k, chain)] = (rows + mixture.gain(k, chain)) / ms
     return rates
 
@@ -132,11 +131,10 @@ def _probe_of(best: Choice, tiers: Sequence[int]) -> tuple[Choice, str]:
     return Choice(best.k or min(tiers, default=0), True), _CHAIN
 
 
-def _slowdown(cost: CostTable, mixture: Mixture, best: Choice, other: Choice, plain_ms: float) -> float:
+def _slowdown(cost: CostTable, mixture: Mixture, best: Choice, other: Choice) -> float:
     rows = mixture.num_rows
-    ms = plain_ms if best.k == 0 else cost.verify_ms(rows, rows * (1 + best.k), mixture.context)
-    more = cost.verify_ms(rows, rows * (1 + other.k), mixture.context) + cost.draft_ms(rows, other.k)
-    return max(0.0, more / ms - 1.0)
+    without = cost.step_ms(rows, best.k, mixture.context) - cost.draft_ms(rows, best.k)
+    return max(0.0, cost.step_ms(rows, other.k, mixture.context) / without - 1.0)
 
 
 def plan_chain(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import ceil
+from typing import overload
 
 from server.spec.cost_table import CostTable
 
@@ -27,6 +29,27 @@ NEVER = 1 << 30
 """Steps until a probe that no credit will pay for."""
 _ALL_ROWS = "all rows"
 _PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class RowsAlike(Sequence[Sequence[float]]):
+    """Survivals of `num_rows` rows of which `num_eligible` draft with the same `survival`, the others not at all: what
+    a list of them says, at the price of one row."""
+
+    survival: Sequence[float]
+    num_eligible: int
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[float]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Survivals: ...
+    def __getitem__(self, index: int | slice) -> Sequence[float] | Survivals:
+        rows = [self.survival] * self.num_eligible + [()] * (self.num_rows - self.num_eligible)
+        return rows[index]
 
 
 def choose_uniform(
@@ -47,10 +70,8 @@ def choose_uniform(
         return 0
     gains = _column_sums(survivals, max(tiers, default=0))
     best_k, best_rate = 0, 0.0
-    choices = sorted({0, *tiers})
-    verify = cost.verify_many(num_rows, [num_rows * (1 + k) for k in choices], context)
-    for k, verify_ms in zip(choices, verify, strict=True):
-        rate = (num_rows + gains[k]) / (verify_ms + cost.draft_ms(num_rows, k))
+    for k in sorted({0, *tiers}):
+        rate = (num_rows + gains[k]) / cost.step_ms(num_rows, k, context)
         if k > previous_k:
             rate /= 1.0 + hysteresis
         if rate > best_rate:
@@ -69,6 +90,10 @@ def best_draft(cost: CostTable, survival: Sequence[float], rows: int, context: f
 
 def _column_sums(survivals: Survivals, max_k: int) -> list[float]:
     """Expected accepted drafts of all rows together, for k = 0 … max_k."""
+    if isinstance(survivals, RowsAlike):
+        known = survivals.survival[:max_k]
+        alike = [0.0, *accumulate(survivals.num_eligible * value for value in known)]
+        return alike + [alike[-1]] * (max_k - len(known))
     sums = [0.0] * (max_k + 1)
     for row in survivals:
         for position, survival in enumerate(row[:max_k]):
@@ -208,9 +233,7 @@ def plan_uniform(
         return k, state
     credit = min(state.credit + PROBE_SHARE, MAX_CREDIT)
     probes = dict(state.probes)
-    plain_ms = cost.verify_ms(num_rows, num_rows, context)
-    size = k or smallest
-    ms = cost.verify_ms(num_rows, num_rows * (1 + size), context) + cost.draft_ms(num_rows, size)
+    plain_ms, ms = (cost.step_ms(num_rows, size, context) for size in (0, k or smallest))
     if k > 0:
         probes.pop(_ALL_ROWS, None)
         loss = 1.0 - num_rows / (num_rows + _column_sums(survivals, k)[k]) * ms / plain_ms
