@@ -72,6 +72,6 @@ def test_without_a_head_suffix_drafts() -> None:
     settled = with_defaults(EngineConfig(model="llama-3.1-8b", draft_model="x"), torch.device("cpu"), source)
     assert (settled.drafter, settled.draft_model) == ("hybrid", "x")
     settled = with_defaults(EngineConfig(), torch.device("cuda"), peek(EMBEDDED_NAME))
-    assert (settled.drafter, settled.draft_model) == ("suffix", None)
+    assert (settled.drafter, settled.draft_model) == ("eagle3", str(packaged_head(EMBEDDED_NAME)))
     settled = with_defaults(EngineConfig(drafter="eagle3"), torch.device("cpu"), peek(EMBEDDED_NAME))
     assert settled.drafter == "eagle3" and settled.draft_model == str(packaged_head(EMBEDDED_NAME))
