@@ -58,7 +58,7 @@ def choose_uniform(
     context: float,
     tiers: Sequence[int],
     previous_k: int = 0,
-    hysteresis: float = 0.03,
+    hysteresis: float = 0.01,
 ) -> int:
     """The k of `tiers` or 0, the same for every row, that emits most per millisecond of drafting and verifying.
 
@@ -220,7 +220,7 @@ def plan_uniform(
     survivals: Survivals,
     context: float,
     tiers: Sequence[int],
-    hysteresis: float = 0.03,
+    hysteresis: float = 0.01,
 ) -> tuple[int, PolicyState]:
     """`choose_uniform`, and now and then a probe: the smallest k while it says 0, and 0 while it says more.
 
