@@ -114,7 +114,7 @@ async def test_a_stream_that_breaks_off_is_an_error(tmp_path: Path) -> None:
 
 
 async def test_ctrl_c_in_a_pipe_cancels_and_leaves(serve: Serve, tmp_path: Path) -> None:
-    live = await serve(FakeEngine(endless, step_s=0.002))
+    live = await serve(FakeEngine(endless, step_s=0.02))
     async with running(tmp_path, live.url) as process, asyncio.timeout(PATIENCE_S):
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(b"Hi")

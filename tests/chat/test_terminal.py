@@ -61,7 +61,7 @@ async def test_a_conversation(serve: Serve, at_terminal: Open) -> None:
 
 
 async def test_ctrl_c_stops_the_answer_and_cancels_it_then_leaves(serve: Serve, at_terminal: Open) -> None:
-    live = await serve(FakeEngine(endless, step_s=0.002))
+    live = await serve(FakeEngine(endless, step_s=0.02))
     terminal = at_terminal(live.url)
     await ready(terminal)
     terminal.type("Hi\n")
