@@ -40,22 +40,21 @@ def _at_least(name: str, value: float, low: float) -> None:
 class EngineConfig:
     """Settings of one engine process.
 
-    `model` and `draft_model` are `smollm2-135m` (the embedded model), a Hugging Face directory, a hub id or a GGUF
-    file. `weights` says how GGUF files (the embedded model is one) are run: `native`, each layer in the precision
-    of its own blocks, or `dequantised`; other models have nothing to choose. `max_model_len` None means what the
-    model's own configuration says. The KV pool takes `kv_memory_share` of the memory that is free once the weights
-    are loaded (None: a quarter on a CPU; 0.85 on a GPU, where what steps and graphs need, reckoned from their
-    shapes, is set aside before), or exactly `kv_cache_tokens` tokens where that is given; `kv_cache_dtype` `fp8`
-    (GPUs only) stores them as float8_e4m3fn. `num_threads` None means every core; `max_num_batched_tokens` (the
-    token budget of a prefill step) None means 256 on a CPU, 2048 on a GPU, `max_num_seqs` None 16 and 64.
-    `deterministic` (GPUs; a CPU in float32 always is): output does not depend on drafts, batch or chunks, in any
-    bit. `cuda_graphs` False runs every step eagerly, to find faults. `drafter` `auto` is hybrid where there is
-    something to predict with, a `draft_model` or (on a CPU) the head that
+    `model` and `draft_model` are `smollm2-135m` (the embedded model), a Hugging Face directory, a hub id or a
+    GGUF file. `max_model_len` None means what the model's own configuration says. The KV pool takes
+    `kv_memory_share` of the memory that is free once the weights are loaded (None: a quarter on a CPU; 0.85 on a GPU,
+    where what steps and graphs need, reckoned from their shapes, is set aside before), or exactly `kv_cache_tokens`
+    tokens where that is given; `kv_cache_dtype` `fp8` (GPUs only) stores them as float8_e4m3fn. `num_threads` None
+    means every core; `max_num_batched_tokens` (the token budget of a prefill step) None means 256 on a CPU, 2048 on a
+    GPU, `max_num_seqs` None 16 and 64. `deterministic` (GPUs; a CPU in float32 always is): output does not depend on
+    drafts, batch or chunks, in any bit. `cuda_graphs` False runs every step eagerly, to find faults.
+    `drafter` `auto` is hybrid where there is something to predict with, a `draft_model` or (on a CPU) the head that
     comes with the embedded model, else suffix; eagle3 and hybrid predict with that head unless `draft_model` names one.
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
-    restarted.
+    restarted. `weights` says how GGUF files (the embedded model is one) are run: `native`, each layer in the precision
+    of its own blocks, or `dequantised`; other models leave nothing to choose.
     """
 
     model: str = "smollm2-135m"
