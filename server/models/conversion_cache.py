@@ -23,15 +23,13 @@ from server.models.errors import ModelSourceError
 from server.models.gguf import GgufFile
 from server.models.gguf_convert import (
     CONVERTER_VERSION,
-    DEQUANTISED,
     RECORD_NAME,
     WEIGHTS_NAME,
-    Form,
     convert,
     file_sha256,
     lost_line,
 )
-from server.models.gguf_write import Progress
+from server.models.gguf_write import DEQUANTISED, Form, Progress
 
 _TEMPORARY = ".converting-"
 

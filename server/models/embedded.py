@@ -7,8 +7,7 @@ from pathlib import Path
 
 from server.models.conversion_cache import converted, stderr_progress
 from server.models.errors import ModelSourceError
-from server.models.gguf_convert import DEQUANTISED, Form
-from server.models.gguf_write import Progress
+from server.models.gguf_write import DEQUANTISED, Form, Progress
 
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_ALIASES = frozenset({EMBEDDED_NAME, "smollm2", "smollm2-135m-instruct", "huggingfacetb/smollm2-135m-instruct"})

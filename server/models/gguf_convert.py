@@ -25,7 +25,7 @@ from server.models.errors import ModelSourceError
 from server.models.gguf import Bytes, GgufFile
 from server.models.gguf_config import generation_config, hf_config
 from server.models.gguf_tokenizer import write_tokenizer
-from server.models.gguf_write import Output, Progress, write_weights
+from server.models.gguf_write import DEQUANTISED, Form, Output, Progress, Stored, write_weights
 from server.quant.checkpoint import quantization_config
 
 CONVERTER_VERSION = 1
@@ -52,32 +52,6 @@ _LAYER_NAMES = {
 }
 _LAYER_PATTERN = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.attn\.rotary_emb\.inv_freq")
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What a GGUF file is converted to: everything in float32, or `native`, where layers keep their blocks' precision.
-
-    `activations` is that of native layers: "none", or "int8-group", the arithmetic of llama.cpp's kernels (one scale
-    for as many columns as share one in the weights).
-    """
-
-    native: bool = False
-    activations: str = "none"
-
-    @property
-    def suffix(self) -> str:
-        """Of a directory's name. The underscore keeps it apart from all names of models, which have none."""
-        if not self.native:
-            return ""
-        return "_native" if self.activations == "none" else f"_native_{self.activations}"
-
-    def recorded(self) -> dict[str, str]:
-        """As the record has it; a record that says nothing is of the dequantised form."""
-        return {"weights": "native", "activations": self.activations} if self.native else {"weights": "dequantised"}
-
-
-DEQUANTISED = Form()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +124,15 @@ def lost_line(directory: Path) -> str | None:
     return f"stored in float32, because no format of the kernels holds such blocks exactly: {each}"
 
 
-def converted_shapes(file: GgufFile) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """What `convert` would write in the dequantised form, from the header alone: `config.json` and each tensor's shape.
+def converted_shapes(file: GgufFile, form: Form = DEQUANTISED) -> tuple[dict[str, Any], list[Stored]]:
+    """What `convert` would write, from the header alone: `config.json` and the tensors.
 
     Raises `ModelSourceError` for what cannot be converted.
     """
     config = hf_config(file)
-    outputs = _outputs(file, config, DEQUANTISED)
+    outputs = _outputs(file, config, form)
     _check_shapes(file, outputs, config)
-    return config, {output.name: output.shape for output in outputs}
+    return _with_layers(config, outputs, form), [part for output in outputs for part in output.stored()]
 
 
 def file_sha256(path: Path) -> str:

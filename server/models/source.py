@@ -12,8 +12,7 @@ from typing import Any, Literal
 from server.models.conversion_cache import converted, safe_name, stderr_progress
 from server.models.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, embedded_directory
 from server.models.errors import ModelSourceError
-from server.models.gguf_convert import DEQUANTISED, Form
-from server.models.gguf_write import Progress
+from server.models.gguf_write import Form, Progress, form_of
 from server.models.safetensors_index import TensorEntry, load_index
 
 __all__ = ["ModelSource", "ModelSourceError", "SourceKind", "TensorEntry", "load_index", "resolve"]
@@ -54,7 +53,7 @@ def resolve(
     report on standard error. Raises `ModelSourceError` with what is wrong and what to do.
     """
     path = Path(spec).expanduser()
-    form = Form(True, native_activations) if weights == "native" else DEQUANTISED
+    form = form_of(weights, native_activations)
     if not spec.strip():
         raise ModelSourceError("the model's name is empty; " + what_works())
     if path.is_dir():

@@ -17,8 +17,10 @@ from torch import Tensor
 from server.models import gguf_write
 from server.models.conversion_cache import converted
 from server.models.gguf import GgufFile
-from server.models.gguf_convert import DEQUANTISED, Form, convert, load_blocks, lost_line
+from server.models.gguf_convert import convert, load_blocks, lost_line
 from server.models.gguf_weights import quantized_weight
+from server.models.gguf_write import DEQUANTISED, Form
+from server.models.peek import peek
 from server.models.source import load_index, resolve
 from server.quant.checkpoint import MINIMUMS, SCALES, VALUES, layers_of
 from server.quant.formats import LinearFormat, QuantizedWeight
@@ -221,6 +223,20 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert seen == sorted(seen) and seen[-1] == 1.0
 
 
+def test_a_sketch_has_the_stored_tensors(tmp_path: Path) -> None:
+    """`outpace plan` sees the shapes and widths that a native conversion writes, without making it."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path, Spec(types=MIXED))
+    sketched = peek(str(path), "native")
+    assert sketched.tensors is not None
+    found = sketched.tensors(torch.float32, torch.device("meta"))
+    native = resolve(str(path), weights="native")
+    assert sketched.config == native.config
+    for name, tensor in tensors(native.directory).items():
+        wanted = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        assert (found.get(name).shape, found.get(name).dtype) == (tensor.shape, wanted)
+
+
 def test_sources_come_in_the_form_that_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, Spec(types=MIXED))
@@ -230,6 +246,10 @@ def test_sources_come_in_the_form_that_is_asked_for(tmp_path: Path) -> None:
     assert len(layers) == 1 + 5 * LAYERS
     assert resolve(str(path), weights="native").directory != native.directory
     assert (native.name, native.kind) == ("m", "gguf")
+    with pytest.raises(ValueError, match="weights: 'q4' is not valid; use one of native, dequantised"):
+        resolve(str(path), weights="q4")
+    with pytest.raises(ValueError, match="native_activations: 'int4' is not valid; use one of none, int8-group"):
+        resolve(str(path), weights="native", native_activations="int4")
 
 
 def test_the_embedded_model_is_the_same_in_both_forms(embedded_model_dir: Path) -> None:
