@@ -58,7 +58,6 @@ class EngineConfig:
     """
 
     model: str = "smollm2-135m"
-    weights: str = DEFAULT_WEIGHTS
     drafter: str = "auto"
     draft_model: str | None = None
     max_draft_tokens: int = 7
@@ -81,6 +80,7 @@ class EngineConfig:
     step_timeout_s: float = 60.0
     deterministic: bool = False
     cuda_graphs: bool = True
+    weights: str = DEFAULT_WEIGHTS
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, WEIGHTS)
