@@ -48,7 +48,7 @@ class Run:
         return (self.num_tokens - 1) / (self.seconds - self.first_token_s)
 
 
-def build(drafter: str, *, find: Find = resolve, **settings: object) -> EngineCore:
+def build(drafter: str, *, find: Find | None = None, **settings: object) -> EngineCore:
     """An engine on the embedded model, silent. `find` as in `build_engine`."""
     config = EngineConfig(drafter=drafter, **{"kv_cache_tokens": 40_000, **settings})  # type: ignore[arg-type]
     return build_engine(config, lambda text: None, find=find)[0]

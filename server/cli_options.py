@@ -14,6 +14,7 @@ from server.config import (
     KV_CACHE_DTYPES,
     SPEC_METRICS,
     VERIFICATION_RULES,
+    WEIGHTS,
     ConfigError,
     EngineConfig,
     ServerConfig,
@@ -21,6 +22,7 @@ from server.config import (
 
 HELP = {
     "model": "the model: smollm2-135m (embedded), a Hugging Face directory, a hub id or a GGUF file",
+    "weights": f"how a GGUF file's layers are run: {', '.join(WEIGHTS)} (native: in the precision of their blocks)",
     "drafter": f"what proposes draft tokens: {', '.join(DRAFTERS)} (auto: hybrid with a draft model, else suffix)",
     "draft_model": "what drafters small-lm, eagle3 and hybrid predict with: a model of the same vocabulary, or an "
     "EAGLE-3 head (for the embedded model one comes with Outpace)",

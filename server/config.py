@@ -12,6 +12,9 @@ VERIFICATION_RULES = ("coupled", "ratio")
 SPEC_METRICS = ("none", "summary", "detailed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8")
+WEIGHTS = ("native", "dequantised")
+DEFAULT_WEIGHTS = "dequantised"
+"""How engines run GGUF files unless they are told."""
 
 
 class ConfigError(ValueError):
@@ -50,7 +53,8 @@ class EngineConfig:
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
-    restarted.
+    restarted. `weights` says how GGUF files (the embedded model is one) are run: `native`, each layer in the precision
+    of its own blocks, or `dequantised`; other models leave nothing to choose.
     """
 
     model: str = "smollm2-135m"
@@ -76,8 +80,10 @@ class EngineConfig:
     step_timeout_s: float = 60.0
     deterministic: bool = False
     cuda_graphs: bool = True
+    weights: str = DEFAULT_WEIGHTS
 
     def __post_init__(self) -> None:
+        _one_of("weights", self.weights, WEIGHTS)
         _one_of("drafter", self.drafter, DRAFTERS)
         _one_of("verification", self.verification, VERIFICATION_RULES)
         _one_of("dtype", self.dtype, DTYPES)

@@ -13,6 +13,7 @@ from server.config import ConfigError, EngineConfig, ServerConfig, cache_dir
     ("settings", "words"),
     [
         ({"drafter": "magic"}, ["drafter", "'magic'", "suffix", "ngram", "small-lm", "none"]),
+        ({"weights": "q4"}, ["weights", "'q4'", "native", "dequantised"]),
         ({"verification": "lossy"}, ["verification", "'lossy'", "coupled", "ratio"]),
         ({"dtype": "int3"}, ["dtype", "'int3'", "float32", "bfloat16"]),
         ({"max_draft_tokens": -1}, ["max_draft_tokens", "-1", "0 or more"]),

@@ -9,7 +9,7 @@ The server's forward pass reads pages; a teacher makes a dense pass over whole r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +47,9 @@ class Served:
     def engine_config(self, **limits: Any) -> EngineConfig:
         """Settings of an engine that writes with it, without drafts; `limits` are fields of EngineConfig."""
         o = self.options
-        return EngineConfig(model=o.model, drafter="none", max_draft_tokens=0, device=o.device, dtype=o.dtype, **limits)
+        # Training reads the weights themselves, out of the same directory.
+        plain = EngineConfig(model=o.model, weights="dequantised", drafter="none", max_draft_tokens=0)
+        return replace(plain, device=o.device, dtype=o.dtype, **limits)
 
 
 class Teacher(Protocol):

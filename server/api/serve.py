@@ -29,7 +29,7 @@ async def _run(config: ServerConfig, version: str) -> None:
         await Pool(config, version, _say).run()
         return
     engine = EngineClient(config.engine)
-    await Server(config, engine, lambda: load_text(config.engine.model), version, _say).run()
+    await Server(config, engine, lambda: load_text(config.engine.model, config.engine.weights), version, _say).run()
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from server.bench.machine import num_cores, short_gpu_name
 from server.bench.options import BenchOptions, Load
 from server.bench.report import BenchError
-from server.config import ConfigError, EngineConfig
+from server.config import DEFAULT_WEIGHTS, ConfigError, EngineConfig
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
 from server.engine.messages import EngineInfo
@@ -65,9 +66,9 @@ class Names:
         return "/".join((self.prefix, kind, self.model, *rest))
 
 
-def find(spec: str) -> ModelSource:
-    """A model by name as `serve` finds it, or `random:SHAPE`: a shape without files."""
-    return random_source(spec.removeprefix(RANDOM)) if spec.startswith(RANDOM) else resolve(spec)
+def find(spec: str, weights: str = DEFAULT_WEIGHTS) -> ModelSource:
+    """A model by name as `serve` with these `weights` finds it, or `random:SHAPE`: a shape without files."""
+    return random_source(spec.removeprefix(RANDOM)) if spec.startswith(RANDOM) else resolve(spec, weights=weights)
 
 
 def make_plan(options: BenchOptions, device: torch.device) -> Plan:
@@ -100,7 +101,7 @@ def fit(options: BenchOptions, plan: Plan) -> EngineConfig:
     longest = max(load.input + load.output for load in plan.loads)
     given = options.given
     if "max_model_len" not in given:
-        own = _context(find(config.model))
+        own = _context(find(config.model, config.weights))
         if longest > own:
             raise ConfigError(f"input: prompt and output make {longest} tokens; the model's context is {own}")
         config = replace(config, max_model_len=min(own, max(longest, USUAL_MODEL_LEN)))
@@ -156,7 +157,8 @@ def _short(spec: str) -> str:
 
 def start_engine(options: BenchOptions, plan: Plan, names: Names, say: Callable[[str], None]) -> Bench:
     """Builds the engine. Raises what `build_engine` raises, or BenchError."""
-    core, info = build_engine(fit(options, plan), say, find=find)
+    config = fit(options, plan)
+    core, info = build_engine(config, say, find=partial(find, weights=config.weights))
     if options.accept is not None:
         force_acceptance(core, options.accept)
     return Bench(core, info, options, plan, torch.device(info.device), names, say)

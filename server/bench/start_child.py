@@ -30,12 +30,14 @@ def main() -> int:
 
 
 def _steps(order: StartOrder) -> Iterator[str]:
+    from functools import partial
+
     from server.bench.drive import make_requests
     from server.bench.engine import find
     from server.bench.options import Load
     from server.engine.build import build_engine
 
-    core, info = build_engine(order.engine, lambda text: None, find=find)
+    core, info = build_engine(order.engine, lambda text: None, find=partial(find, weights=order.engine.weights))
     yield "ready"
     for output in core.generate(make_requests(Load(1, order.num_input, 1), info.vocab_size, seed=0)):
         if output.error:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,8 +40,9 @@ WAITING_KV_CACHES = 8
 """Default bound of the prompts that wait, in full KV caches."""
 
 
-def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tuple[EngineCore, EngineInfo]:
-    """Loads everything. `find` turns a model's name into its source; a benchmark's knows models without files.
+def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) -> tuple[EngineCore, EngineInfo]:
+    """Loads everything. `find` turns a model's name into its source (None: `resolve`, in the form that `config.weights`
+    says); a benchmark's knows models without files.
 
     Raises ConfigError, ModelSourceError, UnsupportedModelError or WeightsError with the reason.
     """
@@ -49,7 +50,7 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find = resolve) -> tup
     torch.set_grad_enabled(False)
     torch.set_num_threads(config.num_threads or _num_cores())
     device = pick_device(config.device)
-    find = cache(find)
+    find = cache(find or partial(resolve, weights=config.weights))
     source = find(config.model)
     plan = plan_engine(config, device, measure(device), find)
     plan.check()  # nothing is loaded yet

@@ -21,30 +21,40 @@ from typing import Any
 from server.config import cache_dir
 from server.models.errors import ModelSourceError
 from server.models.gguf import GgufFile
-from server.models.gguf_convert import CONVERTER_VERSION, RECORD_NAME, WEIGHTS_NAME, Progress, convert, file_sha256
+from server.models.gguf_convert import (
+    CONVERTER_VERSION,
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    convert,
+    file_sha256,
+    lost_line,
+)
+from server.models.gguf_write import DEQUANTISED, Form, Progress
 
 _TEMPORARY = ".converting-"
 
 
-def converted(path: Path, name: str, *, progress: Progress | None = None) -> Path:
-    """The directory that holds GGUF file `path` converted; converts it at first use.
+def converted(path: Path, name: str, *, form: Form = DEQUANTISED, progress: Progress | None = None) -> Path:
+    """The directory that holds GGUF file `path` converted to `form`; converts it at first use.
 
-    The directory is `<cache>/models/<name>-<identity>`, the identity being the content's hash. A file with the
-    path, size and time of modification that an existing conversion recorded is taken for the same without reading it.
+    The directory is `<cache>/models/<name>-<identity>` and the form's suffix, the identity being the content's hash. A
+    file with the path, size and time of modification that an existing conversion recorded is taken for the same
+    without reading it. With `progress`, what a native conversion could not keep is said on standard error.
     Raises `ModelSourceError`.
     """
     path = path.resolve()
     root = cache_dir() / "models"
     try:
-        ready = _recorded(root, name, path)
+        ready = _recorded(root, name, path, form)
         if ready is not None:
             return ready
         root.mkdir(parents=True, exist_ok=True)
-        directory = root / f"{name}-{file_sha256(path)[:16]}"
+        stem = f"{name}-{file_sha256(path)[:16]}"
+        directory = root / f"{stem}{form.suffix}"
         with _lock(root / f".{directory.name}.lock", progress):
             if not _is_whole(directory):
-                _convert_into(GgufFile(path), directory, progress)
-            elif _read_record(directory)["source"]["path"] != str(path) or not _recorded(root, name, path):
+                _convert_into(GgufFile(path), directory, form, _same_weights(root, stem, form), progress)
+            elif _read_record(directory)["source"]["path"] != str(path) or not _recorded(root, name, path, form):
                 _point_record_at(directory, path)
         return directory
     except OSError as error:
@@ -73,14 +83,24 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
 
 
-def _recorded(root: Path, name: str, path: Path) -> Path | None:
+def _recorded(root: Path, name: str, path: Path, form: Form) -> Path | None:
     stat = path.stat()
     wanted = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     for directory in sorted(root.glob(f"{name}-*")):
         if _is_whole(directory):
-            source = _read_record(directory)["source"]
-            if all(source.get(key) == value for key, value in wanted.items()):
+            record = _read_record(directory)
+            same = all(record["source"].get(key) == value for key, value in wanted.items())
+            if same and record.get("form", DEQUANTISED.recorded()) == form.recorded():
                 return directory
+    return None
+
+
+def _same_weights(root: Path, stem: str, form: Form) -> Path | None:
+    """The weights of a conversion of the same file that differs in the activations only."""
+    if form.native:
+        for directory in sorted(root.glob(f"{stem}_native*")):
+            if _is_whole(directory):
+                return directory / WEIGHTS_NAME
     return None
 
 
@@ -99,13 +119,17 @@ def _is_whole(directory: Path) -> bool:
     return record.get("converter_version") == CONVERTER_VERSION and record.get("weights_size") == weights
 
 
-def _convert_into(file: GgufFile, directory: Path, progress: Progress | None) -> None:
+def _convert_into(
+    file: GgufFile, directory: Path, form: Form, same_weights: Path | None, progress: Progress | None
+) -> None:
     # We hold the lock of this destination: what other temporary directories of it there are, a killed process left.
     for leftover in directory.parent.glob(f"{_TEMPORARY}{directory.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{directory.name}-", dir=directory.parent))
     try:
-        convert(file, temporary, progress=progress)
+        convert(file, temporary, form=form, same_weights=same_weights, progress=progress)
+        if progress is not None and (line := lost_line(temporary)) is not None:
+            print(f"{file.path.name}: {line}", file=sys.stderr, flush=True)
         _sync(temporary)
         if directory.exists():  # damaged, or of an older converter
             shutil.rmtree(directory)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from server.models.conversion_cache import converted, stderr_progress
 from server.models.errors import ModelSourceError
-from server.models.gguf_convert import Progress
+from server.models.gguf_write import DEQUANTISED, Form, Progress
 
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_ALIASES = frozenset({EMBEDDED_NAME, "smollm2", "smollm2-135m-instruct", "huggingfacetb/smollm2-135m-instruct"})
@@ -30,7 +30,7 @@ def embedded_gguf() -> Path:
     )
 
 
-def embedded_directory(progress: Progress | None = None) -> Path:
+def embedded_directory(progress: Progress | None = None, form: Form = DEQUANTISED) -> Path:
     """The embedded model as a Hugging Face directory in the cache; converted at first use."""
     shown = progress or stderr_progress("preparing the embedded model (once)")
-    return converted(embedded_gguf(), "smollm2-135m-instruct", progress=shown)
+    return converted(embedded_gguf(), "smollm2-135m-instruct", form=form, progress=shown)

@@ -1,4 +1,5 @@
-"""GGUF file to a Hugging Face directory (float32 safetensors), streamed tensor by tensor.
+"""GGUF file to a Hugging Face directory (safetensors), streamed tensor by tensor: in float32, or natively, each
+tensor in the precision of its own blocks (`server.models.gguf_write`).
 
 llama.cpp stores the query and key rows of the `llama` architecture permuted, because its rotary embedding
 rotates neighbouring pairs while Hugging Face's rotates the two halves of a head. The conversion undoes that;
@@ -9,28 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.models.errors import ModelSourceError
-from server.models.gguf import Bytes, GgufFile, GgufTensor, dequantize
+from server.models.gguf import Bytes, GgufFile
 from server.models.gguf_config import generation_config, hf_config
 from server.models.gguf_tokenizer import write_tokenizer
+from server.models.gguf_write import DEQUANTISED, Form, Output, Progress, Stored, write_weights
+from server.quant.checkpoint import quantization_config
 
 CONVERTER_VERSION = 1
 RECORD_NAME = "outpace.json"
 WEIGHTS_NAME = "model.safetensors"
-_VALUES_PER_CHUNK = 1 << 21  # 8 MiB of float32 at a time: stays near the caches and bounds the memory
-
-Progress = Callable[[str, float], None]
-"""Called as `progress(what, fraction)` with a fraction from 0 to 1."""
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -68,19 +68,6 @@ class RawBlocks:
     row_order: NDArray[np.int64] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """One tensor of the safetensors file; `source` None means zeros (a bias that transformers expects)."""
-
-    name: str
-    shape: tuple[int, ...]
-    source: GgufTensor | None
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * 4
-
-
 def hf_name(gguf_name: str) -> str | None:
     """The Hugging Face name of a GGUF tensor of the Llama family; None if there is none."""
     if gguf_name in _GLOBAL_NAMES:
@@ -102,31 +89,50 @@ def row_order(file: GgufFile, gguf_name: str, config: dict[str, Any]) -> NDArray
     return np.ascontiguousarray(interleaved.swapaxes(1, 2)).reshape(-1)
 
 
-def convert(file: GgufFile, directory: Path, *, progress: Progress | None = None) -> None:
+def convert(
+    file: GgufFile,
+    directory: Path,
+    *,
+    form: Form = DEQUANTISED,
+    same_weights: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Write `file` as a Hugging Face directory into the existing, empty `directory`.
 
-    The record `outpace.json` is written last. Raises `ModelSourceError`
-    for what cannot be converted and `OSError` where the disk does not take it.
+    `same_weights` is a weights file that another conversion made with the same tensors: linked where that is possible.
+    The record `outpace.json` is written last. Raises `ModelSourceError` for what cannot be converted and `OSError`
+    where the disk does not take it.
     """
     config = hf_config(file)
     write_tokenizer(file, directory)
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", generation_config(config, file))
-    outputs = _outputs(file, config)
+    outputs = _outputs(file, config, form)
     _check_shapes(file, outputs, config)
-    _write_weights(file, outputs, config, directory / WEIGHTS_NAME, progress or (lambda what, fraction: None))
-    _write_json(directory / RECORD_NAME, _record(file, directory))
+    _write_json(directory / "config.json", _with_layers(config, outputs, form))
+    _write_json(directory / "generation_config.json", generation_config(config, file))
+    weights = directory / WEIGHTS_NAME
+    if same_weights is None or not _linked(same_weights, weights):
+        write_weights(file, outputs, weights, progress or (lambda what, fraction: None))
+    _write_json(directory / RECORD_NAME, _record(file, directory, form, outputs))
 
 
-def converted_shapes(file: GgufFile) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """What `convert` would write, from the header alone: `config.json` and each tensor's shape.
+def lost_line(directory: Path) -> str | None:
+    """What a native conversion had to dequantise, and why; None if it kept everything."""
+    lost = json.loads((directory / RECORD_NAME).read_text()).get("lost") or {}
+    if not lost:
+        return None
+    each = "; ".join(f"{kind} ({len(names)} tensors, first {names[0]})" for kind, names in sorted(lost.items()))
+    return f"stored in float32, because no format of the kernels holds such blocks exactly: {each}"
+
+
+def converted_shapes(file: GgufFile, form: Form = DEQUANTISED) -> tuple[dict[str, Any], list[Stored]]:
+    """What `convert` would write, from the header alone: `config.json` and the tensors.
 
     Raises `ModelSourceError` for what cannot be converted.
     """
     config = hf_config(file)
-    outputs = _outputs(file, config)
+    outputs = _outputs(file, config, form)
     _check_shapes(file, outputs, config)
-    return config, {output.name: output.shape for output in outputs}
+    return _with_layers(config, outputs, form), [part for output in outputs for part in output.stored()]
 
 
 def file_sha256(path: Path) -> str:
@@ -175,7 +181,7 @@ class BlockSource:
         return RawBlocks(data, tensor.type_name, tensor.shape, row_order(self._file, gguf_name, self._config))
 
 
-def _outputs(file: GgufFile, config: dict[str, Any]) -> list[_Output]:
+def _outputs(file: GgufFile, config: dict[str, Any], form: Form) -> list[Output]:
     outputs = []
     for tensor in file.tensors.values():
         name = hf_name(tensor.name)
@@ -183,13 +189,14 @@ def _outputs(file: GgufFile, config: dict[str, Any]) -> list[_Output]:
             if _IGNORED.fullmatch(tensor.name):
                 continue
             raise ModelSourceError(f"{file.path}: tensor {tensor.name!r} belongs to no {file.architecture} model")
-        outputs.append(_Output(name, tensor.shape, tensor))
+        order = row_order(file, tensor.name, config)
+        outputs.append(Output(name, tensor.shape, tensor, order, form.native))
     present = {output.name: output for output in outputs}
     for bias in _expected_biases(config):
         if bias not in present:
             rows = present.get(bias.removesuffix("bias") + "weight")
             if rows is not None:
-                outputs.append(_Output(bias, rows.shape[:1], None))
+                outputs.append(Output(bias, rows.shape[:1], None))
     return outputs
 
 
@@ -201,7 +208,7 @@ def _expected_biases(config: dict[str, Any]) -> Iterator[str]:
             yield from (f"model.layers.{layer}.mlp.{part}_proj.bias" for part in ("gate", "up", "down"))
 
 
-def _check_shapes(file: GgufFile, outputs: list[_Output], config: dict[str, Any]) -> None:
+def _check_shapes(file: GgufFile, outputs: list[Output], config: dict[str, Any]) -> None:
     hidden, head, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     expected = {
@@ -223,53 +230,28 @@ def _check_shapes(file: GgufFile, outputs: list[_Output], config: dict[str, Any]
             raise ModelSourceError(f"{file.path}: tensor for {name} is {found}, should be {shape}")
 
 
-def _write_weights(
-    file: GgufFile, outputs: list[_Output], config: dict[str, Any], path: Path, progress: Progress
-) -> None:
-    total = sum(output.num_bytes for output in outputs)
-    done = 0
-    with path.open("wb") as stream:
-        stream.write(_safetensors_header(outputs))
-        for output in outputs:
-            for num_bytes in _write_tensor(file, output, config, stream):
-                done += num_bytes
-                progress(output.name, done / total)
+def _with_layers(config: dict[str, Any], outputs: list[Output], form: Form) -> dict[str, Any]:
+    layers = {o.layer: kept.fields(form.activations) for o in outputs if (kept := o.layout) is not None}
+    return config | ({"quantization_config": quantization_config(layers)} if layers else {})
 
 
-def _safetensors_header(outputs: list[_Output]) -> bytes:
-    """The header of a safetensors file (https://github.com/huggingface/safetensors#format), padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for output in outputs:
-        end = offset + output.num_bytes
-        header[output.name] = {"dtype": "F32", "shape": list(output.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:  # gone meanwhile, or a file system without links
+        return False
+    return True
 
 
-def _write_tensor(file: GgufFile, output: _Output, config: dict[str, Any], stream: BinaryIO) -> Iterator[int]:
-    if output.source is None:
-        yield stream.write(bytes(output.num_bytes))
-        return
-    tensor = output.source
-    order = row_order(file, tensor.name, config)
-    blocks = file.blocks(tensor.name)
-    if blocks.ndim == 1:  # a bias or a norm: its "rows" are single values
-        values = dequantize(blocks[None], tensor.type_id)[0]
-        yield stream.write((values if order is None else values[order]).tobytes())
-        return
-    rows_per_chunk = max(1, _VALUES_PER_CHUNK // tensor.shape[-1])
-    for start in range(0, len(blocks), rows_per_chunk):
-        rows = slice(start, start + rows_per_chunk)
-        chunk = dequantize(blocks[rows] if order is None else blocks[order[rows]], tensor.type_id)
-        yield stream.write(np.ascontiguousarray(chunk).data)
-
-
-def _record(file: GgufFile, directory: Path) -> dict[str, Any]:
+def _record(file: GgufFile, directory: Path, form: Form, outputs: list[Output]) -> dict[str, Any]:
     stat = file.path.stat()
+    lost: dict[str, list[str]] = {}
+    for output in outputs:
+        if output.lost is not None:
+            lost.setdefault(output.lost, []).append(output.name)
     return {
+        "form": form.recorded(),
+        **({"lost": lost} if lost else {}),
         "converter_version": CONVERTER_VERSION,
         "source": {
             "path": str(file.path.resolve()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from server.models.config import LLAMA_FAMILY, architecture_of
@@ -15,6 +16,7 @@ from server.models.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, embedded_ggu
 from server.models.errors import ModelSourceError
 from server.models.gguf import GgufFile
 from server.models.gguf_convert import converted_shapes
+from server.models.gguf_write import Form, form_of
 from server.models.safetensors_index import INDEX_NAME
 from server.models.shapes import SHAPES, shape
 from server.models.source import HUB_FILES, HUB_ID, ModelSource, SourceKind, is_gguf, resolve, what_works
@@ -30,7 +32,9 @@ _INTEGERS = ("I", "U", "B")  # how safetensors' names of whole numbers and truth
 class ShapedTensors:
     """Implements server.models.loader.Tensors on torch's `meta` device: tensors of known shapes without values."""
 
-    def __init__(self, where: Path, shapes: Mapping[str, Shape], integers: frozenset[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, where: Path, shapes: Mapping[str, Shape], integers: Mapping[str, str], dtype: torch.dtype
+    ) -> None:
         self._where, self._shapes, self._integers, self._dtype = where, shapes, integers, dtype
 
     def has(self, name: str) -> bool:
@@ -43,25 +47,27 @@ class ShapedTensors:
 
         if name not in self._shapes:
             raise ModelSourceError(f"{self._where}: tensor {name!r} is missing from the checkpoint")
-        dtype = torch.int64 if name in self._integers else self._dtype
+        whole = {"I8": torch.int8, "U8": torch.uint8}
+        dtype = whole.get(self._integers[name], torch.int64) if name in self._integers else self._dtype
         return torch.empty(self._shapes[name], dtype=dtype, device="meta")
 
 
-def peek(spec: str) -> ModelSource:
-    """The model that `resolve` would find, and shapes beside: a name of `server.models.shapes`, or a directory that
-    has a `config.json` and no weights yet.
+def peek(spec: str, weights: str = "dequantised") -> ModelSource:
+    """The model that `resolve` with these `weights` would find, and shapes beside: a name of `server.models.shapes`, or
+    a directory that has a `config.json` and no weights yet.
 
     Its network can be sketched and not loaded. Raises `ModelSourceError` with what is wrong and what to do.
     """
     path = Path(spec).expanduser()
+    form = form_of(weights)
     if path.is_dir():
         return resolve(spec) if _has_weights(path) else _shape_only(spec, path.resolve().name, "directory")
     if path.is_file() and is_gguf(path):
-        return _gguf(path, path.stem, "gguf")
+        return _gguf(path, path.stem, "gguf", form)
     if path.is_file() or not spec.strip():
         return resolve(spec)
     if spec.lower() in EMBEDDED_ALIASES:
-        return _gguf(embedded_gguf(), EMBEDDED_NAME, "embedded")
+        return _gguf(embedded_gguf(), EMBEDDED_NAME, "embedded", form)
     if spec in SHAPES:
         return _shape_only(spec, spec, "random")
     if HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
@@ -76,9 +82,10 @@ def _has_weights(directory: Path) -> bool:
     return not config or (directory / INDEX_NAME).is_file() or any(directory.glob("*.safetensors"))
 
 
-def _gguf(path: Path, name: str, kind: SourceKind) -> ModelSource:
-    config, shapes = converted_shapes(GgufFile(path))
-    return _shaped(path, name, config, kind, shapes)
+def _gguf(path: Path, name: str, kind: SourceKind, form: Form) -> ModelSource:
+    config, stored = converted_shapes(GgufFile(path), form)
+    integers = {part.name: part.dtype for part in stored if part.dtype in ("I8", "U8")}
+    return _shaped(path, name, config, kind, {part.name: part.shape for part in stored}, integers)
 
 
 def _shape_only(spec: str, name: str, kind: SourceKind) -> ModelSource:
@@ -120,9 +127,11 @@ def _hub(hub_id: str) -> ModelSource:
             "there is no directory of this name either"
         ) from error
     entries = {tensor: entry for file in files for tensor, entry in file.tensors.items()}
-    whole = frozenset(
-        tensor for tensor, entry in entries.items() if entry.dtype.startswith(_INTEGERS) and entry.dtype != "BF16"
-    )
+    whole = {
+        tensor: entry.dtype
+        for tensor, entry in entries.items()
+        if entry.dtype.startswith(_INTEGERS) and entry.dtype != "BF16"
+    }
     return _shaped(Path(hub_id), name, raw, "hub", {t: tuple(e.shape) for t, e in entries.items()}, whole)
 
 
@@ -132,7 +141,7 @@ def _shaped(
     raw: dict[str, Any],
     kind: SourceKind,
     shapes: Mapping[str, Shape],
-    integers: frozenset[str] = frozenset(),
+    integers: Mapping[str, str] = MappingProxyType({}),
 ) -> ModelSource:
     def tensors(dtype: torch.dtype, device: torch.device) -> ShapedTensors:
         return ShapedTensors(where, shapes, integers, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -30,7 +30,9 @@ def print_plan(options: PlanOptions) -> bool:
 def plan_for(options: PlanOptions) -> MemoryPlan:
     """The plan for this machine's device or for the one that the options describe."""
     device = _device(options)
-    return plan_engine(options.engine, device, _memory(options, device), cache(peek))
+    return plan_engine(
+        options.engine, device, _memory(options, device), cache(partial(peek, weights=options.engine.weights))
+    )
 
 
 def _device(options: PlanOptions) -> torch.device:

@@ -17,6 +17,7 @@ from server.core import FinishReason
 from server.engine import drafters
 from server.engine.build import build_engine
 from server.engine.mixed_speculation import MixedSpeculation
+from server.models.errors import ModelSourceError
 from tests.engine.tiny import EOS_ID, Answers, request
 
 
@@ -176,3 +177,17 @@ def test_a_hybrid_drafter_predicts_with_whatever_draft_model_is(
         find = cast(Any, lambda _, found=source: found)
         drafters.load_draft_network(config, target, cast(Any, source), target.device, 64, print, find)
     assert heads == ["a", "b", "c", None]
+
+
+@pytest.mark.parametrize("weights", ["native", "dequantised"])
+def test_models_come_in_the_form_that_the_settings_say(monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def resolve(spec: str, *, weights: str) -> None:
+        asked.append((spec, weights))
+        raise ModelSourceError("enough")
+
+    monkeypatch.setattr("server.engine.build.resolve", resolve)
+    with pytest.raises(ModelSourceError, match="enough"):
+        build_engine(EngineConfig(model="m.gguf", weights=weights), lambda text: None)
+    assert asked == [("m.gguf", weights)]

@@ -145,7 +145,7 @@ def test_record_and_progress(tmp_path: Path) -> None:
 
 
 def test_large_tensors_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.models.gguf_convert._VALUES_PER_CHUNK", 200)
+    monkeypatch.setattr("server.models.gguf_write.VALUES_PER_CHUNK", 200)
     _, directory, expected = converted(tmp_path, SPECS["llama"])
     weights = load_file(directory / "model.safetensors")
     for key, values in expected.items():

@@ -88,7 +88,8 @@ class Worker:
             front = self._front = Front(state)
             if not self._assignment.replaces:
                 await self._listen(front)
-            state.text, name = await on_daemon_thread(lambda: load_text(state.config.engine.model))
+            served = state.config.engine
+            state.text, name = await on_daemon_thread(lambda: load_text(served.model, served.weights))
         except (ConfigError, OSError, ValueError) as error:
             self._channel.send(m.Failed(str(error)))
             return 1
