@@ -24,7 +24,7 @@ from server.models.norm import RMSNorm
 from server.models.rope import rotation_table
 from server.quant.cpu import step
 from server.quant.cpu.activations import GROUP, SCALE_BYTES
-from server.quant.cpu.attention import work_size
+from server.quant.cpu.attention import results_size, scratch_size
 from server.quant.cpu.product import PackedWeight, aligned, pack
 from server.quant.cpu.product import why_not as why_not_packed
 from server.quant.cpu.team import team
@@ -185,10 +185,11 @@ def _buffers(c: ModelConfig, max_positions: int, threads: int) -> list[tuple[NDA
     """Scratch of a part of the tokens, shared but for the last of each thread."""
     part, width = step.PART_TOKENS, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     columns = max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
-    floats = [part * width, part * c.num_heads * c.head_dim, part * 2 * c.intermediate_size]
+    results = step.FEW * results_size(c.num_kv_heads, c.head_dim, max_positions)
+    floats = [part * width, part * c.num_heads * c.head_dim, part * 2 * c.intermediate_size, results]
     q, s = aligned(part * columns), aligned(part * columns // 32 * SCALE_BYTES)
     shared = [q.view(np.int8), s, *(aligned(4 * n).view(np.float32) for n in floats)]
-    own = work_size(c.head_dim, max_positions)
+    own = scratch_size(c.num_kv_heads, c.head_dim)
     return [(*shared, aligned(4 * own).view(np.float32)) for _ in range(threads)]
 
 

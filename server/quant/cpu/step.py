@@ -10,13 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 from server.quant.cpu.activations import quantize_gated_rows, quantize_normed_rows, quantize_rows
-from server.quant.cpu.attention import attend, write_token
+from server.quant.cpu.attention import attend_span, fill_queries, finish, merge_into, result_size, write_token
 from server.quant.cpu.barrier import wait
 from server.quant.cpu.product import multiply
 from server.quant.cpu.vectors import LANES, jit
 
 PART_TOKENS = 128
 """Tokens that go through the layers together."""
+FEW = 8
+"""Blocks of queries up to which threads share the keys of one."""
 (
     INPUT_NORM, POST_NORM, WINDOW, ROTATES, POOL, FEATURES,
     QKV, QKV_KIND, OUT, OUT_KIND, GATE_UP, GATE_UP_KIND, DOWN, DOWN_KIND, LAYER_FIELDS,
@@ -27,6 +29,7 @@ ROW_START, ROW_TOKENS, ROW_POSITION, ROW_PLACES, ROW_FIELDS = range(5)
 
 _LANES = LANES
 _PART = PART_TOKENS
+_FEW = FEW
 
 
 @jit
@@ -53,36 +56,77 @@ def linear(kind, weight, q, s, columns, outputs, out, step, rows, add, thread, t
 
 
 @jit
-def attention(qkv, out, rows, places, begin, end, window, pool, shape, work, thread, threads):
-    """Queries of tokens `begin` to `end` of the step, dealt to threads in turn."""
+def split(work, kv_heads, dim):
+    """A thread's scratch: queries, limits, scores, two results."""
+    a = kv_heads * dim * 8
+    b = a + 16
+    c = b + kv_heads * 64 * 8
+    d = c + kv_heads * result_size(dim)
+    return work[:a], work[a:b].view(np.int32), work[b:c], work[c:d], work[d:]
+
+
+@jit
+def attention(qkv, out, rows, places, begin, end, window, pool, shape, work, results, barrier, thread, threads):
+    """Queries of tokens `begin` to `end` of the step, in blocks of 8 lanes of one row.
+
+    Many blocks are dealt to the threads. Of few, spans of keys are, and merged when all are done: `results` holds
+    those of FEW blocks.
+    """
     heads, kv_heads, dim = shape[1], shape[2], shape[3]
-    group, width, size = heads // kv_heads, (heads + 2 * kv_heads) * dim, dim * 4
-    turn = 0
+    group, width = heads // kv_heads, (heads + 2 * kv_heads) * dim
+    blocks = 0
     for r in range(len(rows)):
-        start = rows[r, 0]
-        low, high = max(start, begin), min(start + rows[r, 1], end)
-        if low >= high:
-            continue
-        position, at = rows[r, 2] + low - start, low - begin
-        queries = (high - low) * group
-        for first in range(0, queries, 8):
-            for head in range(kv_heads):
-                turn += 1
-                if turn % threads != thread:
+        blocks += (max(0, min(rows[r, 0] + rows[r, 1], end) - max(rows[r, 0], begin)) * group + 7) // 8
+    few = threads > 1 and blocks <= _FEW
+    size = kv_heads * result_size(dim)
+    held = len(results) // _FEW
+    queries, limits, scores, total, other = split(work, kv_heads, dim)
+    for turn in range(2 if few else 1):
+        block, spans = -1, 0
+        for r in range(len(rows)):
+            low, high = max(rows[r, 0], begin), min(rows[r, 0] + rows[r, 1], end)
+            position, at = rows[r, 2] + low - rows[r, 0], low - begin
+            table = places.ctypes.data + rows[r, 3] * 8
+            for first in range(0, max(0, high - low) * group, 8):
+                block += 1
+                if (not few or turn == 1) and block % threads != thread:
                     continue
-                keys = pool + head * size
-                attend(
-                    qkv[at * width :], out[at * heads * dim :], first, min(8, queries - first), position, window,
-                    group, head, heads, width, dim, keys, keys + kv_heads * size, 2 * kv_heads * size,
-                    places.ctypes.data + rows[r, 3] * 8, work,
-                )  # fmt: skip
+                lanes = min(8, (high - low) * group - first)
+                last = position + (first + lanes - 1) // group
+                start = (max(0, position + first // group - window + 1) if window else 0) // 64
+                if turn == 0:
+                    fill_queries(
+                        qkv[at * width :], first, lanes, position, window, group, width, kv_heads, dim, queries, limits
+                    )
+                for span in range(start, last // 64 + 1):
+                    spans += 1
+                    if few:
+                        other = results[block * held + span * size :]
+                        if turn == 0 and spans % threads != thread:
+                            continue
+                    if turn == 0:
+                        key = span * 64
+                        attend_span(
+                            queries, limits, key, min(key + 64, last + 1), last, kv_heads, dim, pool, table, scores,
+                            other,
+                        )  # fmt: skip
+                        if few:
+                            continue
+                    if span == start:
+                        total[:size] = other[:size]
+                    else:
+                        merge_into(total, other, kv_heads, dim)
+                if turn == 1 or not few:
+                    finish(total, out[at * heads * dim :], first, lanes, group, heads, kv_heads, dim)
+        if few and turn == 0:
+            wait(barrier, threads)
 
 
 @jit
 def run_layer(layer, shape, eps, x, rows, places, slots, positions, rotations, begin, end, buffers, barrier, me):
     """Tokens `begin` to `end` through one layer; x is their part."""
     hidden, heads, kv_heads, dim, inner = shape[0], shape[1], shape[2], shape[3], shape[4]
-    q, s, qkv, mixed, wide, work = buffers
+    q, s, qkv, mixed, wide, results, work = buffers
     thread, threads = me
     n, q_at, s_at, x_at = end - begin, q.ctypes.data, s.ctypes.data, x.ctypes.data
     qkv_width, mixed_width = (heads + 2 * kv_heads) * dim, heads * dim
@@ -99,7 +143,9 @@ def run_layer(layer, shape, eps, x, rows, places, slots, positions, rotations, b
         rotation = rotations + positions[begin + t] * dim * 4
         write_token(to + t * qkv_width * 4, heads, kv_heads, dim, rotation, place, layer[3])
     wait(barrier, threads)
-    attention(qkv, mixed, rows, places, begin, end, layer[2], layer[4], shape, work, thread, threads)
+    attention(
+        qkv, mixed, rows, places, begin, end, layer[2], layer[4], shape, work, results, barrier, thread, threads
+    )
     wait(barrier, threads)
     first, last = share(n * (mixed_width // 32), thread, threads)
     quantize_rows(mixed.ctypes.data, mixed_width * 4, mixed_width // 32, q_at, s_at, first, last)

@@ -98,6 +98,12 @@ class Emitter:
         """Writes a value, however it is aligned."""
         self.b.store(value, self.pointer(address, offset, value.type), align=1)
 
+    def prefetch(self, address: ir.Value, num_bytes: int) -> None:
+        """Asks for the cache lines from `address` on."""
+        for offset in range(0, num_bytes, 64):
+            pointer = self.pointer(address, offset, I8)
+            self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
     def variable(self, value: ir.Value) -> ir.Value:
         """A place on the stack, which becomes a register; use `self.b.load` and `self.b.store`."""
         return cgutils.alloca_once_value(self.b, value)
