@@ -7,7 +7,7 @@ same bits whatever is computed beside it, so plain decoding, verification and pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from server.models.base import KVLayer
 from server.models.config import ModelConfig
 from server.models.llama import count_parameters
 from server.models.norm import RMSNorm
-from server.models.rope import rotation_table
+from server.models.rope import interleave_rows, rotation_table
 from server.quant.cpu import step
 from server.quant.cpu.activations import GROUP, SCALE_BYTES
 from server.quant.cpu.attention import results_size, scratch_size
@@ -29,7 +29,8 @@ from server.quant.cpu.product import PackedWeight, aligned, pack
 from server.quant.cpu.product import why_not as why_not_packed
 from server.quant.cpu.team import team
 from server.quant.cpu.vectors import ISA
-from server.quant.formats import QuantizedWeight
+from server.quant.dense import Linear
+from server.quant.formats import QuantizedWeight, can_join, join
 
 Numbers = NDArray[np.int64]
 
@@ -59,6 +60,47 @@ class CpuWeights:
     layers: Sequence[CpuLayer]
     norm: Tensor
     head: QuantizedWeight
+
+
+Get = Callable[[str], "QuantizedWeight | Tensor"]
+"""Reads what is stored under a Hugging Face name: a layer's weight as it is, norms and others in float32."""
+
+
+def cpu_weights(config: ModelConfig, get: Get, has: Callable[[str], bool]) -> CpuWeights | None:
+    """Weights by their Hugging Face names, joined and with pairs side by side; None where a layer is not quantised."""
+    layers: list[CpuLayer] = []
+    for i in range(config.num_layers):
+        prefix = f"model.layers.{i}."
+        qkv = _joined(get, config, *(f"{prefix}self_attn.{name}_proj" for name in "qkv"))
+        out = _joined(get, config, f"{prefix}self_attn.o_proj")
+        gate_up = _joined(get, config, f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
+        down = _joined(get, config, f"{prefix}mlp.down_proj")
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
+        norms = [_plain(get(f"{prefix}{name}_layernorm.weight")) for name in ("input", "post_attention")]
+        layers.append(CpuLayer(norms[0], qkv, out, norms[1], gate_up, down))
+    embedding = get("model.embed_tokens.weight")
+    tied = config.tie_word_embeddings or not has("lm_head.weight")
+    head = embedding if tied else get("lm_head.weight")
+    if not isinstance(head, QuantizedWeight):
+        return None
+    return CpuWeights(embedding, layers, _plain(get("model.norm.weight")), head)
+
+
+def _joined(get: Get, config: ModelConfig, *names: str) -> QuantizedWeight | None:
+    parts: list[QuantizedWeight] = []
+    for name in names:
+        weight = get(f"{name}.weight")
+        if not isinstance(weight, QuantizedWeight):
+            return None
+        if name.endswith(("q_proj", "k_proj")):
+            weight = weight.rows(interleave_rows(torch.arange(weight.shape[0]), config.head_dim))
+        parts.append(weight)
+    return join(parts) if can_join(parts) else None
+
+
+def _plain(weight: QuantizedWeight | Tensor) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantize()
 
 
 def why_not(config: ModelConfig, weights: CpuWeights) -> str | None:
@@ -114,6 +156,11 @@ class LlamaCpuModel:
             table = self._embedding
             self._plain = table if isinstance(table, Tensor) else table.dequantize()
         return self._plain
+
+    @property
+    def head(self) -> Linear:
+        """The output layer in float32, for who runs it elsewhere; a copy."""
+        return Linear(self._head.dequantize())
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [C] int64 of the output layer in float32, [C, H]."""
