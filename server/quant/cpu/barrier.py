@@ -58,7 +58,7 @@ def wait(barrier, threads):
     spins = 0
     while atomic_load(barrier + 64) == generation:
         spins += 1
-        if spins < 4000:
+        if spins < 1000:
             pause()
         else:
             yield_thread()
