@@ -47,7 +47,9 @@ def quantize_group(e: Emitter, x: ir.Value, q: ir.Value, scales: ir.Value) -> No
 
 
 @kernel((*addresses(4), types.float32))
-def quantize_normed(e: Emitter, x: ir.Value, weight: ir.Value, q: ir.Value, scales: ir.Value, inverse: ir.Value) -> None:
+def quantize_normed(
+    e: Emitter, x: ir.Value, weight: ir.Value, q: ir.Value, scales: ir.Value, inverse: ir.Value
+) -> None:
     """x [32] * inverse * weight [32]: a group of a root-mean-square norm."""
     scaled = e.b.fmul(e.load(x, 0, _WIDE), e.splat(inverse, GROUP))
     _quantize(e, e.b.fmul(scaled, e.load(weight, 0, _WIDE)), q, scales)
@@ -72,8 +74,6 @@ def sum_of_squares(e: Emitter, x: ir.Value, groups: ir.Value) -> ir.Value:
         v = e.load(x, e.b.mul(loop.index, I64(GROUP * 4)), _WIDE)
         e.b.store(e.fma(v, v, e.b.load(total)), total)
     return e.reduce(e.b.load(total), e.b.fadd)
-
-
 
 
 @jit

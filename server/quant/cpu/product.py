@@ -37,7 +37,9 @@ def _integer_sums(e: Emitter, kind: int, group: ir.Value, rows: list[ir.Value], 
     half, four = e.full(I8, size, 15), e.full(I8, size, 4)
     for j in range(8 if kind == INT8 else 4):
         stored = e.load(group, j * size, ir.VectorType(I8, size))
-        parts = [(stored, 4 * j)] if kind == INT8 else [(b.and_(stored, half), 8 * j), (b.lshr(stored, four), 8 * j + 4)]
+        parts = (
+            [(stored, 4 * j)] if kind == INT8 else [(b.and_(stored, half), 8 * j), (b.lshr(stored, four), 8 * j + 4)]
+        )
         for values, column in parts:
             for m, row in enumerate(rows):
                 x = b.bitcast(e.splat(e.load(row, column, I32), LANES), stored.type)
@@ -63,7 +65,14 @@ def _tile(num_rows: int, kind: int) -> Any:
 
     @kernel(addresses(7))
     def tile(
-        e: Emitter, w: ir.Value, q: ir.Value, s: ir.Value, groups: ir.Value, out: ir.Value, step: ir.Value, add: ir.Value
+        e: Emitter,
+        w: ir.Value,
+        q: ir.Value,
+        s: ir.Value,
+        groups: ir.Value,
+        out: ir.Value,
+        step: ir.Value,
+        add: ir.Value,
     ) -> None:
         b = e.b
         totals = [e.variable(e.full(F32, LANES, 0.0)) for _ in range(num_rows)]

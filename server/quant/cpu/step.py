@@ -143,9 +143,7 @@ def run_layer(layer, shape, eps, x, rows, places, slots, positions, rotations, b
         rotation = rotations + positions[begin + t] * dim * 4
         write_token(to + t * qkv_width * 4, heads, kv_heads, dim, rotation, place, layer[3])
     wait(barrier, threads)
-    attention(
-        qkv, mixed, rows, places, begin, end, layer[2], layer[4], shape, work, results, barrier, thread, threads
-    )
+    attention(qkv, mixed, rows, places, begin, end, layer[2], layer[4], shape, work, results, barrier, thread, threads)
     wait(barrier, threads)
     first, last = share(n * (mixed_width // 32), thread, threads)
     quantize_rows(mixed.ctypes.data, mixed_width * 4, mixed_width // 32, q_at, s_at, first, last)
@@ -220,5 +218,17 @@ def run_step(
                 copy_features(x, features, width, layer[5], begin + first, begin + last)
                 wait(barrier, threads)
     run_head(
-        x.ctypes.data, at, head[0], head[1], head[2], shape, eps, logits, buffers[0], buffers[1], barrier, thread, threads
+        x.ctypes.data,
+        at,
+        head[0],
+        head[1],
+        head[2],
+        shape,
+        eps,
+        logits,
+        buffers[0],
+        buffers[1],
+        barrier,
+        thread,
+        threads,
     )
