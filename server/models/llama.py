@@ -137,6 +137,7 @@ def _maybe_interleave(name: str, tensor: Tensor, c: ModelConfig) -> Tensor:
 
 
 def count_parameters(c: ModelConfig) -> int:
+    """Of the network that a configuration describes, tied tables once."""
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
     tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)

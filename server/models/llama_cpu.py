@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,7 +198,7 @@ class LlamaCpuModel:
         return logits, features if feature_layers else None
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        """x [N, H]. Without torch where it can be: its threads would spin beside the step's."""
+        """X [N, H]. Without torch where it can be: its threads would spin beside the step's."""
         table = self._embedding
         if isinstance(table, Tensor):
             return F.embedding(token_ids, table)
@@ -228,14 +229,14 @@ def _address_and_kind(weight: PackedWeight) -> tuple[int, int]:
     return weight.address, weight.kind
 
 
-def _buffers(c: ModelConfig, max_positions: int, threads: int) -> list[tuple[NDArray[np.generic], ...]]:
+def _buffers(c: ModelConfig, max_positions: int, threads: int) -> list[tuple[NDArray[Any], ...]]:
     """Scratch of a part of the tokens, shared but for the last of each thread."""
     part, width = step.PART_TOKENS, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     columns = max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
     results = step.FEW * results_size(c.num_kv_heads, c.head_dim, max_positions)
     floats = [part * width, part * c.num_heads * c.head_dim, part * 2 * c.intermediate_size, results]
     q, s = aligned(part * columns), aligned(part * columns // 32 * SCALE_BYTES)
-    shared = [q.view(np.int8), s, *(aligned(4 * n).view(np.float32) for n in floats)]
+    shared: list[NDArray[Any]] = [q.view(np.int8), s, *(aligned(4 * n).view(np.float32) for n in floats)]
     own = scratch_size(c.num_kv_heads, c.head_dim)
     return [(*shared, aligned(4 * own).view(np.float32)) for _ in range(threads)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,8 +87,8 @@ def described(config: ModelConfig, stored: Stored) -> LlamaModel:
     assert weights is not None
     for layer, quantised in zip(model.layers, weights.layers, strict=True):
         for name in ("qkv", "out", "gate_up", "down"):
-            setattr(layer, name, lambda x, w=getattr(quantised, name): reference_linear(x, w))
-    model.head = lambda x: reference_linear(x, weights.head)  # type: ignore[assignment]
+            setattr(layer, name, partial(reference_linear, weight=getattr(quantised, name)))
+    model.head = partial(reference_linear, weight=weights.head)  # type: ignore[assignment]
     return model
 
 

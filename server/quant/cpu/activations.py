@@ -42,7 +42,7 @@ def _maximum(e: Emitter) -> Any:
 
 @kernel(addresses(3))
 def quantize_group(e: Emitter, x: ir.Value, q: ir.Value, scales: ir.Value) -> None:
-    """x [32] float32."""
+    """X [32] float32."""
     _quantize(e, e.load(x, 0, _WIDE), q, scales)
 
 
@@ -50,7 +50,7 @@ def quantize_group(e: Emitter, x: ir.Value, q: ir.Value, scales: ir.Value) -> No
 def quantize_normed(
     e: Emitter, x: ir.Value, weight: ir.Value, q: ir.Value, scales: ir.Value, inverse: ir.Value
 ) -> None:
-    """x [32] * inverse * weight [32]: a group of a root-mean-square norm."""
+    """X [32] * inverse * weight [32]: a group of a root-mean-square norm."""
     scaled = e.b.fmul(e.load(x, 0, _WIDE), e.splat(inverse, GROUP))
     _quantize(e, e.b.fmul(scaled, e.load(weight, 0, _WIDE)), q, scales)
 

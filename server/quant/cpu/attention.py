@@ -31,7 +31,7 @@ _STEP = WIDTH * 4
 
 @kernel(addresses(3))
 def rotate_16(e: Emitter, x: ir.Value, rotation: ir.Value, out: ir.Value) -> None:
-    """out = x rotated: 8 pairs that lie side by side, by 8 complex numbers."""
+    """Out = x rotated: 8 pairs that lie side by side, by 8 complex numbers."""
     kind = ir.VectorType(F32, 16)
     v, turn = e.load(x, 0, kind), e.load(rotation, 0, kind)
     cos = e.shuffle(turn, [i & ~1 for i in range(16)])
@@ -104,7 +104,7 @@ def score_8(
 
 @kernel(addresses(3))
 def soften(e: Emitter, scores: ir.Value, count: ir.Value, state: ir.Value) -> None:
-    """scores [count, 8] become exp(score - maximum). state [2, 8]: the maximum, and where their sum is put."""
+    """Scores [count, 8] become exp(score - maximum). state [2, 8]: the maximum, and where their sum is put."""
     b = e.b
     best, sums = e.load(state, 0, _FLOATS), e.variable(e.full(F32, WIDTH, 0.0))
     with cgutils.for_range(b, count) as loop:
@@ -119,7 +119,7 @@ def soften(e: Emitter, scores: ir.Value, count: ir.Value, state: ir.Value) -> No
 def mix_8(
     e: Emitter, weights: ir.Value, count: ir.Value, values: ir.Value, stride: ir.Value, places: ir.Value, out: ir.Value
 ) -> None:
-    """out [8 numbers, 8 lanes] = sum over keys of weights [count, 8] times 8 numbers of each value."""
+    """Out [8 numbers, 8 lanes] = sum over keys of weights [count, 8] times 8 numbers of each value."""
     b = e.b
     sums = [e.variable(e.full(F32, WIDTH, 0.0)) for _ in range(WIDTH)]
     with cgutils.for_range(b, count) as loop:

@@ -1,4 +1,4 @@
-"""One linear layer of groups of 4- or 8-bit weights and 8-bit activations, for networks that are not a compiled step."""
+"""One linear layer of groups of 4- or 8-bit weights and 8-bit activations, where a step is not compiled whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MULTIPLE = 16
 
 @jit
 def run_linear(thread, threads, kind, weight, x, stride, groups, q, s, out, step, rows, tiles, barrier):
-    """out [rows, 16 tiles] = x [rows, 32 groups] times the weight."""
+    """Out [rows, 16 tiles] = x [rows, 32 groups] times the weight."""
     first, end = share(rows * groups, thread, threads)
     quantize_rows(x, stride, groups, q, s, first, end)
     wait(barrier, threads)

@@ -109,7 +109,7 @@ def _multiplier(kind: int) -> Any:
     row_scales, lane_bytes = SCALE_BYTES, LANES * 4
     tile_bytes = LANES * GROUP * (4 if kind != INT8 else 8) // 8 + 2 * LANES * (2 if kind == INT4_MIN else 1)
 
-    def multiply(w, q, s, groups, out, step, rows, add, first, end):  # type: ignore[no-untyped-def]
+    def multiply(w, q, s, groups, out, step, rows, add, first, end):
         for t in range(first, end):
             tile, to, m = w + t * groups * tile_bytes, out + t * lane_bytes, 0
             while m + widest <= rows:

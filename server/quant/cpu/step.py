@@ -197,7 +197,7 @@ def run_step(
     thread, threads, shape, eps, layers, head, x, rows, places, slots, positions, rotations, at, logits, features,
     buffers, barrier,
 ):  # fmt: skip
-    """x [N, hidden] holds embeddings and is used up; logits: address of float32 [T, V].
+    """X [N, hidden] holds embeddings and is used up; logits: address of float32 [T, V].
 
     shape: hidden, heads, kv heads, head dim, inner width, vocabulary, int64. head: address of the final norm, kind,
     address of the weight. places: of every row's keys, one row after another. slots, positions [N]. features [N * F]

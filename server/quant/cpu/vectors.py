@@ -15,7 +15,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import llvmlite.binding as llvm
 import numba
@@ -42,7 +42,7 @@ def detect() -> Isa | None:
     if features.get("avx512vnni") and features.get("avx512bw") and features.get("avx512vl"):
         best.insert(0, "avx512-vnni")
     wanted = os.environ.get("OUTPACE_CPU_ISA")
-    return cast(Isa, wanted) if wanted in best else best[0]
+    return next((isa for isa in best if isa == wanted), best[0])
 
 
 ISA: Isa | None = detect()
@@ -55,7 +55,7 @@ def _use_cache() -> None:
     digest = hashlib.sha256(f"{ISA}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    numba.config.CACHE_DIR = str(cache_dir() / "cpu-kernels" / digest.hexdigest()[:16])
+    setattr(numba.config, "CACHE_DIR", str(cache_dir() / "cpu-kernels" / digest.hexdigest()[:16]))  # noqa: B010  # made at run time
 
 
 _use_cache()
@@ -116,7 +116,7 @@ class Emitter:
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """x * y + z, rounded once: the same bits wherever it is compiled."""
+        """X * y + z, rounded once: the same bits wherever it is compiled."""
         return self.call(f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
     def unary(self, name: str, x: ir.Value) -> ir.Value:
@@ -136,7 +136,7 @@ class Emitter:
         return self.b.extract_element(value, I32(0))
 
     def dot(self, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-        """total [L] i32 + sums of four products of unsigned [4 L] u8 and signed [4 L] i8.
+        """Adds to total [L] i32 the sums of four products of unsigned [4 L] u8 and signed [4 L] i8.
 
         With AVX2 sums of two products must fit 16 bits: `unsigned` is at most 128 there.
         """
@@ -150,7 +150,7 @@ class Emitter:
         return self.b.add(total, fours)
 
     def exp(self, x: ir.Value) -> ir.Value:
-        """e to the power of x for x <= 88; 0 below -87. Within 2 units in the last place.
+        """Exponential of x for x <= 88; 0 below -87. Within 2 units in the last place.
 
         x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r (Cephes' expf, Moshier 1989).
         """
