@@ -12,11 +12,14 @@ from draft_models.eagle3_config import Eagle3Config
 from draft_models.eagle3_weights import Eagle3Weights
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
+from server.quant.cpu.linear import CpuLinear, round_to_int8, rounding_pays
 from server.quant.dense import MIN_PACKED_ROWS, Linear
 from server.quant.dense_bf16 import Bf16Linear, bf16_pays
 
 if TYPE_CHECKING:
     from draft_models.eagle1 import Eagle1Weights
+
+AnyLinear = Linear | Bf16Linear | CpuLinear
 
 
 class Eagle3CpuNetwork:
@@ -49,6 +52,7 @@ class Eagle3CpuNetwork:
         c, linear = config, self._linear
         self.config, self.embedding = config, embedding
         self.device, self.dtype = embedding.device, embedding.dtype
+        self._eight_bits = fast and self.dtype == torch.float32 and self.device.type == "cpu"
         self._rounded = fast and self.dtype == torch.float32 and bf16_pays()
         self._qkv = linear(interleave_rows(w.q_proj, c.head_dim), interleave_rows(w.k_proj, c.head_dim), w.v_proj)
         self._out, self._down = linear(w.o_proj), linear(w.down_proj)
@@ -57,13 +61,15 @@ class Eagle3CpuNetwork:
         self._rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)
         self.target_ids = w.target_ids
 
-    def _linear(self, *parts: Tensor, bias: Tensor | None = None) -> Linear | Bf16Linear:
+    def _linear(self, *parts: Tensor, bias: Tensor | None = None) -> AnyLinear:
         weight = torch.cat([part.to(self.dtype) for part in parts])
+        if self._eight_bits and rounding_pays(weight.shape[1]):
+            return CpuLinear(round_to_int8(weight), bias)
         if bias is None:
             return Bf16Linear(weight) if self._rounded else Linear(weight)
         return Linear(weight, bias.to(self.dtype))
 
-    def _use_output(self, head: Linear | Bf16Linear) -> None:
+    def _use_output(self, head: AnyLinear) -> None:
         self._head, self.linear_path = head, head.path
         self.min_rows = MIN_PACKED_ROWS if self.linear_path == "onednn-packed" else 1
 

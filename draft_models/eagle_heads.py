@@ -15,15 +15,15 @@ from draft_models.eagle3_network import Eagle3Network
 from draft_models.eagle3_ops import Eagle3Ops
 from draft_models.eagle3_weights import TENSOR_NAMES, Eagle3Weights, load_weights, read_tensors
 from draft_models.eagle_tensors import EMBEDDING, HeadTensors
+from server.models.base import OwnNetwork
 from server.models.config import UnsupportedModelError
-from server.models.llama import LlamaModel
 from server.models.loader import Tensors
 
 
 def load_head(
     config: Eagle3Config,
     tensors: Tensors,
-    target: LlamaModel,
+    target: OwnNetwork,
     max_positions: int,
     ops: Eagle3Ops | None = None,
     *,
@@ -69,7 +69,7 @@ def _on_cpu(embedding: Tensor, ops: Eagle3Ops | None, said: bool | None) -> bool
     return ops is None and embedding.device.type == "cpu" if said is None else said
 
 
-def _embedding(files: HeadTensors, config: Eagle3Config, target: LlamaModel) -> Tensor:
+def _embedding(files: HeadTensors, config: Eagle3Config, target: OwnNetwork) -> Tensor:
     """[V, H]: the head's own table where it has one that is not the target's, else the target's own tensor.
 
     Some projects store a copy of the target's, which would only take memory; others train it (`embed_requires_grad` of

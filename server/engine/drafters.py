@@ -17,8 +17,7 @@ from draft_models.small_lm import SmallLMDrafter
 from draft_models.suffix import SuffixDrafter
 from server.config import ConfigError, EngineConfig
 from server.engine.step_runner import RunnerShape
-from server.models.base import KVLayer, TargetModel
-from server.models.llama import LlamaModel
+from server.models.base import KVLayer, OwnNetwork, TargetModel
 from server.models.loader import load_source, tensors_of
 from server.models.source import ModelSource
 
@@ -117,8 +116,9 @@ def _eagle3(
     from draft_models.eagle3_weights import random_weights
     from draft_models.eagle_heads import eagle3_network, load_head
 
-    if not isinstance(target, LlamaModel):
+    if not hasattr(type(target), "output_rows"):
         raise ConfigError(f"drafter: 'eagle3' needs a network of our own, not {target.architecture}")
+    target = cast("OwnNetwork", target)
     ops: Eagle3Ops | None = None
     if target.device.type == "cuda":  # kernels need Triton; a sketch runs none
         from draft_models.eagle3_kernels import KernelOps
@@ -142,7 +142,7 @@ def _eagle3(
     return load_head(head, tensors, target, max_positions, ops, on_cpu=on_cpu, fast=True)
 
 
-def _check_target(head: Eagle3Config, target: LlamaModel, source: ModelSource) -> None:
+def _check_target(head: Eagle3Config, target: OwnNetwork, source: ModelSource) -> None:
     """ConfigError: the head was made for another target."""
     c = target.config
     if head.target_width != c.hidden_size or head.vocab_size != target.vocab_size:

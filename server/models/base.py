@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from server.models.attention import AttentionBatch
+from server.models.config import ModelConfig
+from server.models.norm import RMSNorm
+from server.quant.dense import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +51,21 @@ class TargetModel(Protocol):
 
         `features` concatenates the outputs of the 0-based `feature_layers`. Positions are in `attn`.
         """
+
+
+class OwnNetwork(TargetModel, Protocol):
+    """A network of our own: what a drafter's head may take from its target."""
+
+    config: ModelConfig
+    norm: RMSNorm
+
+    @property
+    def embedding(self) -> Tensor:
+        """The table [V, H] in the target's dtype."""
+
+    @property
+    def head(self) -> Linear:
+        """The output layer, of normed hidden states."""
+
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [C] int64 of the output layer, [C, H]."""

@@ -56,7 +56,7 @@ class LlamaModel:
         self.rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)
         self.linear_path = self.head.path
         self.min_rows = MIN_PACKED_ROWS if self.linear_path == "onednn-packed" else 1
-        self.num_parameters = _count(c)
+        self.num_parameters = count_parameters(c)
 
     def forward(
         self,
@@ -136,7 +136,8 @@ def _maybe_interleave(name: str, tensor: Tensor, c: ModelConfig) -> Tensor:
     return interleave_rows(tensor, c.head_dim) if name.endswith(("q_proj", "k_proj")) else tensor
 
 
-def _count(c: ModelConfig) -> int:
+def count_parameters(c: ModelConfig) -> int:
+    """Of the network that a configuration describes, tied tables once."""
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
     tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
