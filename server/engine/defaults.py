@@ -42,7 +42,7 @@ def with_defaults(config: EngineConfig, device: torch.device, source: ModelSourc
 def _drafter(config: EngineConfig, device: torch.device, source: ModelSource) -> tuple[str, str | None]:
     """Drafter and draft model, the head that comes with the embedded model where nothing else is named.
 
-    On a GPU that head drafts by itself: there eagle3 was measured to be faster than suffix, and hybrid was not measured.
+    On a GPU that head drafts by itself: there eagle3 was measured to be faster than suffix, hybrid not yet.
     """
     drafter, draft_model = config.drafter, config.draft_model
     packaged = False

@@ -32,8 +32,8 @@ from server.spec.types import Carry, Drafts
 ANY = "any"
 """Acceptance class of a uniform choice: whatever the drafter proposes."""
 TRIMS_WINDOW, UNIFORM_WINDOW = 64, 256
-"""Trials that an estimate of acceptance remembers. One k for all rows is chosen from the trials of all of them: a memory
-of 64 would be of one step of 64 rows."""
+"""Trials that an estimate of acceptance remembers. One k for all rows is chosen from the trials of all of them: 64
+would be those of one step of 64 rows."""
 CORRECT_EVERY_MS = 5.0
 """The cost table learns from a step once steps since the last one that it learned from took so long, and from any that
 is of another kind than the one before. A correction costs the host as much as a tenth of a short step."""
