@@ -150,7 +150,7 @@ class ArtifactStore:
                 raise DamagedError(f"{path}: its content has changed since it was written")
         return Artifact(directory, manifest)
 
-    def list(self) -> list[Path]:
+    def artifacts(self) -> list[Path]:
         """Directories of artifacts, the oldest first."""
         found = [p for p in self.root.glob("*") if p.is_dir() and not p.name.startswith(".")]
         return sorted(found, key=lambda path: path.stat().st_mtime)
@@ -185,7 +185,7 @@ class ArtifactStore:
         """SHA-256 of a file. One that has the size and time of its last reading is not read again unless `fresh`."""
         stat = path.stat()
         mark = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        memo = self.root / ".hashes" / hashlib.sha256(mark[0].encode()).hexdigest()[:32]  # type: ignore[attr-defined]
+        memo = self.root / ".hashes" / hashlib.sha256(str(mark[0]).encode()).hexdigest()[:32]
         if not fresh:
             try:
                 known = json.loads(memo.read_text())

@@ -14,6 +14,7 @@ from server.models.config import LLAMA_FAMILY, architecture_of
 from server.models.source import ModelSource, load_index
 
 DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+_IN_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 
@@ -64,9 +65,9 @@ def _is_ruled(recipe: Recipe, name: str) -> bool:
     return any(fnmatchcase(name, rule.pattern) for rule in recipe.layers)
 
 
-def _order(name: str) -> tuple[int, str]:
+def _order(name: str) -> tuple[int, int]:
     number = re.search(r"\.(\d+)\.", name)
-    return (int(number[1]) if number else 1 << 30, name)
+    return (int(number[1]), _IN_LAYER.index(name.rpartition(".")[2])) if number else (1 << 30, 0)
 
 
 def _check_rules(recipe: Recipe, linear: list[str]) -> None:

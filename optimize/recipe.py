@@ -211,16 +211,17 @@ class Recipe:
         if not self.name:
             raise ConfigError("name: '' is not valid; use letters, digits and dashes")
         one_of("method", self.method, METHODS)
+        base = self.base  # checks its fields
         one_of("kv_cache", self.kv_cache, KV_CACHES)
         one_of("unquantized_dtype", self.unquantized_dtype, DTYPES)
-        if self.method == "smoothquant" and (self.base.weights, self.base.activations) != ("int8", "int8"):
+        if self.method == "smoothquant" and (base.weights, base.activations) != ("int8", "int8"):
             given = f"{self.weights}/{self.activations}"
             raise ConfigError(f"method: 'smoothquant' is not valid for weights/activations {given}; use int8/int8")
-        if self.method == "awq" and self.base.weights != "int4":
+        if self.method == "awq" and base.weights != "int4":
             raise ConfigError(f"method: 'awq' is not valid for weights {self.weights!r}; use int4")
         for rule in self.layers:
             if not rule.keep:
-                rule.applied(self.base)
+                rule.applied(base)
 
     @property
     def base(self) -> LayerFormat:

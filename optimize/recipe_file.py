@@ -53,7 +53,8 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
 
 def recipe_fields(recipe: Recipe) -> dict[str, Any]:
     """All fields as JSON holds them; `parse_recipe` reads them back."""
-    return _without_none(asdict(recipe))
+    result: dict[str, Any] = _without_none(asdict(recipe))
+    return result
 
 
 def _without_none(value: Any) -> Any:

@@ -66,7 +66,7 @@ def assemble(
     linear = [*plan.layers, *(name for name in plan.kept if name + ".weight" in original.names)]
     everything = groups(linear)
     for done, group in enumerate(everything):
-        report(f"quantising {group.layers[0]}", done / len(everything))
+        report("quantising", (done + 1) / len(everything))
         present = [name for name in group.layers if name in linear]
         factors = _factors(original, plan, calibrated, group)
         if factors is not None and group.norm is not None:
@@ -82,9 +82,7 @@ def assemble(
             yield name, original.stored(name, original.get(name))
 
 
-def _layer(
-    original: Original, plan: Plan, name: str, factors: Tensor | None, group: Group, amax: Amax
-) -> Item:
+def _layer(original: Original, plan: Plan, name: str, factors: Tensor | None, group: Group, amax: Amax) -> Item:
     weight, form = original.get(name + ".weight"), plan.layers.get(name)
     folded = group.norm is not None
     if form is None:  # in high precision, but what it reads is scaled
@@ -107,5 +105,3 @@ def _factors(original: Original, plan: Plan, calibrated: Calibrated, group: Grou
     weights = [original.get(name + ".weight") for name in smoothed]
     magnitudes = calibrated.magnitudes[smoothed[0]].to(weights[0].device)
     return smoothquant_factors(magnitudes, weights, calibrated.alpha)
-
-

@@ -27,7 +27,7 @@ AWQ_ALPHA_STEP = 0.1
 
 
 def weight_attributes(form: LayerFormat) -> dict[str, Any]:
-    """modelopt's quantiser of a weight in this format."""
+    """The library's quantiser of a weight in this format."""
     if form.group_size is None:
         return {"num_bits": _BITS[form.weights], "axis": 0}
     return {"num_bits": _BITS[form.weights], "block_sizes": {-1: form.group_size, "type": "static"}}
@@ -97,7 +97,7 @@ def choose(network: Any, recipe: Recipe, plan: Plan, batches: Batches, report: R
     loader = list(batches.halves())
     excluded = [f"*{name}*" for name in plan.kept]
     constraints = {"effective_bits": auto.bits, "cost": {"excluded_module_name_patterns": ["*lm_head*", *excluded]}}
-    _, state = mtq.auto_quantize(
+    mtq.auto_quantize(
         network,
         constraints=constraints,
         quantization_formats=forms,

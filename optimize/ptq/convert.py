@@ -19,7 +19,8 @@ _SMALLEST_HALF, _LARGEST_HALF = 6.2e-5, 6.0e4
 
 def largest(weight: Tensor, form: LayerFormat) -> Tensor:
     """The plain `Amax`."""
-    return weight.float().unflatten(1, (-1, form.group_size or weight.shape[1])).abs().amax(-1).squeeze(1)
+    grouped: Tensor = weight.float().unflatten(1, (-1, form.group_size or weight.shape[1]))
+    return grouped.abs().amax(-1).squeeze(1)
 
 
 def quantize_weight(

@@ -137,4 +137,3 @@ class _Shards:
 
     def _part(self, index: int) -> Path:
         return self._out / f"part-{index:05d}.safetensors"
-

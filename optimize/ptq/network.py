@@ -67,8 +67,10 @@ class Batches:
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU or of the host, where torch says so instead of the system killing the process."""
     words = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in words or (
-        "not enough memory" in words
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "allocate memory" in words
+        or ("not enough memory" in words)
     )
 
 

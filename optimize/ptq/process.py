@@ -15,6 +15,7 @@ from typing import Any
 
 from optimize.errors import OptimizeError
 from optimize.ptq.job import Job
+from server.engine.child import belong_to_parent
 
 
 class Report:
@@ -41,6 +42,7 @@ class Report:
 
 def main() -> int:
     """0, or 1 with the failure told."""
+    belong_to_parent()  # a killed build must not go on beside the one that takes its place
     report = Report()
     stage, job = sys.argv[1], Job(**json.loads(sys.stdin.read()))
     try:
@@ -57,7 +59,8 @@ def main() -> int:
 def _stage(name: str) -> Callable[[Job, Report], Any]:
     from optimize.ptq import stages  # loads torch
 
-    return {"texts": stages.texts, "choose": stages.choose, "quantize": stages.quantize, "check": stages.check}[name]
+    known = (stages.texts, stages.choose, stages.quantize, stages.check, stages.gate)
+    return next(stage for stage in known if stage.__name__ == name)
 
 
 if __name__ == "__main__":

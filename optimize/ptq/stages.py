@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optimize.errors import OptimizeError
+from optimize.gate import Gate
 from optimize.plan import Plan, plan_layers
 from optimize.ptq import texts as text_rows
 from optimize.ptq.assemble import Calibrated, Original, assemble
@@ -94,6 +96,15 @@ def check(job: Job, report: Report) -> dict[str, Any]:
         )
     tokens = rows.shape[0] * (rows.shape[1] - 1)
     return {"perplexity": math.exp(before), "perplexity_ratio": math.exp(after - before), "tokens": tokens}
+
+
+def gate(job: Job, report: Report) -> dict[str, Any]:
+    """Whether it may be served: what `optimize.evaluate.gate.check(base, candidate, recipe)` says."""
+    report.progress("holding it against the original", 0.0)
+    judge: Gate = import_module("optimize.evaluate.gate")
+    verdict = judge.check(job.model, Path(job.content), job.recipe)
+    report.progress("holding it against the original", 1.0)
+    return {"passed": bool(verdict.passed), "reasons": [str(reason) for reason in verdict.reasons]}
 
 
 def _network(job: Job, source: ModelSource) -> Any:
