@@ -22,7 +22,6 @@ from optimize.plan import plan_layers
 from optimize.progress import Bar
 from optimize.ptq.job import CHOICE, Job
 from optimize.ptq.jsonl import check_file
-from optimize.recipe import Recipe
 from optimize.recipe_file import load_recipe, recipe_fields
 from optimize.stage_runner import MODELOPT, ChildStages, RunStage, Say, require_libraries
 from server.config import ConfigError

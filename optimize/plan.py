@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from optimize.errors import OptimizeError
 from optimize.recipe import GROUP_SIZES, LayerFormat, Recipe

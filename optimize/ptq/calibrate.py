@@ -79,7 +79,7 @@ def calibrate(network: Any, recipe: Recipe, plan: Plan, batches: Batches) -> Cal
 def choose(network: Any, recipe: Recipe, plan: Plan, batches: Batches, report: Report) -> dict[str, int]:
     """Which of `recipe.auto.candidates` each layer gets, by name; layers that are better left alone are missing."""
     auto = recipe.auto
-    forms = [configuration(dict.fromkeys(plan.layers, candidate), "max") for candidate in auto.candidates]
+    forms = [_candidate(form) for form in auto.candidates]
     done = 0
 
     def step(model: Any, batch: dict[str, Tensor]) -> Any:
@@ -110,6 +110,16 @@ def choose(network: Any, recipe: Recipe, plan: Plan, batches: Batches, report: R
         method=auto.search,
     )
     return _chosen(network, auto.candidates, plan)
+
+
+def _candidate(form: LayerFormat) -> dict[str, Any]:
+    """The search tries a format on one layer at a time, whose quantisers then have no path before their names."""
+    entries = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": weight_attributes(form)},
+        {"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False},
+    ]
+    return {"quant_cfg": entries, "algorithm": "max"}
 
 
 def _chosen(network: Any, candidates: tuple[LayerFormat, ...], plan: Plan) -> dict[str, int]:

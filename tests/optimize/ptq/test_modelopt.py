@@ -105,9 +105,7 @@ def test_the_directory_computes_nearly_what_the_original_does(
 def test_folding_alone_changes_nothing(stages: Any, model: Path, tmp_path: Path) -> None:
     """All layers but one are kept, so whatever differs comes from factors that went into norms."""
     rules = (LayerRule("*_proj", keep=True), LayerRule("*.0.self_attn.q_proj", weights="int8"))
-    job, _ = quantized(
-        stages, model, tmp_path, method="smoothquant", weights="int8", activations="int8", layers=rules
-    )
+    job, _ = quantized(stages, model, tmp_path, method="smoothquant", weights="int8", activations="int8", layers=rules)
     source = resolve(str(model))
     norm = "model.layers.0.input_layernorm.weight"
     written = dict(read_model(Path(job.content)))[norm]
