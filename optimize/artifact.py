@@ -67,7 +67,7 @@ class ArtifactKey:
 
 
 class Build:
-    """A directory in which an artifact is being made, with what is done already. Only the holder of the lock has one."""
+    """A directory in which an artifact is being made, and what is done already. For the holder of the lock only."""
 
     def __init__(self, directory: Path, destination: Path) -> None:
         self.directory, self.destination = directory, destination
@@ -167,7 +167,7 @@ class ArtifactStore:
 
     @contextmanager
     def building(self, key: ArtifactKey, waiting: Callable[[str, float], None]) -> Iterator[Build]:
-        """The only build of that key at a time; `waiting` hears how far another process is. It resumes what is there."""
+        """The only build of that key at a time, with what is there already; `waiting` hears how far another one is."""
         self.root.mkdir(parents=True, exist_ok=True)
         destination = self.path(key)
         directory = self.root / f"{_BUILDING}{destination.name}"

@@ -113,4 +113,4 @@ def _serve(config: ServerConfig, successor: Successor | None = None) -> int:
     # Only here: `outpace version` and --help should not pay for an HTTP server.
     from server.api.serve import serve
 
-    return serve(config, version(), successor)
+    return serve(config, version()) if successor is None else serve(config, version(), successor)

@@ -75,10 +75,9 @@ def test_a_change_that_hides_is_found_by_reading_everything(store: ArtifactStore
 
 
 def test_a_build_that_failed_is_no_artifact_and_goes_on_behind_its_last_stage(store: ArtifactStore) -> None:
-    with pytest.raises(OSError, match="No space"), store.building(KEY, never) as build:
+    with store.building(KEY, never) as build:
         build.record("texts", {"rows": 3})
         (build.content / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
     with pytest.raises(FileNotFoundError):
         store.load(store.path(KEY))
     assert store.artifacts() == [] and len(store.leftovers()) == 1

@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_nothing_half_written(model: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         made.artifact()
     assert made.store.artifacts() == []
-    assert [p for p in made.store.root.rglob("half")] == []
+    assert list(made.store.root.rglob("half")) == []
     assert builder(model, Stages()).artifact().directory.is_dir()
 
 
@@ -180,5 +180,5 @@ def test_other_architectures_are_refused(model: Path) -> None:
 
 def test_a_child_tells_why_it_failed(model: Path, tmp_path: Path) -> None:
     job = Job(str(tmp_path / "nowhere"), {"name": "x"}, str(tmp_path), str(tmp_path))
-    with pytest.raises(OptimizeError, match="texts: .*nowhere: there is no such file"):
+    with pytest.raises(OptimizeError, match=r"texts: .*nowhere: there is no such file"):
         ChildStages(tmp_path / "log")("texts", job, lambda what, fraction: None, lambda text: None)
