@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server.models.norm import RMSNorm
 from server.quant.dense import Linear, packing_available
+from server.quant.sketch import LinearSketch
 
 META = torch.device("meta")
 
@@ -31,11 +32,15 @@ def tensor_bytes(root: object) -> int:
 def as_on(device: torch.device, sketch: object) -> None:
     """Lets a sketch hold what the network holds on `device` besides: in float32 on a CPU, copies for its kernels.
 
-    There a linear layer has a prepacked weight of its own, tied or not, and a norm one that is scaled.
+    A quantised layer holds what its kernel there reads. A linear layer has a prepacked weight of its own, tied or not, and a norm one that is scaled.
     """
+    items = list(_objects(sketch))
+    for item in items:
+        if isinstance(item, LinearSketch):
+            item.settle(device)
     if device.type != "cpu":
         return
-    for item in list(_objects(sketch)):
+    for item in items:
         if isinstance(item, Linear) and item.weight.dtype == torch.float32 and packing_available():
             item.weight = torch.empty_like(item.weight)
         elif isinstance(item, RMSNorm) and item.weight.dtype == torch.float32:

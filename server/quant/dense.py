@@ -41,6 +41,11 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x, self.weight, self.bias)
 
+    @property
+    def min_rows(self) -> int:
+        """Smaller steps are padded to this by callers that would otherwise compute a row twice in each layer."""
+        return MIN_PACKED_ROWS if self._run is _packed_call else 1
+
     def plain_weight(self) -> Tensor:
         """W [O, K] as it was given; a copy where it is packed."""
         return self.weight.to_dense() if self.weight.is_mkldnn else self.weight

@@ -1,0 +1,22 @@
+"""What every linear layer offers, however its weights are stored."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LinearLayer(Protocol):
+    """`y = x Wᵀ + b`. A row's result does not depend on the other rows; which kernel runs says `path`."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    path: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps x [N, K] to [N, O] in its dtype."""
+
+    def plain_weight(self) -> Tensor:
+        """W [O, K] without low precision, for who computes with it elsewhere; it may be a copy."""
