@@ -29,6 +29,7 @@ from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve
+from server.quant.report import LayerPaths, one_line, paths_of
 
 if TYPE_CHECKING:
     from server.engine.drafters import DraftNetwork
@@ -85,6 +86,9 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         with explained(limits.kv_tokens):  # it runs the largest steps there are
             costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
+    layers = linear_layers(model, runner.linear_path)
+    if layers:
+        say(one_line(layers))
     core = EngineCore(
         runner,
         limits,
@@ -93,7 +97,14 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         config.max_waiting,
         config.max_waiting_tokens or WAITING_KV_CACHES * limits.kv_tokens,
     )
-    return core, _info(config, source, core, memory, time.perf_counter() - started)
+    info = _info(config, source, core, memory, time.perf_counter() - started)
+    return core, replace(info, linear_layers=layers)
+
+
+def linear_layers(model: TargetModel, plain_path: str) -> list[LayerPaths]:
+    """Groups of a network's layers, none if it is not our own; `plain_path` computes unquantised ones on a GPU."""
+    named: dict[str, tuple[str, str]] = getattr(model, "layer_paths", dict)()
+    return paths_of({n: (form, plain_path if path == "torch" else path) for n, (form, path) in named.items()})
 
 
 def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: Memory, load_s: float) -> EngineInfo:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.models.norm import RMSNorm
@@ -20,19 +22,20 @@ META = torch.device("meta")
 
 
 def tensor_bytes(root: object) -> int:
-    """Bytes of all tensors that an object holds, directly or through others of ours; shared memory counts once."""
+    """Bytes of all tensors and arrays that an object holds, directly or through others of ours; shared ones once."""
     sizes: dict[int, int] = {}
     for item in _objects(root):
-        if isinstance(item, Tensor):
-            key, size = _storage(item)
+        if isinstance(item, Tensor | np.ndarray):
+            key, size = _storage(item) if isinstance(item, Tensor) else _array_storage(item)
             sizes[key] = max(size, sizes.get(key, 0))
     return sum(sizes.values())
 
 
 def as_on(device: torch.device, sketch: object) -> None:
-    """Lets a sketch hold what the network holds on `device` besides: in float32 on a CPU, copies for its kernels.
+    """Lets a sketch hold what the network holds on `device`: a quantised layer, what its kernel there reads.
 
-    A quantised layer holds what its kernel there reads. A linear layer has a prepacked weight of its own, tied or not, and a norm one that is scaled.
+    In float32 on a CPU kernels have copies besides: a linear layer has a prepacked weight of its own, tied or not, and
+    a norm one that is scaled.
     """
     items = list(_objects(sketch))
     for item in items:
@@ -57,7 +60,7 @@ def _objects(root: object) -> Iterator[Any]:
             continue
         seen[id(item)] = item  # held, so that no other object gets its id
         yield item
-        if not isinstance(item, Tensor):
+        if not isinstance(item, Tensor | np.ndarray):
             todo += _children(item)
 
 
@@ -67,6 +70,12 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
         return id(tensor), tensor.numel() * tensor.element_size()
     storage = tensor.untyped_storage()
     return storage.data_ptr() or storage._cdata, storage.nbytes()
+
+
+def _array_storage(array: NDArray[Any]) -> tuple[int, int]:
+    """Likewise of a numpy array, which may be a part of another."""
+    whole = array.base if isinstance(array.base, np.ndarray) else array
+    return whole.ctypes.data, whole.nbytes
 
 
 def _children(item: Any) -> list[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from server.core import StepOutput
+from server.quant.report import LayerPaths
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What the engine says of itself once it is ready. `linear_path` names how linear layers compute.
 
+    `linear_layers` says it layer by layer, in groups; empty for networks that are not our own.
     `num_graphs` CUDA graphs of `graph_bytes` were captured (0 on a CPU).
     """
 
@@ -34,6 +36,7 @@ class EngineInfo:
     num_graphs: int = 0
     graph_bytes: int = 0
     deterministic: bool = False
+    linear_layers: list[LayerPaths] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,12 +16,12 @@ from server.models.config import ModelConfig
 from server.models.errors import WeightsError
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
-from server.quant.build import Joined, Weight, linear_of, min_rows
+from server.quant.build import Joined, Weight, linear_of, min_rows, parts_of
 from server.quant.formats import QuantizedWeight, can_join, join
 from server.quant.layer import LinearLayer
 
 Get = Callable[[str], Weight]
-"""Reads the tensor of a Hugging Face name, on the target's device: in its dtype, or a layer's weight as it is stored."""
+"""Reads the tensor of a Hugging Face name on the target's device, in its dtype or as a quantised layer's is stored."""
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class LlamaModel:
 
     @cached_property
     def embedding(self) -> Tensor:
-        """The table [V, H] in the network's dtype. Of a quantised one it is made when it is first asked for, and kept."""
+        """The table [V, H] in the network's dtype; of a quantised one it is made when first asked for, and kept."""
         table = self._table
         return table if isinstance(table, Tensor) else table.dequantize(self.dtype)
 
@@ -80,6 +80,10 @@ class LlamaModel:
             named[f"{prefix}mlp.gate_up_proj"] = layer.gate_up
             named[f"{prefix}mlp.down_proj"] = layer.down
         return {**named, "lm_head": self.head}
+
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """Of each linear layer how it is stored and what computes it (`server.quant.report`)."""
+        return {name: (layer.format, layer.path) for name, layer in self.linears().items()}
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         table = self._table
@@ -115,7 +119,7 @@ class LlamaModel:
     def _attention(self, layer: Layer, x: Tensor, pool: Tensor, attn: AttentionBatch, rotation: Tensor) -> Tensor:
         c = self.config
         num_tokens = x.shape[0]
-        qkv = layer.qkv(layer.input_norm(x)).view(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = layer.qkv(layer.input_norm(x)).reshape(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         qk = qkv[:, : c.num_heads + c.num_kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
             qk[:, : c.num_heads] = layer.q_norm(qk[:, : c.num_heads])
@@ -171,7 +175,7 @@ def _together(weights: list[Weight], biases: list[Tensor], dtype: torch.dtype) -
         return linear_of(torch.cat(dense), bias)
     if not dense and can_join(stored):
         return linear_of(join(stored), bias, dtype=dtype)
-    each = biases or [None] * len(weights)
+    each: Sequence[Tensor | None] = biases or [None] * len(weights)
     return Joined([linear_of(w, b, dtype=dtype) for w, b in zip(weights, each, strict=True)])
 
 
@@ -190,11 +194,6 @@ def plain(tensor: Weight) -> Tensor:
     raise WeightsError(
         f"config.json: quantization_config lists a layer of format {tensor.format.name} that is no matrix"
     )
-
-
-def parts_of(layer: LinearLayer) -> tuple[LinearLayer, ...]:
-    """The layers that run behind one call."""
-    return layer.parts if isinstance(layer, Joined) else (layer,)
 
 
 def count_parameters(c: ModelConfig) -> int:

@@ -20,6 +20,17 @@ from server.models.quantized import QuantizedTensors, formats_of
 from server.models.random_weights import llama_weights
 from server.models.source import ModelSource
 
+__all__ = [
+    "Checkpoint",
+    "Tensors",
+    "WeightsError",
+    "load_model",
+    "load_source",
+    "pick_device",
+    "pick_dtype",
+    "tensors_of",
+]
+
 
 class Tensors(Protocol):
     """A network's weights by name."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -12,12 +10,11 @@ from torch import Tensor
 
 from server.quant import fp8, int4, int8, w4a8
 from server.quant.dense import Linear
-from server.quant.dequantized import SUFFIX
 from server.quant.formats import QuantizedWeight
 from server.quant.layer import LinearLayer
 from server.quant.sketch import LinearSketch
 
-__all__ = ["Joined", "LayerPaths", "LinearLayer", "linear_of", "min_rows", "paths_of"]
+__all__ = ["Joined", "LinearLayer", "Weight", "linear_of", "min_rows", "parts_of"]
 
 Weight = Tensor | QuantizedWeight
 
@@ -56,6 +53,7 @@ class Joined:
         self.out_features = sum(part.out_features for part in parts)
         biases = [part.bias for part in parts if part.bias is not None]
         self.bias = torch.cat(biases) if len(biases) == len(parts) else None
+        self.format = " | ".join(dict.fromkeys(part.format for part in parts))
         self.path = " | ".join(dict.fromkeys(part.path for part in parts))
         self.min_rows = max(min_rows(part) for part in parts)
 
@@ -73,23 +71,6 @@ def min_rows(layer: LinearLayer) -> int:
     return rows
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPaths:
-    """A group of layers that are stored and computed alike. `dequantised`: no low-bit kernel runs."""
-
-    layers: str
-    count: int
-    format: str
-    path: str
-    dequantised: bool = False
-
-
-def paths_of(layers: Mapping[str, tuple[str, str]]) -> list[LayerPaths]:
-    """Groups of `layers` (name to format and path), largest first; a number in names that differ only there is `*`."""
-    key = lambda item: item[1]  # noqa: E731
-    found: list[LayerPaths] = []
-    for (form, path), items in groupby(sorted(layers.items(), key=key), key=key):
-        names = [name for name, _ in items]
-        patterns = sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})
-        found.append(LayerPaths(", ".join(patterns), len(names), form, path, SUFFIX in path))
-    return sorted(found, key=lambda group: -group.count)
+def parts_of(layer: LinearLayer) -> tuple[LinearLayer, ...]:
+    """The layers that run behind one call."""
+    return layer.parts if isinstance(layer, Joined) else (layer,)

@@ -14,24 +14,23 @@ from torch import Tensor
 
 from server.quant.dense import Linear
 from server.quant.formats import QuantizedWeight, quantize_activations
-
-SUFFIX = "-dequantised"
-"""How such a path ends."""
+from server.quant.report import DEQUANTISED
 
 
 class DequantizedLinear:
     """`y = x Wᵀ + b` for x [N, K]; implements server.quant.layer.LinearLayer."""
 
-    __slots__ = ("_bias", "_format", "_input_scales", "_linear", "in_features", "out_features", "path")
+    __slots__ = ("_bias", "_form", "_input_scales", "_linear", "format", "in_features", "out_features", "path")
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.out_features, self.in_features = weight.shape
-        self._format, self._input_scales = weight.format, weight.input_scales
+        self._form, self._input_scales = weight.format, weight.input_scales
+        self.format = weight.format.name
         by_row = weight.format.activations in ("int8", "fp8")
         # The scale of a row is applied to the product, so a bias comes after it.
         self._linear = Linear(weight.dequantize(dtype), None if by_row else bias)
         self._bias = bias
-        self.path = self._linear.path + SUFFIX
+        self.path = self._linear.path + DEQUANTISED
 
     @property
     def bias(self) -> Tensor | None:
@@ -44,7 +43,7 @@ class DequantizedLinear:
         return self._linear.min_rows
 
     def __call__(self, x: Tensor) -> Tensor:
-        form = self._format
+        form = self._form
         inputs = x if self._input_scales is None else x.float() * self._input_scales.float()
         if form.activations == "none":
             return self._linear(inputs.to(x.dtype))

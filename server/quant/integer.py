@@ -66,7 +66,17 @@ class IntegerLinear:
     Raises ValueError where `why_not` has a reason.
     """
 
-    __slots__ = ("_input_scales", "_packed", "_scales", "_whole", "bias", "in_features", "out_features", "path")
+    __slots__ = (
+        "_input_scales",
+        "_packed",
+        "_scales",
+        "_whole",
+        "bias",
+        "format",
+        "in_features",
+        "out_features",
+        "path",
+    )
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         reason = why_not(weight)
@@ -78,7 +88,7 @@ class IntegerLinear:
         self._scales = weight.scales.float().contiguous()
         self._input_scales = None if weight.input_scales is None else weight.input_scales.float()
         self._whole = weight.format.activations == "int8"
-        self.bias = bias
+        self.bias, self.format = bias, weight.format.name
         self.path = "onednn-int8" if self._whole else "onednn-int8x3"
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -8,12 +8,25 @@ from torch import Tensor
 
 
 class LinearLayer(Protocol):
-    """`y = x Wᵀ + b`. A row's result does not depend on the other rows; which kernel runs says `path`."""
+    """`y = x Wᵀ + b`. A row's result does not depend on the other rows.
 
-    in_features: int
-    out_features: int
-    bias: Tensor | None
-    path: str
+    `path` names the kernel, `format` how the weight is stored: LinearFormat's name, or the dtype of a plain one.
+    """
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps x [N, K] to [N, O] in its dtype."""

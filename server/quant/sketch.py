@@ -10,15 +10,13 @@ from server.quant.formats import QuantizedWeight
 
 
 class LinearSketch:
-    """Implements server.quant.layer.LinearLayer, but for calls. `tensors` are what the layer holds, the stored ones until
-    `settle` says otherwise.
-    """
+    """Implements server.quant.layer.LinearLayer, but for calls; holds the stored tensors until `settle`."""
 
     path = "sketch"
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
+        self.bias, self.format = bias, weight.format.name
         self._weight: QuantizedWeight | None = weight
         self._dtype = dtype
         self.tensors: list[Tensor] = []
@@ -49,7 +47,7 @@ def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[
             parts = [weight.values, weight.scales, weight.minimums]
             tensors = [part for part in parts if part is not None]
             tiles = sum(2 * t.numel() if t.dtype.is_floating_point else t.nbytes for t in tensors)
-            return [*tensors, _like(tiles, dtype=torch.uint8)]  # the stored ones and those in tiles
+            return [_like(tiles, dtype=torch.uint8)]
     return [*smooth, _like(rows, columns, dtype=dtype)]
 
 
