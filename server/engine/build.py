@@ -20,6 +20,7 @@ from server.engine.drafters import load_draft_network, make_device_drafter, make
 from server.engine.gpu.graphs import GraphStats
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
+from server.engine.linear_layers import linear_layers, one_line
 from server.engine.memory import Memory, explained, measure
 from server.engine.messages import EngineInfo
 from server.engine.mixed_speculation import make_speculation
@@ -29,7 +30,6 @@ from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve
-from server.quant.report import LayerPaths, one_line, paths_of
 
 if TYPE_CHECKING:
     from server.engine.drafters import DraftNetwork
@@ -99,12 +99,6 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
     )
     info = _info(config, source, core, memory, time.perf_counter() - started)
     return core, replace(info, linear_layers=layers)
-
-
-def linear_layers(model: TargetModel, plain_path: str) -> list[LayerPaths]:
-    """Groups of a network's layers, none if it is not our own; `plain_path` computes unquantised ones on a GPU."""
-    named: dict[str, tuple[str, str]] = getattr(model, "layer_paths", dict)()
-    return paths_of({n: (form, plain_path if path == "torch" else path) for n, (form, path) in named.items()})
 
 
 def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: Memory, load_s: float) -> EngineInfo:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from server.core import StepOutput
-from server.quant.report import LayerPaths
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPaths:
+    """Linear layers that are stored (`format`) and computed (`path`) alike; `layers` are their names, numbers as `*`.
+
+    `dequantised`: weights are quantised and no low-bit kernel runs.
+    """
+
+    layers: list[str]
+    num_layers: int
+    format: str
+    path: str
+    dequantised: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class LlamaModel:
         return {**named, "lm_head": self.head}
 
     def layer_paths(self) -> dict[str, tuple[str, str]]:
-        """Of each linear layer how it is stored and what computes it (`server.quant.report`)."""
+        """Of each linear layer how it is stored and what computes it (`server.engine.linear_layers`)."""
         return {name: (layer.format, layer.path) for name, layer in self.linears().items()}
 
     def _embed(self, token_ids: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class LlamaModel:
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [C] int64 of the output layer, [C, H]: a copy unless they are all of them in order."""
-        weight = self.head.plain_weight()
+        weight = self.head.plain_weight().to(self.dtype)
         whole = len(ids) == len(weight) and bool((ids == torch.arange(len(ids), device=ids.device)).all())
         return weight if whole else weight[ids]
 

@@ -152,7 +152,7 @@ class LlamaCpuModel:
         self._buffers = _buffers(c, max_positions, self._team.size)
 
     def layer_paths(self) -> dict[str, tuple[str, str]]:
-        """Of each linear layer how it is stored and what computes it (`server.quant.report`)."""
+        """Of each linear layer how it is stored and what computes it (`server.engine.linear_layers`)."""
         names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
         named = {
             f"model.layers.{i}.{n}": w for i, ws in enumerate(self._stored) for n, w in zip(names, ws, strict=True)

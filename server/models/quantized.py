@@ -49,7 +49,7 @@ class QuantizedTensors:
     def get(self, name: str) -> Tensor:
         """The tensor in the network's dtype, dequantised if need be. Raises WeightsError."""
         found = self.stored(name)
-        return found if isinstance(found, Tensor) else found.dequantize(self._dtype)
+        return found if isinstance(found, Tensor) else found.effective(self._dtype)
 
     def stored(self, name: str) -> Weight:
         """A quantised layer's weight as it is stored, any other tensor in the network's dtype.

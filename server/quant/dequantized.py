@@ -14,7 +14,9 @@ from torch import Tensor
 
 from server.quant.dense import Linear
 from server.quant.formats import QuantizedWeight, quantize_activations
-from server.quant.report import DEQUANTISED
+
+DEQUANTISED = "-dequantised"
+"""How such a path ends."""
 
 
 class DequantizedLinear:
@@ -24,11 +26,14 @@ class DequantizedLinear:
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.out_features, self.in_features = weight.shape
-        self._form, self._input_scales = weight.format, weight.input_scales
+        self._form = weight.format
         self.format = weight.format.name
         by_row = weight.format.activations in ("int8", "fp8")
+        as_they_come = weight.format.activations == "none"  # then factors may as well be in the weight
+        self._input_scales = None if as_they_come else weight.input_scales
+        made = weight.effective(dtype) if as_they_come else weight.dequantize(dtype)
         # The scale of a row is applied to the product, so a bias comes after it.
-        self._linear = Linear(weight.dequantize(dtype), None if by_row else bias)
+        self._linear = Linear(made, None if by_row else bias)
         self._bias = bias
         self.path = self._linear.path + DEQUANTISED
 
@@ -44,9 +49,9 @@ class DequantizedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         form = self._form
-        inputs = x if self._input_scales is None else x.float() * self._input_scales.float()
         if form.activations == "none":
-            return self._linear(inputs.to(x.dtype))
+            return self._linear(x)
+        inputs = x if self._input_scales is None else x.float() * self._input_scales.float()
         q, scales = quantize_activations(inputs, form.activations, form.group_size)
         if form.activations == "int8-group":
             grouped = q.float().unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]
@@ -57,5 +62,6 @@ class DequantizedLinear:
         return result.to(x.dtype)
 
     def plain_weight(self) -> Tensor:
-        """W [O, K] as it was dequantised; `input_scales` are not in it."""
-        return self._linear.plain_weight()
+        """W [O, K] as it was dequantised, factors of the activations in it."""
+        weight = self._linear.plain_weight()
+        return weight if self._input_scales is None else (weight.float() * self._input_scales.float()).to(weight.dtype)

@@ -13,7 +13,7 @@ from server.quant.layer import LinearLayer
 def on_cpu(weight: QuantizedWeight, bias: Tensor | None) -> LinearLayer | None:
     """The layer, float32 in and out; None where these kernels cannot take the weight or are not installed."""
     form = weight.format
-    if form.activations != "int8-group" or form.smooth or 0 in weight.shape:
+    if form.activations != "int8-group" or 0 in weight.shape:
         return None
     try:
         from server.quant.cpu.linear import CpuLinear  # numba is imported for those who need it only

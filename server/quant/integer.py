@@ -112,7 +112,8 @@ class IntegerLinear:
 
     def plain_weight(self) -> Tensor:
         """W [O, K] in float32, a copy."""
-        return self._packed.to_dense().t().float() * self._scales[:, None]
+        weight = self._packed.to_dense().t().float() * self._scales[:, None]
+        return weight if self._input_scales is None else weight * self._input_scales
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

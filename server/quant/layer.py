@@ -32,4 +32,4 @@ class LinearLayer(Protocol):
         """Maps x [N, K] to [N, O] in its dtype."""
 
     def plain_weight(self) -> Tensor:
-        """W [O, K] without low precision, for who computes with it elsewhere; it may be a copy."""
+        """W [O, K] without low precision, for who computes x Wᵀ elsewhere; it may be a copy."""

@@ -39,7 +39,7 @@ class LinearSketch:
 def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[Tensor]:
     """Tensors on the `meta` device of the sizes of those that the weight's layer holds."""
     form, (rows, columns) = weight.format, weight.shape
-    smooth = [] if weight.input_scales is None else [_like(columns)]
+    smooth = [] if weight.input_scales is None else [weight.input_scales]
     if device_type == "cpu":
         if integer.fits(form, columns) and integer.available():
             return [*smooth, _like(rows, columns, dtype=torch.int8), _like(rows)]
@@ -48,7 +48,7 @@ def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[
             tensors = [part for part in parts if part is not None]
             tiles = sum(2 * t.numel() if t.dtype.is_floating_point else t.nbytes for t in tensors)
             return [_like(tiles, dtype=torch.uint8)]
-    return [*smooth, _like(rows, columns, dtype=dtype)]
+    return [*(smooth if form.activations != "none" else []), _like(rows, columns, dtype=dtype)]
 
 
 def _like(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

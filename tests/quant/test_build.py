@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from server.engine.footprint import as_on, tensor_bytes
 from server.quant import fp8, int4, int8, w4a8
-from server.quant.build import Joined, linear_of, min_rows, parts_of
+from server.quant.build import Joined, Weight, linear_of, min_rows, parts_of
 from server.quant.dense import Linear, as_dense
 from server.quant.formats import LinearFormat, QuantizedWeight
-from server.quant.report import LayerPaths, one_line, paths_of
 from tests.quant.layers import inputs, weight_of
 
 FORMATS = [
@@ -71,7 +70,8 @@ def test_parts_of_different_formats_are_called_as_one() -> None:
     weights = [weight_of(LinearFormat("int8"), 8, 64), weight_of(LinearFormat("int4", group_size=32), 24, 64)]
     plain = torch.randn(5, 64)
     bias = torch.randn(37)
-    parts = [linear_of(w, b) for w, b in zip([*weights, plain], bias.split([8, 24, 5]), strict=True)]
+    stored: list[Weight] = [*weights, plain]
+    parts = [linear_of(w, b) for w, b in zip(stored, bias.split([8, 24, 5]), strict=True)]
     both, x = Joined(parts), inputs(9, 64)
     assert torch.equal(both(x), torch.cat([part(x) for part in parts], dim=1))
     assert (both.in_features, both.out_features) == (64, 37) and both.bias is not None and torch.equal(both.bias, bias)
@@ -79,20 +79,3 @@ def test_parts_of_different_formats_are_called_as_one() -> None:
     assert parts_of(both) == tuple(parts) and parts_of(parts[0]) == (parts[0],)
     assert all(part.path in both.path and part.format in both.format for part in parts)
     assert min_rows(both) == max(min_rows(part) for part in parts)
-
-
-def test_report() -> None:
-    named = {f"model.layers.{i}.mlp.down_proj": ("int4-g64", "torch-dequantised") for i in range(3)}
-    named |= {f"model.layers.{i}.mlp.up_proj": ("int4-g64", "torch-dequantised") for i in range(3)}
-    groups = paths_of({**named, "lm_head": ("bfloat16", "triton+cublas")})
-    assert groups == [
-        LayerPaths(["model.layers.*.mlp.down_proj", "model.layers.*.mlp.up_proj"], 6, "int4-g64", "torch-dequantised"),
-        LayerPaths(["lm_head"], 1, "bfloat16", "triton+cublas"),
-    ]
-    assert [group.dequantised for group in groups] == [True, False]
-    assert one_line(groups) == (
-        "linear layers: 6 int4-g64 torch-dequantised (mlp.down_proj, mlp.up_proj), 1 bfloat16 triton+cublas (lm_head); "
-        "6 of 7 have no low-bit kernel here and were dequantised"
-    )
-    assert "dequantised" not in one_line(groups[1:])
-    assert asdict(groups[0])["num_layers"] == 6

@@ -17,11 +17,9 @@ def test_what_is_written_is_read() -> None:
     assert found is not None and LinearFormat(**found["a.b"]) == form
 
 
-@pytest.mark.parametrize(
-    "config", [{}, {"quantization_config": None}, {"quantization_config": {"quant_method": "gptq"}}]
-)
-def test_others_are_not_ours(config: dict[str, object]) -> None:
-    assert layers_of(config) is None
+@pytest.mark.parametrize("found", [None, {}, {"quant_method": "gptq"}])
+def test_others_are_not_ours(found: dict[str, object] | None) -> None:
+    assert layers_of({"quantization_config": found}) is None and layers_of({}) is None
 
 
 def test_an_unknown_version_is_refused() -> None:

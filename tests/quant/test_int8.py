@@ -86,5 +86,5 @@ def test_without_exact_products_it_is_dequantised(monkeypatch: pytest.MonkeyPatc
 
 def test_bfloat16_networks() -> None:
     for activations in ("none", "int8"):
-        check(LinearFormat("int8", activations), torch.bfloat16, 0.01)  # type: ignore[arg-type]
-        check(LinearFormat("int8", activations, 32), torch.bfloat16, 0.01)  # type: ignore[arg-type]
+        check(LinearFormat("int8", activations), torch.bfloat16, 0.01)
+        check(LinearFormat("int8", activations, 32), torch.bfloat16, 0.01)

@@ -1,37 +1,28 @@
-"""Which kernel runs for which layers, as `/server_info` and the log say it. Never imports torch."""
+"""Which kernel runs for which layers, as `/server_info` and the log say it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
-DEQUANTISED = "-dequantised"
-"""How a path ends that has no low-bit kernel: the weight was dequantised when it was loaded."""
+from server.engine.messages import LayerPaths
+from server.models.base import TargetModel
+from server.quant.dequantized import DEQUANTISED
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPaths:
-    """Layers that are stored (`format`) and computed (`path`) alike; `layers` are their names, numbers as `*`."""
-
-    layers: list[str]
-    num_layers: int
-    format: str
-    path: str
-
-    @property
-    def dequantised(self) -> bool:
-        """Whether a quantised weight is computed without a low-bit kernel."""
-        return self.path.endswith(DEQUANTISED)
+def linear_layers(model: TargetModel, plain_path: str) -> list[LayerPaths]:
+    """Groups of a network's layers, none if it is not our own; `plain_path` computes unquantised ones on a GPU."""
+    named: dict[str, tuple[str, str]] = getattr(model, "layer_paths", dict)()
+    return grouped({n: (form, plain_path if path == "torch" else path) for n, (form, path) in named.items()})
 
 
-def paths_of(layers: Mapping[str, tuple[str, str]]) -> list[LayerPaths]:
+def grouped(layers: Mapping[str, tuple[str, str]]) -> list[LayerPaths]:
     """Groups of `layers`, name to (format, path); the largest first."""
     found: list[LayerPaths] = []
     for (form, path), items in groupby(sorted(layers, key=lambda name: layers[name]), key=lambda name: layers[name]):
         names = list(items)
         patterns = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
-        found.append(LayerPaths(sorted(patterns), len(names), form, path))
+        found.append(LayerPaths(sorted(patterns), len(names), form, path, DEQUANTISED in path))
     return sorted(found, key=lambda group: -group.num_layers)
 
 
