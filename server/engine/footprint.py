@@ -73,9 +73,8 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 
 
 def _array_storage(array: NDArray[Any]) -> tuple[int, int]:
-    """Likewise of a numpy array, which may be a part of another."""
-    whole = array.base if isinstance(array.base, np.ndarray) else array
-    return whole.ctypes.data, whole.nbytes
+    """Likewise of a numpy array."""
+    return array.ctypes.data, array.nbytes
 
 
 def _children(item: Any) -> list[Any]:
@@ -86,7 +85,10 @@ def _children(item: Any) -> list[Any]:
         return list(item)
     if isinstance(item, torch.nn.Module):
         return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
-    if not type(item).__module__.startswith(("server.", "draft_models.")):
+    module = type(item).__module__
+    if (
+        not module.startswith(("server.", "draft_models.")) or module == "server.quant.cpu.team"
+    ):  # the process's threads
         return []
     slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
     return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]

@@ -52,10 +52,10 @@ class LlamaModel:
         self.kv_layers = [KVLayer(c.num_kv_heads, c.head_dim)] * c.num_layers
         self.eos_token_ids = c.eos_token_ids
         self._table = get("model.embed_tokens.weight")
-        norm = plain(get("model.norm.weight"))
-        self.device, self.dtype = norm.device, norm.dtype
+        typical = self._table if isinstance(self._table, Tensor) else plain(get("model.norm.weight"))
+        self.device, self.dtype = typical.device, typical.dtype
         self.layers = [_load_layer(c, i, get, self.dtype) for i in range(c.num_layers)]
-        self.norm = RMSNorm(norm, c.rms_norm_eps)
+        self.norm = RMSNorm(plain(get("model.norm.weight")), c.rms_norm_eps)
         tied = c.tie_word_embeddings or not has("lm_head.weight")
         self.head = linear_of(self._table if tied else get("lm_head.weight"), dtype=self.dtype)
         self.rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)

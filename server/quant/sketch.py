@@ -46,8 +46,9 @@ def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[
         if dtype == torch.float32 and form.group_size == 32 and form.activations == "int8-group" and not smooth:
             parts = [weight.values, weight.scales, weight.minimums]
             tensors = [part for part in parts if part is not None]
-            tiles = sum(2 * t.numel() if t.dtype.is_floating_point else t.nbytes for t in tensors)
-            return [_like(tiles, dtype=torch.uint8)]
+            # The layer has tiles of 16 outputs, scales in float16, and the stored tensors for who wants them plain.
+            tiles = sum((2 if t.dtype.is_floating_point else 1) * t.shape[1] * -(-rows // 16) * 16 for t in tensors)
+            return [*tensors, _like(tiles, dtype=torch.uint8)]
     return [*(smooth if form.activations != "none" else []), _like(rows, columns, dtype=dtype)]
 
 

@@ -59,9 +59,7 @@ def test_a_sketch_holds_what_the_layer_holds(form: LinearFormat, dtype: torch.dt
     )
     as_on(torch.device("cpu"), sketch)
     held = tensor_bytes(layer)
-    if layer.path.startswith(form.name):  # a compiled kernel's layer keeps the stored weight for those who ask for it
-        held -= tensor_bytes(weight)
-    assert abs(tensor_bytes(sketch) - held) <= 256  # row sums, a start of a line of the cache
+    assert tensor_bytes(sketch) == held
     with pytest.raises(RuntimeError, match="sketch"):
         sketch(inputs(2, 128))
 
