@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from optimize.distill.options import add_distill_options
+from optimize.evaluate.options import add_evaluate_options
 from server.bench.options import add_bench_options
 from server.chat.options import add_chat_options
 from server.cli_keys import add_key_commands, run_key_command
@@ -35,6 +36,7 @@ def build_parser() -> OneLineParser:
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
     add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
+    add_evaluate_options(commands.add_parser("evaluate", help="hold a model against the one it is to replace"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -67,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from optimize.distill.command import run_distill  # loads torch, in this process
 
         return run_distill(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command == "evaluate":
+        from optimize.evaluate.command import run_evaluate  # loads torch, in this process
+
+        return run_evaluate(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
     del options.command
     try:
         config = parse_config(options)
