@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from optimize.evaluate.layers import LayerCost, Sensitivity
 from optimize.evaluate.thresholds import RecipeFacts
@@ -21,8 +22,9 @@ def advice(failed: Sequence[Number], facts: RecipeFacts, layers: Sensitivity | N
         found.append("the candidate computes values that are not finite: it is damaged, or its scales overflow")
     if any(name in ("perplexity ratio", "top-1 agreement") for name in names):
         found += [*_kept(layers), *_formats(facts)]
-    if "tokens of text" in names:
-        found.append("judge by more text: --tokens, or a larger --text")
+    doubtful = any(n.value is not None and n.bound is not None and replace(n, bound=None).passed for n in failed)
+    if doubtful or "tokens of text" in names:
+        found.append("judge by more text (--tokens, --text): a bound gets closer to its value")
     slow = [name.rsplit(" ", 1)[1] for name in names if name.startswith("step time ratio")]
     if slow:
         faster = [str(tier) for tier in facts.gate.faster_at if str(tier) not in slow]

@@ -83,11 +83,8 @@ def student_cdf(t: float, freedom: int) -> float:
     for k in range(freedom % 2 + 2, freedom + 1, 2):
         total += term
         term *= square * (k - 1) / k
-    if freedom % 2:
-        between = 2 / math.pi * (theta + math.sin(theta) * total)
-    else:
-        between = math.sin(theta) * total
-    return 0.5 + between / 2
+    sine = math.sin(theta) * total
+    return 0.5 + (2 / math.pi * (theta + sine) if freedom % 2 else sine) / 2
 
 
 def _student_density(t: float, freedom: int) -> float:

@@ -16,7 +16,7 @@ __all__ = ["Number", "Verdict", "check"]
 def check(base: str, candidate: str | Path, thresholds: object, options: EvaluateOptions | None = None) -> Verdict:
     """Holds `candidate` against `base`, at bounds that say no when in doubt.
 
-    `thresholds` are `Thresholds`, or a recipe: any object whose `gate` has their fields, and whose own `name`, `method`,
+    `thresholds` are `Thresholds`, or a recipe: any object whose `gate` has their fields, and whose `name`, `method`,
     `weights`, `activations`, `group_size` and `minimum` advice may speak of. `options` says on what and how to measure
     (their `base` and `candidate` do not count); with `out` a report is written there. Progress goes to standard error.
 

@@ -122,8 +122,8 @@ def notes(options: EvaluateOptions, measured: Measured) -> list[str]:
         text = options.text.name if options.text else f"{DEFAULT_TEXT}, the documentation that comes with Python"
         groups = m.quality.perplexity_ratio.num_clusters
         found.append(
-            f"Text that no model wrote: {m.quality.num_tokens:,} tokens of {m.num_documents} documents ({text}), read in "
-            f"windows of at most {options.window} tokens by the served networks, both on the same pass "
+            f"Text that no model wrote: {m.quality.num_tokens:,} tokens of {m.num_documents} documents ({text}), read "
+            f"in windows of at most {options.window} tokens by the served networks, both on the same pass "
             f"({m.seconds.get('quality', 0):,.0f} s)."
         )
         found.append(
