@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from optimize.evaluate.verdict import Number
 
 MOST_NAMED = 5
 _MUCH = 1.5
-"""A layer is named where it costs so many times what the average layer does."""
+"""A layer is named where it costs so many times what the others do on average."""
 
 
 def advice(failed: Sequence[Number], facts: RecipeFacts, layers: Sensitivity | None, drafter: str | None) -> list[str]:
@@ -41,15 +42,18 @@ def _kept(layers: Sensitivity | None) -> list[str]:
     """Layers that stand out; where none does, keeping a few will not help."""
     if layers is None or not layers.worst:
         return []
-    # All layers' costs are looked at, their parts are named: a part is held against an even share of its layer's peers.
-    total = sum(cost.divergence for cost in layers.layers)
-    mean = total / max(1, sum(cost.divergence > 0 for cost in layers.layers))
-    standing_out = {cost.name for cost in layers.layers if cost.divergence > _MUCH * mean}
+    standing_out = {cost.name for cost in layers.layers if cost.divergence > _MUCH * _others(cost, layers)}
     chosen = [cost for cost in layers.worst if _within(cost, standing_out)][:MOST_NAMED]
     if not chosen:
         return []
     named = ", ".join(f"{cost.name} ({cost.divergence:.2g} nats a token)" for cost in chosen)
     return [f"keep the layers that cost most in high precision ([[layers]] pattern = …, keep = true): {named}"]
+
+
+def _others(cost: LayerCost, layers: Sensitivity) -> float:
+    """Mean of the other layers that cost anything."""
+    found = [other.divergence for other in layers.layers if other is not cost and other.divergence > 0]
+    return statistics.mean(found) if found else 0.0
 
 
 def _within(cost: LayerCost, layers: set[str]) -> bool:

@@ -68,7 +68,7 @@ def evaluate(options: EvaluateOptions, facts: RecipeFacts, say: Say) -> tuple[Me
 
 def _measure(options: EvaluateOptions, gate: Thresholds, say: Say) -> Measured:
     texts = read_texts(options.text)
-    pair = find_pair(options)
+    pair = find_pair(options, [text for _, text in texts[:: max(1, len(texts) // 16)]])
     head = find_drafter(options, pair.base) if "drafter" in options.parts else None
     documents = shortened(encode(texts, pair.tokenizer), options.tokens)
     read = windows(documents, options.window)

@@ -23,6 +23,9 @@ from server.text.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
+_COMPARED = 2000
+"""Characters of a text that both tokenizers read."""
+
 
 @dataclass(slots=True)
 class Side:
@@ -66,8 +69,8 @@ class Pair:
     tokenizer: Tokenizer
 
 
-def find_pair(options: EvaluateOptions) -> Pair:
-    """Raises ModelSourceError, TokenizerError, or EvaluateError where the two do not read text alike."""
+def find_pair(options: EvaluateOptions, texts: Sequence[str]) -> Pair:
+    """Raises ModelSourceError, TokenizerError, or EvaluateError where the two do not read `texts` alike."""
     base = find(options.base, options.base_weights)
     candidate = find(options.candidate, options.candidate_weights)
     tokenizer = Tokenizer.from_directory(base.directory)
@@ -75,11 +78,7 @@ def find_pair(options: EvaluateOptions) -> Pair:
         other = Tokenizer.from_directory(candidate.directory)
     except TokenizerError:  # weights alone: the base's is meant
         return Pair(base, candidate, tokenizer)
-    for text in (
-        "",
-        "The quick brown fox, 1.5 × 10³\n\n\tdéjà vu: «ab» {x[0]: '…'} <|end|> 1234567 ",
-        "def f(x):\n    pass\n",
-    ):
+    for text in ("", "  1.5 × 10³\n\n\tdéjà vu: «ab» {x[0]: '…'}", *(text[:_COMPARED] for text in texts)):
         if tokenizer.encode(text, add_special_tokens=True) != other.encode(text, add_special_tokens=True):
             raise EvaluateError(
                 f"{candidate.name} has another tokenizer than {base.name}: their tokens cannot be compared"
