@@ -195,7 +195,7 @@ class _Search:
         self, names: Sequence[str], *, whole: bool, progress: Callable[[int, int], None]
     ) -> tuple[list[LayerCost], bool]:
         """Of those that there is time for, and whether that is all."""
-        found = []
+        found: list[LayerCost] = []
         for name in names:
             if time.perf_counter() > self._ends:
                 return found, False

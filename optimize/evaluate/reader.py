@@ -86,10 +86,10 @@ class Reader:
                 parts.append(ids)
                 spans.append(Span(step.start, len(ids), list(range(block, block + held)), contiguous=True))
             block += held
-        ids = torch.from_numpy(np.concatenate(parts))
+        read = torch.from_numpy(np.concatenate(parts))
         if self._forward is None:
-            return self._by_itself(ids, spans)
-        return self._by_kernels(self._forward, ids.to(self.model.device), spans)
+            return self._by_itself(read, spans)
+        return self._by_kernels(self._forward, read.to(self.model.device), spans)
 
     def _by_itself(self, ids: Tensor, spans: list[Span]) -> Tensor:
         count, device = len(ids), self.model.device

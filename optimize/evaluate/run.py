@@ -29,6 +29,7 @@ from server.models.loader import pick_device
 Say = Callable[[str], None]
 
 GREEDY_TOKENS = 64
+TASK_ROWS, TASK_TOKENS = 8, 4096
 _SAY_EVERY_S = 15.0
 
 
@@ -76,7 +77,8 @@ def _measure(options: EvaluateOptions, gate: Thresholds, say: Say) -> Measured:
     tiers = sorted({*options.batch, *gate.faster_at})
     timed = [Load(tier, options.input, options.output) for tier in tiers] if "speed" in options.parts else []
     talk = Load(len(prompts), max(map(len, prompts)), GREEDY_TOKENS)
-    base, candidate = start(options, pair, [talk, *timed], say)
+    loads = [talk, *timed, *([_task_load(pair)] if "tasks" in options.parts else [])]
+    base, candidate = start(options, pair, loads, say)
     found = Measured(
         pair,
         pick_device(options.device),
@@ -97,6 +99,12 @@ def _measure(options: EvaluateOptions, gate: Thresholds, say: Say) -> Measured:
     return found
 
 
+def _task_load(pair: Pair) -> Load:
+    """Prompts with examples are long."""
+    context = int(pair.base.config.get("max_position_embeddings") or TASK_TOKENS)
+    return Load(TASK_ROWS, min(TASK_TOKENS, context) - 1, 1)
+
+
 def _with_both(
     options: EvaluateOptions,
     gate: Thresholds,
@@ -115,8 +123,8 @@ def _with_both(
         found.quality = summary(found.positions, gate.confidence)
     if "greedy" in options.parts:
         with _Clock(found, "greedy"):
-            written = [answers(side.bench.core, prompts, GREEDY_TOKENS).tokens for side in (base, candidate)]
-        found.greedy = agreement(*written, GREEDY_TOKENS)
+            mine, theirs = (answers(side.bench.core, prompts, GREEDY_TOKENS).tokens for side in (base, candidate))
+        found.greedy = agreement(mine, theirs, GREEDY_TOKENS)
     if timed:
         with _Clock(found, "speed"):
             found.speeds = speeds(base.bench, candidate.bench, timed, options.repeats, say)

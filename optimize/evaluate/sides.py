@@ -14,6 +14,7 @@ from server.bench.options import BenchOptions, Load
 from server.config import EngineConfig
 from server.engine.footprint import tensor_bytes
 from server.engine.gpu.runner import GpuRunner
+from server.engine.runner import Runner
 from server.models.base import TargetModel
 from server.models.loader import pick_device
 from server.models.paged_forward import PagedForward
@@ -48,7 +49,9 @@ class Side:
     @property
     def kv_dtype(self) -> torch.dtype:
         """Of the engine's KV pool."""
-        return self.bench.core.runner.pools[0].dtype
+        runner = self.bench.core.runner
+        assert isinstance(runner, (Runner, GpuRunner))
+        return runner.pools[0].dtype
 
 
 @dataclass(frozen=True, slots=True)

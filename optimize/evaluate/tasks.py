@@ -79,7 +79,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
     def __init__(self, core: EngineCore, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._core, self._tokenizer = core, tokenizer
-        self._limits = core.scheduler.limits
+        limits = core.scheduler.limits
+        self._rows, self._context = limits.max_num_seqs, min(limits.max_model_len, limits.kv_tokens)
 
     @property
     def eot_token_id(self) -> int:
@@ -99,7 +100,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is what greedy decoding writes) of each."""
         found = []
-        for part in _parts(requests, self._limits.max_num_seqs):
+        for part in _parts(requests, self._rows):
             prompts = [self._fitted(context, continuation) for _, context, continuation in part]
             scored = self._run([Request(_name(), ids, _GREEDY, max_tokens=1, prompt_logprobs=1) for ids in prompts])
             for (_, _, continuation), outputs in zip(part, scored, strict=True):
@@ -114,7 +115,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
         found = []
         for request in requests:
             ids = [self.eot_token_id, *self.tok_encode(request.args[0])]
-            room = self._limits.max_model_len - 2
+            room = self._context - 2
             parts = [(("", ""), ids[max(0, at - 1) : at], ids[at : at + room]) for at in range(1, len(ids), room)]
             found.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(parts)))
         return found
@@ -122,11 +123,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers up to one of the strings `until`."""
         found = []
-        for part in _parts(requests, self._limits.max_num_seqs):
+        for part in _parts(requests, self._rows):
             made = []
             for request in part:
                 context, how = request.args
-                room = self._limits.max_model_len - 1
+                room = self._context - 1
                 length = min(int(how.get("max_gen_toks", DEFAULT_ANSWER_TOKENS)), room)
                 ids = self.tok_encode(context, add_special_tokens=True)[-(room - length) or None :]
                 made.append(Request(_name(), ids or [self.eot_token_id], _GREEDY, max_tokens=length))
@@ -137,7 +138,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
         """The end of both; one token is left for the engine to write. Raises EvaluateError for long continuations."""
-        room = self._limits.max_model_len - 1
+        room = self._context - 1
         if len(continuation) >= room:
             raise EvaluateError(f"tasks: a continuation of {len(continuation)} tokens does not fit {room}")
         return [*context, *continuation][-room:]

@@ -33,7 +33,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for name in ("max_perplexity_ratio", "min_top1_agreement", "min_acceptance_ratio", "confidence"):
-            value = getattr(self, name)
+            value: object = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError(f"{name}: {value!r} is not valid; use a number")
         if self.max_perplexity_ratio <= 0:
@@ -43,9 +43,13 @@ class Thresholds:
             raise ConfigError(f"min_acceptance_ratio: {self.min_acceptance_ratio!r} is not valid; use 0 or more")
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(f"confidence: {self.confidence!r} is not valid; use 0.5 or more and less than 1")
-        for name, value in (("min_tokens", self.min_tokens), *(("faster_at", tier) for tier in self.faster_at)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: {value!r} is not valid; use a whole number of 1 or more")
+        counts: list[tuple[str, object]] = [
+            ("min_tokens", self.min_tokens),
+            *(("faster_at", t) for t in self.faster_at),
+        ]
+        for name, count in counts:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"{name}: {count!r} is not valid; use a whole number of 1 or more")
 
     @staticmethod
     def of(settings: object) -> Thresholds:

@@ -93,24 +93,17 @@ def judged(
 
 
 def _quality(quality: Quality | None, thresholds: Thresholds) -> list[Number]:
-    q = quality
+    tokens = broken = None
+    ratio = worst_ratio = agreement = worst_agreement = None
+    if quality is not None:
+        tokens, broken = float(quality.num_tokens), float(quality.num_broken)
+        ratio, worst_ratio = quality.perplexity_ratio.mean, quality.perplexity_ratio.high
+        agreement, worst_agreement = quality.top1_agreement.mean, quality.top1_agreement.low
     return [
-        Number("tokens of text", q and float(q.num_tokens), None, thresholds.min_tokens, "higher"),
-        Number("positions with broken logits", q and float(q.num_broken), None, 0.0, "lower"),
-        Number(
-            "perplexity ratio",
-            q and q.perplexity_ratio.mean,
-            q and q.perplexity_ratio.high,
-            thresholds.max_perplexity_ratio,
-            "lower",
-        ),
-        Number(
-            "top-1 agreement",
-            q and q.top1_agreement.mean,
-            q and q.top1_agreement.low,
-            thresholds.min_top1_agreement,
-            "higher",
-        ),
+        Number("tokens of text", tokens, None, thresholds.min_tokens, "higher"),
+        Number("positions with broken logits", broken, None, 0.0, "lower"),
+        Number("perplexity ratio", ratio, worst_ratio, thresholds.max_perplexity_ratio, "lower"),
+        Number("top-1 agreement", agreement, worst_agreement, thresholds.min_top1_agreement, "higher"),
     ]
 
 

@@ -18,7 +18,8 @@ class TableModel:
         self.max_position_embeddings = 1 << 20
         self.kv_layers = [KVLayer(1, 1)]
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.linear_path, self.min_rows, self.eos_token_ids, self.architecture = "table", 4, (0,), "Table"
+        self.linear_path, self.min_rows, self.architecture = "table", 4, "Table"
+        self.eos_token_ids: tuple[int, ...] = (0,)
         self.num_read: list[int] = []
 
     def forward(

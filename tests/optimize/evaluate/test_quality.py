@@ -27,9 +27,10 @@ def texts(count: int = 25, seed: int = 0) -> list[Window]:
 
 
 def read(base: Tensor, candidate: Tensor, windows: list[Window], tokens: int = 64) -> Positions:
-    models = TableModel(base), TableModel(candidate)
-    found = read_both(*(Reader(m, 96, tokens) for m in models), windows, tokens, lambda done, total: None)
-    assert max(models[0].num_read) <= tokens, "memory is bounded by the tokens of a step"
+    model, other = TableModel(base), TableModel(candidate)
+    readers = Reader(model, 96, tokens), Reader(other, 96, tokens)
+    found = read_both(*readers, windows, tokens, lambda done, total: None)
+    assert max(model.num_read) <= tokens, "memory is bounded by the tokens of a step"
     return found
 
 
@@ -66,7 +67,7 @@ def test_equal_networks() -> None:
 def test_the_size_of_a_step_does_not_matter() -> None:
     torch.manual_seed(1)
     tables = torch.randn(2, V, V)
-    large, small = (read(*tables, texts(), tokens) for tokens in (1024, BLOCK))
+    large, small = (read(tables[0], tables[1], texts(), tokens) for tokens in (1024, BLOCK))
     for name in ("base", "candidate", "divergence", "same", "clusters"):
         assert np.array_equal(getattr(large, name), getattr(small, name)), name
 

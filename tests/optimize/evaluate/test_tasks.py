@@ -89,8 +89,8 @@ def test_a_local_task_on_both_models(tiny_llama_dir: Path, tmp_path: Path, monke
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf" / "datasets"))
     data = tmp_path / "data.jsonl"
-    entries = [
-        {"question": f"the {word}", "choices": [" and", " of", " an"], "gold": i % 3} for i, word in enumerate("abcdef")
+    entries: list[dict[str, Any]] = [
+        {"question": f"the {word}", "choices": ["and", "of", "an"], "gold": i % 3} for i, word in enumerate("abcdef")
     ]
     data.write_text("\n".join(map(json.dumps, entries)))
     tasks = tmp_path / "tasks"
@@ -117,7 +117,7 @@ def test_a_local_task_on_both_models(tiny_llama_dir: Path, tmp_path: Path, monke
     for entry in entries:
         scores = []
         for choice in entry["choices"]:
-            whole = tokenizer.encode(entry["question"] + choice, add_special_tokens=False)
+            whole = tokenizer.encode(f"{entry['question']} {choice}", add_special_tokens=False)
             first = len(tokenizer.encode(entry["question"], add_special_tokens=False))
             logprobs = dense_logprobs(tiny_llama_dir, whole)
             scores.append(math.fsum(float(logprobs[at - 1, whole[at]]) for at in range(first, len(whole))))
