@@ -86,13 +86,15 @@ def test_broken_logits_are_counted_and_no_number_hides_them() -> None:
     candidate[3, 1] = math.nan
     quality = summary(read(base, candidate, texts()), 0.95)
     assert quality.num_broken == sum(int((w.ids[:-1] == 3).sum()) for w in texts())
-    assert quality.perplexity_ratio.mean == quality.perplexity_ratio.high == math.inf
+    assert quality.perplexity_ratio.mean == quality.perplexity_ratio.high == quality.candidate_perplexity == math.inf
+    assert quality.divergence_mean == math.inf
     with pytest.raises(EvaluateError, match="the base model's logits are not finite"):
         read(candidate, base, texts())
 
 
+@pytest.mark.parametrize("tokens", [48, 160])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_windows_are_read_as_a_network_reads_them_alone(tiny_llama_dir: Path, kernels: bool) -> None:
+def test_windows_are_read_as_a_network_reads_them_alone(tiny_llama_dir: Path, kernels: bool, tokens: int) -> None:
     """Against transformers' dense pass; `kernels`: through the signature that a GPU's kernels have."""
     from transformers import AutoModelForCausalLM
 
@@ -101,9 +103,9 @@ def test_windows_are_read_as_a_network_reads_them_alone(tiny_llama_dir: Path, ke
     oracle = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
     draw = np.random.default_rng(0)
     windows = [Window(i, i, draw.integers(3, 288, n)) for i, n in enumerate((2, 40, 17, 90, 5, 33))]
-    reader = Reader(model, 96, 48, TorchForward(model) if kernels else None)
+    reader = Reader(model, 96, tokens, TorchForward(model) if kernels else None)
     found: dict[int, list[Tensor]] = {}
-    for step in steps(windows, 48):
+    for step in steps(windows, tokens):
         logits = reader.logits(windows, step)
         lengths = [len(windows[i].ids[:-1][step.start : step.end]) for i in step.group]
         for i, part in zip(step.group, logits.split(lengths), strict=True):
