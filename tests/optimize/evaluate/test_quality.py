@@ -84,7 +84,9 @@ def test_a_masked_token_is_legal_and_one_that_the_candidate_rules_out_is_infinit
 def test_broken_logits_are_counted_and_no_number_hides_them() -> None:
     base, candidate = torch.randn(V, V), torch.randn(V, V)
     candidate[3, 1] = math.nan
-    quality = summary(read(base, candidate, texts()), 0.95)
+    positions = read(base, candidate, texts())
+    assert (positions.candidate[positions.broken] == -math.inf).all()
+    quality = summary(positions, 0.95)
     assert quality.num_broken == sum(int((w.ids[:-1] == 3).sum()) for w in texts())
     assert quality.perplexity_ratio.mean == quality.perplexity_ratio.high == quality.candidate_perplexity == math.inf
     assert quality.divergence_mean == math.inf
