@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from optimize.distill.options import add_distill_options
+from optimize.evaluate.options import add_evaluate_options
 from optimize.options import (
     add_artifact_commands,
     add_optimize_options,
@@ -49,6 +50,7 @@ def build_parser() -> OneLineParser:
     add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
     add_optimize_options(commands.add_parser("optimize", help="quantise a model, and prove that it is still good"))
     add_artifact_commands(commands.add_parser("artifacts", help="list and remove what `optimize` made"))
+    add_evaluate_options(commands.add_parser("evaluate", help="hold a model against the one it is to replace"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -85,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from optimize.command import run_artifacts, run_optimize
 
         return run_optimize(options) if options.command == "optimize" else run_artifacts(options)
+    if options.command == "evaluate":
+        from optimize.evaluate.command import run_evaluate  # loads torch, in this process
+
+        return run_evaluate(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
     del options.command
     return _run_server(options)
 
