@@ -1,8 +1,8 @@
 """AutoAWQ, layout "gemm" (github.com/casper-hansen/AutoAWQ, `awq/modules/linear/gemm.py`).
 
-    qweight  int32 [K, O / 8]    eight outputs a word; from the lowest nibble up, outputs 0, 2, 4, 6, 1, 3, 5, 7
-    qzeros   int32 [G, O / 8]    in the same order
-    scales   float16 [G, O]      w[o, k] = scales[g, o] · (q[k, o] − zero[g, o])
+qweight  int32 [K, O / 8]    eight outputs a word; from the lowest nibble up, outputs 0, 2, 4, 6, 1, 3, 5, 7
+qzeros   int32 [G, O / 8]    in the same order
+scales   float16 [G, O]      w[o, k] = scales[g, o] · (q[k, o] − zero[g, o])
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def integer_weight(
     activations: ActivationKind = "none",
     input_scales: Tensor | None = None,
 ) -> QuantizedWeight:
-    """w = scale · (u − zero) with u unsigned, centred on 2^(bits − 1) where `zeros` is None.
+    """W = scale · (u − zero) with u unsigned, centred on 2^(bits − 1) where `zeros` is None.
 
     `values` hold u: uint8 [O, K], of 4 bits packed [O, K / 2] as in `QuantizedWeight`; `scales` and `zeros` [O, G].
     Where every zero is the centre there is no minimum; else minimums and scales are float32: a product of an 11-bit

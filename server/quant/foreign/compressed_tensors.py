@@ -1,11 +1,11 @@
 """compressed-tensors, what llm-compressor writes (compressed-tensors 0.20, `compressors/`).
 
-    weight_packed      int32 [O, ⌈K · bits / 32⌉]    q + 2^(bits − 1), consecutive columns, lowest bits first
-    weight             int8 or float8_e4m3fn [O, K]  in place of it: q as it is
-    weight_scale       [O, G], [O, 1], or one
-    weight_zero_point  int8 as weight_scale, or packed along the rows: int32 [⌈O · bits / 32⌉, G]
-    weight_shape       int64 [2]                     beside weight_packed
-    weight_g_idx       int32 [K]                     the group of each column, only where they are out of order
+weight_packed      int32 [O, ⌈K · bits / 32⌉]    q + 2^(bits − 1), consecutive columns, lowest bits first
+weight             int8 or float8_e4m3fn [O, K]  in place of it: q as it is
+weight_scale       [O, G], [O, 1], or one
+weight_zero_point  int8 as weight_scale, or packed along the rows: int32 [⌈O · bits / 32⌉, G]
+weight_shape       int64 [2]                     beside weight_packed
+weight_g_idx       int32 [K]                     the group of each column, only where they are out of order
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class CompressedTensors:
             return None  # an embedding, or a layer of a class that no target names
         if parts.has("weight_g_idx"):
             raise parts.error(
-                "weight_g_idx", "columns are grouped out of order (actorder group); actorder weight, static or none work"
+                "weight_g_idx",
+                "columns are grouped out of order (actorder group); actorder weight, static or none work",
             )
         if scheme.kind == "fp8":
             return _float_weight(parts, scheme)
@@ -93,7 +94,7 @@ def _float_weight(parts: Parts, scheme: Scheme) -> QuantizedWeight:
 
 
 def _packed_values(parts: Parts, bits: int) -> Tensor:
-    """u in uint8, [O, K / 2] of 4 bits, [O, K] of 8."""
+    """U in uint8, [O, K / 2] of 4 bits, [O, K] of 8."""
     words = parts.need("weight_packed")
     shape = parts.get("weight_shape")
     columns = words.shape[1] * 32 // bits if shape is None or shape.is_meta else int(shape[1])

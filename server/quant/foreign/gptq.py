@@ -1,9 +1,9 @@
 """GPTQ as AutoGPTQ and GPTQModel store it (github.com/ModelCloud/GPTQModel, `nn_modules/qlinear`).
 
-    qweight  int32 [K · bits / 32, O]    consecutive inputs a word, lowest bits first
-    qzeros   int32 [G, O · bits / 32]    consecutive outputs; of checkpoint format "gptq" (v1) one less than the zero
-    scales   float16 [G, O]              w[o, k] = scales[g_idx[k], o] · (q[k, o] − zero[g_idx[k], o])
-    g_idx    int32 [K]                   the group of each input
+qweight  int32 [K · bits / 32, O]    consecutive inputs a word, lowest bits first
+qzeros   int32 [G, O · bits / 32]    consecutive outputs; of checkpoint format "gptq" (v1) one less than the zero
+scales   float16 [G, O]              w[o, k] = scales[g_idx[k], o] · (q[k, o] − zero[g_idx[k], o])
+g_idx    int32 [K]                   the group of each input
 """
 
 from __future__ import annotations

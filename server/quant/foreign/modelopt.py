@@ -1,9 +1,9 @@
 """NVIDIA Model Optimizer's unified Hugging Face export (`modelopt.torch.export`, 0.47).
 
-    weight           float8_e4m3fn [O, K], int8 [O, K], or of 4 bits uint8 [O / 2, K]: signed, row 2i in the low nibble
-    weight_scale     one, [O], or [O, K / group_size]
-    pre_quant_scale  [K]: what the activations are multiplied by first
-    input_scale      one, of the activations: not used
+weight           float8_e4m3fn [O, K], int8 [O, K], or of 4 bits uint8 [O / 2, K]: signed, row 2i in the low nibble
+weight_scale     one, [O], or [O, K / group_size]
+pre_quant_scale  [K]: what the activations are multiplied by first
+input_scale      one, of the activations: not used
 """
 
 from __future__ import annotations

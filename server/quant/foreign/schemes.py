@@ -90,7 +90,12 @@ def _activations(where: str, args: Any, weights: Mapping[str, Any]) -> tuple[Act
     """(the kind as in server.quant.formats, whether the checkpoint has static scales)."""
     if args is None:
         return "none", False
-    kind, bits, strategy, dynamic = args.get("type", "int"), args.get("num_bits", 8), _strategy(args), args.get("dynamic")
+    kind, bits, strategy, dynamic = (
+        args.get("type", "int"),
+        args.get("num_bits", 8),
+        _strategy(args),
+        args.get("dynamic"),
+    )
     if bits != 8 or kind not in ("int", "float"):
         raise SchemeError(f"{where} of {bits!r} bits, type {kind!r}, is not supported; int and float of 8 bits work")
     if not args.get("symmetric", True):
@@ -98,7 +103,12 @@ def _activations(where: str, args: Any, weights: Mapping[str, Any]) -> tuple[Act
     ours: ActivationKind = "int8" if kind == "int" else "fp8"
     if strategy == "token" or (strategy == "tensor" and dynamic in (True, False, None)):
         return ours, strategy == "tensor"
-    if strategy == "group" and ours == "int8" and dynamic is True and args.get("group_size") == weights.get("group_size"):
+    if (
+        strategy == "group"
+        and ours == "int8"
+        and dynamic is True
+        and args.get("group_size") == weights.get("group_size")
+    ):
         return "int8-group", False
     raise SchemeError(
         f"{where}.strategy {strategy!r} of type {kind} (dynamic {dynamic!r}) is not supported; token works, tensor, and "

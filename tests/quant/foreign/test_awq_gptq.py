@@ -11,7 +11,9 @@ from server.quant.foreign.detect import foreign_layers
 from tests.quant.foreign.layouts import Stored, awq_layer, gptq_layer, random_grouped
 
 NAME = "model.layers.0.mlp.up_proj"
-AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}}
+AWQ = {
+    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+}
 
 
 def gptq(**fields: Any) -> dict[str, Any]:

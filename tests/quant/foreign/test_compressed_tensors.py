@@ -17,7 +17,9 @@ NAME = "model.layers.0.self_attn.o_proj"
 TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
-def config_of(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+def config_of(
+    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **fields: Any
+) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": form}
     return {
         "quantization_config": {

@@ -17,7 +17,12 @@ NAME = "model.layers.0.mlp.down_proj"
 
 
 def flat(algorithm: str, **fields: Any) -> dict[str, Any]:
-    inner = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], "producer": {"name": "modelopt"}}
+    inner = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": ["lm_head"],
+        "producer": {"name": "modelopt"},
+    }
     return {"quantization_config": inner | fields}
 
 
@@ -76,7 +81,9 @@ def test_eight_bit_layers(algorithm: str, dtype: torch.dtype, name: str, notices
 
 def test_the_older_file_beside_the_configuration_is_read(tmp_path: Path) -> None:
     inner = {"quant_algo": "W4A16_AWQ", "group_size": 32, "exclude_modules": ["lm_head", "*down_proj"]}
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": inner}))
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"producer": {"name": "modelopt"}, "quantization": inner})
+    )
     tensors, _ = int4_layer(6, 64, 32)
     dialect = foreign_layers({}, tmp_path)
     assert dialect is not None
