@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from optimize.distill.options import add_distill_options
+from optimize.export.options import add_export_options
 from server.bench.options import add_bench_options
 from server.chat.options import add_chat_options
 from server.cli_keys import add_key_commands, run_key_command
@@ -35,6 +36,7 @@ def build_parser() -> OneLineParser:
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
     add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
+    add_export_options(commands.add_parser("export", help="write a quantised model for another engine"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -67,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from optimize.distill.command import run_distill  # loads torch, in this process
 
         return run_distill(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command == "export":
+        from optimize.export.command import run_export  # loads torch, in this process
+
+        return run_export(options)
     del options.command
     try:
         config = parse_config(options)

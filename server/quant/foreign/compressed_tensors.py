@@ -59,7 +59,7 @@ class CompressedTensors:
         if parts.has("weight_g_idx"):
             raise parts.error(
                 "weight_g_idx",
-                "columns are grouped out of order (actorder group); actorder weight, static or none work",
+                "columns are grouped out of order (actorder group); actorder weight or static works",
             )
         if scheme.kind == "fp8":
             return _float_weight(parts, scheme)

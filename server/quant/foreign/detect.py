@@ -19,8 +19,8 @@ WHAT_WORKS = "awq (AutoAWQ), gptq, compressed-tensors and modelopt work"
 def foreign_layers(config: Mapping[str, Any], directory: Path | None = None) -> Dialect | None:
     """The dialect of a checkpoint that another project quantised; None if it is not quantised, or by us.
 
-    `config` is the content of `config.json`; in `directory` lies `hf_quant_config.json`, which older exports of ModelOpt
-    have instead. Raises ForeignCheckpointError, naming the field and what works.
+    `config` is the content of `config.json`; in `directory` lies `hf_quant_config.json`, which older exports of
+    ModelOpt have instead. Raises ForeignCheckpointError, naming the field and what works.
     """
     found = config.get("quantization_config") or config.get("compression_config")
     if found is None:

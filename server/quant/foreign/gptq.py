@@ -22,7 +22,7 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 
 class Gptq:
-    """Implements Dialect. Bits of a layer follow from its shapes, so per-layer overrides (`dynamic`) need no reading."""
+    """Implements Dialect. Bits of a layer follow from its shapes, so overrides a layer (`dynamic`) need no reading."""
 
     name = "GPTQ"
     notices: tuple[str, ...] = ()

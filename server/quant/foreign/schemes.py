@@ -74,7 +74,7 @@ def _scheme(where: str, group: Mapping[str, Any]) -> Scheme:
         raise SchemeError(f"{where}: weights.type {kind!r} is not supported; int and float work")
     if bits != 8 and not (kind == "int" and bits == 4):
         raise SchemeError(
-            f"{where}: weights.num_bits {bits!r} of type {kind} is not supported; int of 4 and 8 bits and float of 8 work"
+            f"{where}: weights.num_bits {bits!r} of type {kind} is not supported; int of 4 and 8 bits, float of 8 work"
         )
     if strategy not in _WEIGHT_STRATEGIES[kind]:
         valid = ", ".join(_WEIGHT_STRATEGIES[kind])
@@ -111,8 +111,8 @@ def _activations(where: str, args: Any, weights: Mapping[str, Any]) -> tuple[Act
     ):
         return "int8-group", False
     raise SchemeError(
-        f"{where}.strategy {strategy!r} of type {kind} (dynamic {dynamic!r}) is not supported; token works, tensor, and "
-        "for int dynamic groups of the weights' size"
+        f"{where}.strategy {strategy!r} of type {kind} (dynamic {dynamic!r}) is not supported; token works, tensor, "
+        "and for int dynamic groups of the weights' size"
     )
 
 

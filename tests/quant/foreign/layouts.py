@@ -1,4 +1,4 @@
-"""Layers in the layouts of other projects, each value placed by hand as their documents say, and read back the same way.
+"""Layers in the layouts of other projects, each value placed by hand as their documents say.
 
 Written apart from `server.quant.foreign`: nothing of it is used here.
 """

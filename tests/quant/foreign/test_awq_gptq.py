@@ -122,7 +122,7 @@ def test_bits_that_are_not_supported_are_named() -> None:
 def test_plain_models_and_our_own_are_nobodys_dialect() -> None:
     assert foreign_layers({}) is None
     assert foreign_layers({"quantization_config": {"quant_method": "outpace", "version": 1, "layers": {}}}) is None
-    with pytest.raises(ForeignCheckpointError, match="'hqq' is not supported; awq .*work"):
+    with pytest.raises(ForeignCheckpointError, match=r"'hqq' is not supported; awq .*work"):
         foreign_layers({"quantization_config": {"quant_method": "hqq"}})
 
 

@@ -107,7 +107,7 @@ def test_mixed_precision_is_read_a_layer_at_a_time() -> None:
 
 
 def test_algorithms_and_types_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ForeignCheckpointError, match="quant_algo 'NVFP4' of ModelOpt is not supported; FP8, .*work"):
+    with pytest.raises(ForeignCheckpointError, match=r"quant_algo 'NVFP4' of ModelOpt is not supported; FP8, .*work"):
         foreign_layers(flat("NVFP4"))
     tensors, _ = int4_layer(6, 64, 32)
     dialect = foreign_layers(flat("FP8"))

@@ -1,0 +1,7 @@
+"""What can go wrong in an export, beside wrong settings."""
+
+from __future__ import annotations
+
+
+class ExportError(RuntimeError):
+    """Nothing can be exported so: the message says why, and which pair of format and engine works."""
