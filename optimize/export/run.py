@@ -28,6 +28,7 @@ _BESIDE = (
     "generation_config.json", "LICENSE*",
 )  # fmt: skip
 _JOINED = re.compile(r"(.*\.)(?:self_attn\.(?:q|k|v)_proj|mlp\.(?:gate|up)_proj)")
+MEGABYTE = 1_000_000
 _16BIT = (torch.float16, torch.bfloat16)
 
 
@@ -117,7 +118,7 @@ class _Exporter:
 
     def write(self, directory: Path) -> None:
         """All files, into an empty directory."""
-        shards = ShardWriter(directory, self._options.max_shard_mb * 1_000_000)
+        shards = ShardWriter(directory, self._options.max_shard_mb * MEGABYTE)
         for name in self._source.plain:
             shards.add({name: self._cast(self._folding.tensor(name, self._source.tensor(name)))})
         for name in self._source.layers:

@@ -105,8 +105,9 @@ class Quantised(nn.Module):
     vLLM and we take 127.
     """
 
-    def __init__(self, weight: QuantizedWeight, halves: bool = False) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, halves: bool = False) -> None:
         super().__init__()
+        self.bias = bias
         self.quantised, self.halves = weight, halves and weight.format.activations == "int8"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,8 +116,9 @@ class Quantised(nn.Module):
             rows = rows if weight.input_scales is None else rows * weight.input_scales
             steps = rows.abs().amax(-1, keepdim=True) / 127.5
             rows = (rows / steps).round().clamp(-128, 127) * steps
-            return (rows @ weight.dequantize().t()).view(*x.shape[:-1], -1)
-        return reference_linear(rows, weight).view(*x.shape[:-1], -1)
+            result = rows @ weight.dequantize().t()
+            return (result if self.bias is None else result + self.bias).view(*x.shape[:-1], -1)
+        return reference_linear(rows, weight, self.bias).view(*x.shape[:-1], -1)
 
 
 def reference_logits(
@@ -127,7 +129,7 @@ def reference_logits(
 
     model: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     for name, weight in layers.items():
-        model.set_submodule(name, Quantised(weight, halves))
+        model.set_submodule(name, Quantised(weight, model.get_submodule(name).bias, halves))
     with torch.no_grad():
         logits: Tensor = model(ids).logits
     return logits

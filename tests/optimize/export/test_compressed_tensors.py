@@ -63,6 +63,36 @@ def test_transformers_computes_the_same(form: LinearFormat, tiny_llama_dir: Path
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_factors_move_into_biases_too_and_tied_heads_stay_tied(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Qwen2ForCausalLM(config)
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.v_proj.bias)
+    model.save_pretrained(tmp_path / "original")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "original" / name).write_bytes((tiny_llama_dir / name).read_bytes())
+    form = LinearFormat("int8", smooth=True)
+    layers = write_artifact(tmp_path / "artifact", tmp_path / "original", everywhere(form))
+    exported(tmp_path / "artifact", tmp_path / "out")
+    wanted = reference_logits(tmp_path / "original", layers, IDS)
+    assert relative_error(loaded_logits(tmp_path / "out"), wanted) < 2e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_layers_of_several_formats(tiny_llama_dir: Path, tmp_path: Path) -> None:
     def choose(name: str) -> LinearFormat | None:
         if "self_attn" in name:
