@@ -12,10 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from server.quant.formats import LinearFormat
+from typing import Protocol
 
 ENGINES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 FORMATS = ("compressed-tensors", "awq", "modelopt")
@@ -60,6 +57,26 @@ _GROUP_SIZES = {"vllm": (32, 64, 128), "sglang": (32, 64, 128), "tensorrt-llm": 
 """Of the integer kernels for activations in 16 bits; transformers takes any."""
 
 
+class LayerFormat(Protocol):
+    """What is asked of a server.quant.formats.LinearFormat."""
+
+    @property
+    def weights(self) -> str:
+        """Kind of the weights."""
+
+    @property
+    def activations(self) -> str:
+        """Kind of the activations."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale."""
+
+    @property
+    def minimum(self) -> bool:
+        """Whether groups have one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """What an engine's answer depends on. `kinds` and `group_sizes` are those of all quantised layers."""
@@ -69,7 +86,7 @@ class Artifact:
     minimum: bool
 
 
-def summary(forms: Iterable[LinearFormat]) -> Artifact:
+def summary(forms: Iterable[LayerFormat]) -> Artifact:
     """Of the formats of all quantised layers."""
     found = list(forms)
     kinds = dict.fromkeys(kind_of(form) for form in found)
@@ -77,7 +94,7 @@ def summary(forms: Iterable[LinearFormat]) -> Artifact:
     return Artifact(tuple(kinds), tuple(sorted(sizes)), any(form.minimum for form in found))
 
 
-def kind_of(form: LinearFormat) -> str:
+def kind_of(form: LayerFormat) -> str:
     """A key of `KINDS`, or another name that no engine takes."""
     return form.weights + (f"+{form.activations}" if form.activations != "none" else "")
 

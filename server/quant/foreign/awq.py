@@ -57,4 +57,5 @@ class AutoAwq:
 
 def _in_order(words: Tensor) -> Tensor:
     """int32 [R, O / 8] as uint8 [R, O], the outputs in order."""
-    return unpack(words, 4).unflatten(1, (-1, 8))[:, :, _NIBBLE_OF].flatten(1)
+    eights: Tensor = unpack(words, 4).unflatten(1, (-1, 8))
+    return eights[:, :, _NIBBLE_OF].flatten(1)

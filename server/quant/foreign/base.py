@@ -27,7 +27,7 @@ class RawTensors(Protocol):
     def has(self, name: str) -> bool:
         """Whether there is a tensor of that name."""
 
-    def raw(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """The tensor in its own dtype (packed integers, float8 and float32 scales would not survive a cast)."""
 
 
@@ -63,7 +63,7 @@ class Parts:
 
     def get(self, part: str) -> Tensor | None:
         """The tensor, None where there is none."""
-        return self.tensors.raw(f"{self.layer}.{part}") if self.has(part) else None
+        return self.tensors.read(f"{self.layer}.{part}") if self.has(part) else None
 
     def need(self, part: str) -> Tensor:
         """The tensor. Raises ForeignCheckpointError if it is missing."""

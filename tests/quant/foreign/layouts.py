@@ -21,7 +21,7 @@ class Stored:
     def has(self, name: str) -> bool:
         return name in self.tensors
 
-    def raw(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def on_meta(self) -> Stored:

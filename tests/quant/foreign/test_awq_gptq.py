@@ -108,6 +108,9 @@ def test_missing_and_misshapen_tensors_are_named(part: str) -> None:
         damaged = layer | {f"{NAME}.{part}": layer[f"{NAME}.{part}"][:, :-1]}
         with pytest.raises(ForeignCheckpointError, match=rf"up_proj\.{part}: has shape"):
             dialect.weight(Stored(damaged), NAME)
+    dialect = foreign_layers(gptq())
+    assert dialect is not None
+    layer = gptq_layer(NAME, q, zeros, scales, 4)
     del layer[f"{NAME}.{part}"]
     with pytest.raises(ForeignCheckpointError, match=rf"up_proj\.{part}: is missing"):
         dialect.weight(Stored(layer), NAME)

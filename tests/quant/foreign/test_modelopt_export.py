@@ -69,6 +69,7 @@ def test_its_export_computes_what_it_simulated(algorithm: str, tiny_llama_dir: P
     assert config["quantization_config"]["quant_algo"] == algorithm
     stored = Stored(load_file(tmp_path / "model.safetensors"))
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    found: dict[str, QuantizedWeight | None] = {}
     for source in (foreign_layers(config), foreign_layers({}, tmp_path)):
         assert source is not None
         found = {n: source.weight(stored, n) for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
