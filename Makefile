@@ -39,12 +39,13 @@ TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)
 RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: serve test test-slow fuzz goldens parity bench-report lint clean help
+.PHONY: serve test test-slow test-optimize fuzz goldens parity bench-report lint clean help
 
 help:
 	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
+	@echo 'make test-optimize [PYTEST_ARGS=] quantisation with nvidia-modelopt, which this installs'
 	@echo 'make fuzz [CASES= SEED= URL=]    bodies and raw bytes against a real server, 100,000 cases by default'
 	@echo 'make goldens                     write the golden files of the wire anew; the diff is what changed for clients'
 	@echo 'make parity [ARGS=]              the real model against transformers, every drafter: an hour on two cores'
@@ -68,6 +69,11 @@ test: lint $(NODE_STAMP)
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+# With the calibrator, which is not among the developer's packages: a gigabyte with what it brings.
+test-optimize: $(DEV_STAMP)
+	@$(PIP) -c .venv/constraints.txt -e '.[dev,optimize]'
+	$(BIN)/python -m pytest -m optimize --timeout 1800 tests/optimize $(PYTEST_ARGS)
 
 fuzz: $(DEV_STAMP)
 	$(BIN)/python -m tests.fuzz --cases '$(CASES)' --seed '$(SEED)' $(if $(URL),--url '$(URL)') $(ARGS)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from optimize.distill.options import add_distill_options
 from optimize.export.options import add_export_options
+from optimize.options import (
+    add_artifact_commands,
+    add_optimize_options,
+    add_serving_options,
+    take_serving_options,
+)
 from server.bench.options import add_bench_options
 from server.chat.options import add_chat_options
 from server.cli_keys import add_key_commands, run_key_command
 from server.cli_options import OneLineParser, add_options, parse_config
 from server.config import ConfigError, ServerConfig
 from server.plan.options import add_plan_options
+
+if TYPE_CHECKING:
+    from server.api.successor import Successor
 
 
 def version() -> str:
@@ -31,11 +42,14 @@ def build_parser() -> OneLineParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
     serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
     add_options(serve)
+    add_serving_options(serve)
     add_plan_options(commands.add_parser("plan", help="what memory goes where, before anything is loaded"))
     add_key_commands(commands.add_parser("key", help="make and hash API keys"))
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
     add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
+    add_optimize_options(commands.add_parser("optimize", help="quantise a model, and prove that it is still good"))
+    add_artifact_commands(commands.add_parser("artifacts", help="list and remove what `optimize` made"))
     add_export_options(commands.add_parser("export", help="write a quantised model for another engine"))
     commands.add_parser("version", help="print the version")
     return parser
@@ -69,22 +83,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from optimize.distill.command import run_distill  # loads torch, in this process
 
         return run_distill(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command in ("optimize", "artifacts"):
+        from optimize.command import run_artifacts, run_optimize
+
+        return run_optimize(options) if options.command == "optimize" else run_artifacts(options)
     if options.command == "export":
         from optimize.export.command import run_export  # loads torch, in this process
 
         return run_export(options)
     del options.command
+    return _run_server(options)
+
+
+def _run_server(options: argparse.Namespace) -> int:
     try:
+        recipe, background = take_serving_options(options)
         config = parse_config(options)
+        if background and config.api_workers > 1:
+            raise ConfigError(f"api_workers: {config.api_workers} is not valid with --optimize-in-background; use 1")
     except ConfigError as error:
         print(f"outpace serve: {error}", file=sys.stderr)
         return 2
-    return _serve(config)
+    if recipe is None:
+        return _serve(config)
+    from optimize.serving import optimized, successor
+
+    if background:
+        return _serve(config, successor(config, recipe))
+    better = optimized(config, recipe)
+    return better if isinstance(better, int) else _serve(better)
 
 
-def _serve(config: ServerConfig) -> int:
+def _serve(config: ServerConfig, successor: Successor | None = None) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Only here: `outpace version` and --help should not pay for an HTTP server.
     from server.api.serve import serve
 
-    return serve(config, version())
+    return serve(config, version()) if successor is None else serve(config, version(), successor)

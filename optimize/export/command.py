@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from optimize.errors import OptimizeError
 from optimize.export.engines import whole_table
-from optimize.export.errors import ExportError
 from optimize.export.options import parse_export
 from server.config import ConfigError
 from server.models.errors import ModelSourceError
@@ -25,7 +25,7 @@ def run_export(namespace: argparse.Namespace) -> int:
         export(options, _say)
     except ConfigError as error:
         return _failed(str(error), 2)
-    except (ExportError, ModelSourceError, OSError) as error:
+    except (OptimizeError, ModelSourceError, OSError) as error:
         return _failed(str(error), 1)
     except KeyboardInterrupt:
         return _failed("stopped; nothing was written", 130)

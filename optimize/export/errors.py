@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from optimize.errors import OptimizeError
 
-class ExportError(RuntimeError):
+
+class ExportError(OptimizeError):
     """Nothing can be exported so: the message says why, and which pair of format and engine works."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optimize.artifact import MANIFEST, ArtifactStore
 from optimize.export.awq import AwqFormat
 from optimize.export.compressed_tensors import CompressedTensorsFormat
 from optimize.export.engines import formats_for, summary, table, why_not
@@ -33,8 +34,14 @@ _16BIT = (torch.float16, torch.bfloat16)
 
 
 def export(options: ExportOptions, say: Callable[[str], None]) -> None:
-    """Writes `options.out`; progress and what the reader should know go to `say`. Raises ExportError."""
-    source = Source(options.directory())
+    """Writes `options.out`; progress and what the reader should know go to `say`.
+
+    Raises ExportError, DamagedError for an artifact that is not as it was written, ModelSourceError for damaged files.
+    """
+    directory = options.directory()
+    if (directory / MANIFEST).is_file():
+        ArtifactStore().load(directory)
+    source = Source(directory)
     artifact = summary(form for name, form in source.layers.items() if not name.endswith("embed_tokens"))
     names = sorted({form.name for form in source.layers.values()})
     say(f"{len(source.layers)} layers: {', '.join(names)}. Engines, and the formats that each takes of this model:")
@@ -52,8 +59,8 @@ def export(options: ExportOptions, say: Callable[[str], None]) -> None:
     say(f"writing {chosen}" + (f" for {options.engine}" if options.engine else ""))
     for notice in exporter.notices():
         say(notice)
-    with replaced(options.out) as directory:
-        exporter.write(directory)
+    with replaced(options.out) as temporary:
+        exporter.write(temporary)
 
 
 def _format(name: str, source: Source) -> Format:

@@ -6,30 +6,40 @@ import asyncio
 import sys
 
 from server.api.event_loop import loop_factory
+from server.api.interfaces import TextLayerLike
 from server.api.lifecycle import Server, StartError
 from server.api.load_text import load_text
 from server.api.pool.owner import Pool
+from server.api.successor import EngineRelay, Successor, succeeding
 from server.config import ServerConfig
 from server.engine.client import EngineClient
 
 
-def serve(config: ServerConfig, version: str) -> int:
-    """Serves until a signal; the exit status."""
+def serve(config: ServerConfig, version: str, successor: Successor | None = None) -> int:
+    """Serves until a signal; the exit status. `successor` is made meanwhile and takes over."""
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
-            runner.run(_run(config, version))
+            runner.run(_run(config, version, successor))
         except StartError as error:
             print(f"outpace serve: {error}", file=sys.stderr)
             return 1
     return 0
 
 
-async def _run(config: ServerConfig, version: str) -> None:
+async def _run(config: ServerConfig, version: str, successor: Successor | None) -> None:
     if config.api_workers > 1:
         await Pool(config, version, _say).run()
         return
-    engine = EngineClient(config.engine)
-    await Server(config, engine, lambda: load_text(config.engine.model, config.engine.weights), version, _say).run()
+
+    def text() -> tuple[TextLayerLike, str]:
+        return load_text(config.engine.model, config.engine.weights)
+
+    if successor is None:
+        await Server(config, EngineClient(config.engine), text, version, _say).run()
+        return
+    relay = EngineRelay(EngineClient(config.engine))
+    async with succeeding(relay, successor, EngineClient, _say):
+        await Server(config, relay, text, version, _say).run()
 
 
 def _say(line: str) -> None:

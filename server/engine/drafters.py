@@ -19,6 +19,7 @@ from server.config import ConfigError, EngineConfig
 from server.engine.step_runner import RunnerShape
 from server.models.base import KVLayer, OwnNetwork, TargetModel
 from server.models.loader import load_source, tensors_of
+from server.models.safetensors_index import load_index
 from server.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -74,13 +75,19 @@ def load_draft_network(
 
 
 def _is_head(name: str | None, find: Find) -> bool:
-    """Whether a hybrid drafter's `draft_model` is an EAGLE-3 head rather than a language model; without one it has to
-    be."""
+    """Whether a hybrid drafter's `draft_model` is an EAGLE head rather than a language model; without one it has to be.
+
+    An EAGLE-1 head as its authors publish it has the config of a small Llama: its tensors tell.
+    """
     if name is None:
         return True
-    raw = find(name).config
-    named = " ".join([*(raw.get("architectures") or []), str(raw.get("speculators_model_type", ""))])
-    return "draft_vocab_size" in raw or "eagle" in named.lower()
+    source = find(name)
+    named = " ".join(
+        [*(source.config.get("architectures") or []), str(source.config.get("speculators_model_type", ""))]
+    )
+    if "draft_vocab_size" in source.config or "eagle" in named.lower():
+        return True
+    return source.kind in ("directory", "hub") and "fc.weight" in load_index(source.directory)
 
 
 def _small_lm(

@@ -25,10 +25,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path / "cache"))
 
 
-def build(target: Path, head: Path) -> Any:
+def build(target: Path, head: Path, drafter: str = "eagle3") -> Any:
     said: list[str] = []
     config = EngineConfig(
-        model=str(target), drafter="eagle3", draft_model=str(head), max_draft_tokens=3, num_threads=1, max_num_seqs=2,
+        model=str(target), drafter=drafter, draft_model=str(head), max_draft_tokens=3, num_threads=1, max_num_seqs=2,
         kv_cache_tokens=512, adaptive=False,
     )  # fmt: skip
     return build_engine(config, said.append)[0], said
@@ -62,6 +62,12 @@ def test_an_eagle1_head_drafts_for_an_engine(loopy_dir: Path, tmp_path: Path, gr
     for prompt in ([5, 6, 7, 8], [48, 26, 38]):
         assert Answers(list(core.generate([request("r", prompt, 24)])))["r"] == greedy(prompt, 24)
     core.check_integrity()
+
+
+def test_an_eagle1_head_is_no_language_model_to_a_hybrid_drafter(loopy_dir: Path, tmp_path: Path, greedy: Any) -> None:
+    core, said = build(loopy_dir, write(tmp_path / "head", loopy_dir, 1), "hybrid")
+    assert "loading the EAGLE-1 head head" in said
+    assert Answers(list(core.generate([request("r", [5, 6, 7], 16)])))["r"] == greedy([5, 6, 7], 16)
 
 
 def test_heads_for_other_targets(loopy_dir: Path, tmp_path: Path) -> None:

@@ -136,6 +136,45 @@ def test_only_our_own_models_are_exported(tiny_llama_dir: Path, artifact: Path, 
         run(artifact, tmp_path / "out", format="awq")
 
 
+def test_what_the_optimiser_writes_can_be_exported(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from optimize.ptq.convert import quantize_weight
+    from optimize.ptq.directory import write_model
+    from optimize.recipe import LayerFormat
+    from server.models.source import resolve
+    from server.quant.foreign.detect import foreign_layers
+    from tests.quant.foreign.layouts import Stored
+
+    tensors = load_file(tiny_llama_dir / "model.safetensors")
+    form = LayerFormat("int4", group_size=32)
+    layers = {
+        name.removesuffix(".weight"): quantize_weight(tensor, form)
+        for name, tensor in tensors.items()
+        if tensor.dim() == 2 and "layers" in name
+    }
+    rest = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in layers}
+    write_model([*layers.items(), *rest.items()], resolve(str(tiny_llama_dir)), tmp_path / "artifact", kv_cache="fp8")
+    said = run(tmp_path / "artifact", tmp_path / "out", format="awq")
+    assert "the KV cache (fp8 in the recipe) is a setting of the engine" in said
+    dialect = foreign_layers(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert dialect is not None
+    stored = Stored(load_file(tmp_path / "out" / "model.safetensors"))
+    for name, weight in layers.items():
+        found = dialect.weight(stored, name)
+        assert found is not None
+        assert torch.equal(found.dequantize(), weight.dequantize())
+
+
+def test_a_damaged_artifact_is_not_exported(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimize.artifact import DamagedError
+
+    monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path / "cache"))
+    size = (artifact / "model.safetensors").stat().st_size
+    files = {"model.safetensors": {"size": size, "sha256": "0" * 64}}
+    (artifact / "artifact.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(DamagedError, match=r"model\.safetensors: its content has changed"):
+        run(artifact, tmp_path / "out", format="awq")
+
+
 def test_an_artifact_is_found_by_its_name(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "artifacts").mkdir(parents=True)
