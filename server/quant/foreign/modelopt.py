@@ -97,7 +97,7 @@ def read_file(directory: Path) -> dict[str, Any] | None:
     path = directory / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ForeignCheckpointError(f"{path}: cannot be read as JSON: {error}") from error
