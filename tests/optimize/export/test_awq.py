@@ -81,7 +81,7 @@ def test_groups_of_several_sizes_become_the_smallest(tiny_llama_dir: Path, tmp_p
     def choose(name: str) -> LinearFormat | None:
         if not name.startswith("model.layers"):
             return None
-        return LinearFormat("int4", group_size=128 if name.endswith("down_proj") else 32)
+        return LinearFormat("int4", group_size=64 if name.endswith("down_proj") else 32)
 
     layers = write_artifact(tmp_path / "artifact", tiny_llama_dir, choose)
     awq(tmp_path / "artifact", tmp_path / "out")
