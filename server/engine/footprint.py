@@ -86,9 +86,7 @@ def _children(item: Any) -> list[Any]:
     if isinstance(item, torch.nn.Module):
         return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
     module = type(item).__module__
-    if (
-        not module.startswith(("server.", "draft_models.")) or module == "server.quant.cpu.team"
-    ):  # its threads
+    if not module.startswith(("server.", "draft_models.")) or module == "server.quant.cpu.team":  # its threads
         return []
     slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
     return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]

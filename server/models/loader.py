@@ -171,12 +171,13 @@ def tensors_of(source: ModelSource, device: torch.device, dtype: torch.dtype) ->
     """Tensors of the source's files, or those that it makes. Raises WeightsError."""
     if source.tensors is None:
         return _checkpoint(source.directory, source.config, device, dtype)
-    made: Tensors = source.tensors(dtype, device)
+    made = source.tensors(dtype, device)
     formats, dialect = formats_of(source.config), foreign_dialect(source.config, source.directory)
     if dialect is not None:
         return ForeignTensors(dialect, made, source.directory, dtype)
     if formats is None:
-        return made
+        plain: Tensors = made
+        return plain
     return QuantizedTensors(formats, made.get, made.get, made.has, lambda name: source.directory, dtype)
 
 
