@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from optimize.distill.options import add_distill_options
 from optimize.evaluate.options import add_evaluate_options
+from optimize.export.options import add_export_options
 from optimize.options import (
     add_artifact_commands,
     add_optimize_options,
@@ -51,6 +52,7 @@ def build_parser() -> OneLineParser:
     add_optimize_options(commands.add_parser("optimize", help="quantise a model, and prove that it is still good"))
     add_artifact_commands(commands.add_parser("artifacts", help="list and remove what `optimize` made"))
     add_evaluate_options(commands.add_parser("evaluate", help="hold a model against the one it is to replace"))
+    add_export_options(commands.add_parser("export", help="write a quantised model for another engine"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -91,6 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from optimize.evaluate.command import run_evaluate  # loads torch, in this process
 
         return run_evaluate(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command == "export":
+        from optimize.export.command import run_export  # loads torch, in this process
+
+        return run_export(options)
     del options.command
     return _run_server(options)
 

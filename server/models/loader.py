@@ -15,6 +15,7 @@ from server.config import ConfigError
 from server.models.base import TargetModel
 from server.models.config import LLAMA_FAMILY, ModelConfig, UnsupportedModelError, architecture_of, parse_config
 from server.models.errors import WeightsError
+from server.models.foreign import ForeignTensors, foreign_dialect
 from server.models.llama import Get, LlamaModel
 from server.models.quantized import QuantizedTensors, formats_of
 from server.models.random_weights import llama_weights
@@ -140,7 +141,7 @@ def _llama(
 ) -> TargetModel:
     """Our own network; a compiled step where all its layers are in a format that has one (`llama_cpu`)."""
     config = parse_config(raw)
-    if not isinstance(tensors, QuantizedTensors):
+    if not isinstance(tensors, QuantizedTensors | ForeignTensors):
         return LlamaModel(config, tensors.get, tensors.has, max_positions)
     compiled = _compiled(config, tensors.stored, tensors.has, max_positions, device, dtype)
     return compiled or LlamaModel(config, tensors.stored, tensors.has, max_positions)
@@ -170,16 +171,22 @@ def tensors_of(source: ModelSource, device: torch.device, dtype: torch.dtype) ->
     """Tensors of the source's files, or those that it makes. Raises WeightsError."""
     if source.tensors is None:
         return _checkpoint(source.directory, source.config, device, dtype)
-    made: Tensors = source.tensors(dtype, device)
-    formats = formats_of(source.config)
+    made = source.tensors(dtype, device)
+    formats, dialect = formats_of(source.config), foreign_dialect(source.config, source.directory)
+    if dialect is not None:
+        return ForeignTensors(dialect, made, source.directory, dtype)
     if formats is None:
-        return made
+        plain: Tensors = made
+        return plain
     return QuantizedTensors(formats, made.get, made.get, made.has, lambda name: source.directory, dtype)
 
 
 def _checkpoint(directory: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensors:
     """A directory's tensors, with its quantised layers if there are any."""
     files, formats = Checkpoint(directory, dtype, device), formats_of(raw)
+    dialect = foreign_dialect(raw, directory)
+    if dialect is not None:
+        return ForeignTensors(dialect, files, directory, dtype)
     if formats is None:
         return files
     return QuantizedTensors(formats, files.read, files.get, files.has, files.file_of, dtype)
