@@ -73,7 +73,7 @@ def scaled_product(
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
 ) -> tl.tensor:
-    """x Wᵀ [BLOCK_M, ROWS] float32 with all scales in it."""
+    """Product x Wᵀ [BLOCK_M, ROWS] float32 with all scales in it."""
     if GROUP == 0:
         column = tl.load(column_scales_ptr + w_rows(tl.arange(0, ROWS), first, N, PAIR))[None, :]
         acc = product(
@@ -203,7 +203,7 @@ def linear8(
     tile: EightTile | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """x Wᵀ + bias -> [M, N] of `dtype`, M <= 64: the head, and projections without a fused epilogue.
+    """Maps x to x Wᵀ + bias, [M, N] of `dtype`, M <= 64: the head, and projections without a fused epilogue.
 
     x [M, K] quantised as the weights' format says (plain: of `dtype`). Raises ValueError if M is too large, or a tile
     of more than one part is asked for.
@@ -271,7 +271,7 @@ def gate_up8(
 
 
 def linear8_reference(x: Quantized, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, float32 [M, N], for the dequantised weight [N, K] float32."""
+    """Product x Wᵀ + bias, float32 [M, N], for the dequantised weight [N, K] float32."""
     wide = x.values.float() if x.scales is None else x.values.float() * x.scales[:, None]
     return F.linear(wide, weight, None if bias is None else bias.float())
 

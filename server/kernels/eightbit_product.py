@@ -20,23 +20,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.kernels.skinny_product import load_w, load_x, w_rows, w_tile, x_tile
+from server.kernels.skinny_product import load_x, w_rows, w_tile, x_tile
+
+
+_FLOAT8_ASM = """{ .reg .b32 u, neg, one, ones, v;
+shr.b32 u, $1, SHIFT;
+and.b32 u, u, 0x0F0F0F0F;
+not.b32 neg, u;
+and.b32 neg, neg, 0x08080808;
+shr.b32 one, neg, 3;
+shl.b32 ones, neg, 1;
+sub.u32 ones, ones, one;
+xor.b32 v, u, ones;
+add.u32 v, v, one;
+sub.u32 v, v, 0x08080808;
+shl.b32 neg, neg, 4;
+or.b32 $0, v, neg; }"""
+_FLOAT8_LOW = tl.constexpr(_FLOAT8_ASM.replace("SHIFT", "0"))
+_FLOAT8_HIGH = tl.constexpr(_FLOAT8_ASM.replace("SHIFT", "4"))
 
 
 @triton.jit
 def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """acc + a b: int32 for integers; float8 sums leave the tensor core's short accumulator every 128 of K."""
+    """Sum acc + a b: int32 for integers; float8 sums leave the tensor core's short accumulator every 128 of K."""
     if a.dtype == tl.int8:
-        return tl.dot(a, b, acc, out_dtype=tl.int32)
-    if a.dtype == tl.float8e4nv:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif a.dtype == tl.float8e4nv:
         EXACT: tl.constexpr = 128 if a.shape[-1] >= 128 else a.shape[-1]
-        return tl.dot(a, b, acc, max_num_imprecise_acc=EXACT)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=EXACT)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _multiplied(x: tl.tensor, w: tl.tensor, acc: tl.tensor, SWAP: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """acc + x w, or with SWAP acc + w xᵀ, in x's dtype."""
+    """Sum acc + x w, or with SWAP acc + w xᵀ, in x's dtype."""
     w = w.to(x.dtype)
     return _dot(w, tl.trans(x), acc, PRECISION) if SWAP else _dot(x, w, acc, PRECISION)
 
@@ -47,12 +66,12 @@ def _nibbles(w: tl.tensor, FLOAT8: tl.constexpr, PACKED: tl.constexpr) -> tl.ten
 
     PACKED works on four bytes at once: not under the interpreter.
     """
-    if FLOAT8:
-        if PACKED:
-            return _float8_nibbles(w, 0), _float8_nibbles(w, 4)
-        low, high = ((w & 15) - 8).to(tl.float32) / 512, (((w >> 4) & 15) - 8).to(tl.float32) / 512
-        return low.to(tl.float8e4nv), high.to(tl.float8e4nv)
-    if PACKED:
+    if PACKED and FLOAT8:
+        low, high = _float8_nibbles(w, 0), _float8_nibbles(w, 4)
+    elif FLOAT8:
+        low = (((w & 15) - 8).to(tl.float32) / 512).to(tl.float8e4nv)
+        high = ((((w >> 4) & 15) - 8).to(tl.float32) / 512).to(tl.float8e4nv)
+    elif PACKED:
         low = tl.inline_asm_elementwise(
             "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
             "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4,
@@ -60,8 +79,9 @@ def _nibbles(w: tl.tensor, FLOAT8: tl.constexpr, PACKED: tl.constexpr) -> tl.ten
         high = tl.inline_asm_elementwise(
             "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4
         )
-        return low, high
-    return w << 4, w & -16
+    else:
+        low, high = w << 4, w & -16
+    return low, high
 
 
 @triton.jit
@@ -71,22 +91,8 @@ def _float8_nibbles(w: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
     The byte m = 0 … 8 is the float8 number m / 512 exactly (subnormal up to 7, then the smallest normal), so only a
     sign is needed beside the magnitude; 512 goes into the scales.
     """
-    shifted = tl.inline_asm_elementwise(
-        """{ .reg .b32 u, neg, one, ones, v;
-        shr.b32 u, $1, $2;
-        and.b32 u, u, 0x0F0F0F0F;
-        not.b32 neg, u;
-        and.b32 neg, neg, 0x08080808;
-        shr.b32 one, neg, 3;
-        shl.b32 ones, neg, 1;
-        sub.u32 ones, ones, one;
-        xor.b32 v, u, ones;
-        add.u32 v, v, one;
-        sub.u32 v, v, 0x08080808;
-        shl.b32 neg, neg, 4;
-        or.b32 $0, v, neg; }""",
-        "=r,r,n", [w, SHIFT], dtype=tl.int8, is_pure=True, pack=4,
-    )  # fmt: skip
+    ASM: tl.constexpr = _FLOAT8_HIGH if SHIFT else _FLOAT8_LOW
+    shifted = tl.inline_asm_elementwise(ASM, "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
     return shifted.to(tl.float8e4nv, bitcast=True)
 
 

@@ -159,8 +159,8 @@ def constants(tile: EightTile, x: Tensor, weight: Weight, num_tokens: int, pdl: 
     if not 1 <= num_tokens <= MAX_TOKENS:
         raise ValueError(f"a skinny kernel takes 1 to {MAX_TOKENS} tokens, not {num_tokens}")
     whole = tile.block_k >= k and not weight.group
-    if (tile.swap or tile.parts > 1) and whole or tile.swap and tile.split > 1:
-        raise ValueError(f"tile {tile.name}: products of {k} columns transposed or in parts are streamed and not split")
+    if ((tile.swap or tile.parts > 1) and whole) or (tile.swap and tile.split > 1):
+        raise ValueError(f"tile {tile.name}: with {k} columns, what is transposed or in parts is streamed")
     block, tail = (2 * weight.group, 0) if weight.group else _pieces(tile, k)
     share = ceil_div(ceil_div(k, tile.parts), block) * block
     ahead = min(tile.prefetch, share, k - share * (tile.parts - 1)) // (2 if weight.group else 1)

@@ -51,7 +51,7 @@ class Sums:
 
 @triton.jit
 def _to_float8_grid(v: tl.tensor) -> tl.tensor:
-    """v to the nearest of float8_e4m3fn, ties to even, still float32: the interpreter's cast loses carries."""
+    """Rounds v to the nearest of float8_e4m3fn, ties to even, still float32: the interpreter's cast loses carries."""
     exponent = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
     magic = (exponent + (20 << 23) + (1 << 22)).to(tl.float32, bitcast=True)
     return (v + magic) - magic
@@ -148,10 +148,10 @@ def _quantize_kernel(
         scale = tl.div_rn(tl.max(tl.abs(v), axis=0), LIMIT)
         tl.store(scales_ptr + row, scale)
         v = tl.div_rn(v, tl.where(scale > 0, scale, 1.0))
-        if FLOAT8:
-            v = _to_float8_grid(v) if INTERPRETED else v
-        else:  # to the nearest integer, ties to even: beside 1.5 * 2^23 float32 has no fractions
+        if not FLOAT8:  # to the nearest integer, ties to even: beside 1.5 * 2^23 float32 has no fractions
             v = (v + 12582912.0) - 12582912.0
+        elif INTERPRETED:
+            v = _to_float8_grid(v)
     tl.store(q_ptr + row * WIDTH + k, v.to(q_ptr.dtype.element_ty), mask=inside)
 
 
