@@ -22,7 +22,6 @@ from torch import Tensor
 
 from server.kernels.skinny_product import load_x, w_rows, w_tile, x_tile
 
-
 _FLOAT8_ASM = """{ .reg .b32 u, neg, one, ones, v;
 shr.b32 u, $1, SHIFT;
 and.b32 u, u, 0x0F0F0F0F;

@@ -73,11 +73,11 @@ def candidates(kind: Kind, num_tokens: int, n: int, k: int, x_size: int = 1, gro
     RESIDUAL's may have parts; the others' results need whole sums.
     """
     if group:
-        found = _grouped(kind, n)
+        found = _grouped(kind)
     elif n * k <= MAX_WHOLE_ELEMENTS and k <= MAX_WHOLE_K and num_tokens <= 32 and kind is not Kind.HEAD:
         found = _small(kind, k)
     else:
-        found = _large(kind, num_tokens, n, k)
+        found = _large(kind, num_tokens, k)
     fitting = [t for t in found if _shared_bytes(t, kind, num_tokens, k, x_size) <= SHARED_LIMIT]
     possible = [t for t in fitting if group or t.block_k < k or not (t.swap or t.parts > 1)]
     return possible or [EightTile(16, 64, num_stages=2)]
@@ -91,41 +91,48 @@ def _small(kind: Kind, k: int) -> list[EightTile]:
     return [EightTile(16, whole, split=4, num_stages=1), EightTile(8, whole, split=4, num_stages=1)]
 
 
-def _large(kind: Kind, num_tokens: int, n: int, k: int) -> list[EightTile]:
-    """All bandwidth: transposed on wgmma, or narrow tiles of mma.sync, with enough bytes in flight."""
+def _large(kind: Kind, num_tokens: int, k: int) -> list[EightTile]:
+    """All bandwidth: transposed on wgmma, or narrow tiles of mma.sync, with enough bytes in flight.
+
+    With 64 rows x is what wgmma takes 64 of, and narrow tiles use it as well.
+    """
+    tall = num_tokens > 32
     if kind is Kind.GATE_UP:
-        found = [
+        narrow = [EightTile(16, 128, num_stages=8)] if tall else [EightTile(8, 1024, split=4)]
+        return [
             EightTile(32, 128, swap=True, num_stages=8),
             EightTile(32, 256, swap=True, num_stages=5),
             EightTile(64, 128, swap=True, num_stages=6),
-            EightTile(8, 1024, split=4, num_stages=4),
+            *narrow,
         ]
-    elif kind is Kind.HEAD:
-        found = [
+    narrow = [EightTile(32, 128, num_stages=8)] if tall else [EightTile(16, 1024, split=4)]
+    if kind is Kind.HEAD:
+        return [
             EightTile(64, 256, swap=True, num_stages=5),
             EightTile(128, 128, swap=True, num_stages=6),
-            EightTile(16, 1024, split=4, num_stages=4),
+            EightTile(128, 128, swap=True, num_warps=8, num_stages=6),
+            *narrow,
         ]
-    elif kind is Kind.QKV:
-        found = [
+    if kind is Kind.QKV:
+        wide = [] if tall else [EightTile(32, 512, split=4)]
+        return [
             EightTile(64, 256, swap=True, num_stages=8),
             EightTile(64, 128, swap=True, num_stages=10),
-            EightTile(16, 1024, split=4, num_stages=4),
-            EightTile(32, 512, split=4, num_stages=4),
+            EightTile(64, 128, swap=True, num_stages=6),
+            *narrow,
+            *wide,
         ]
-    else:
-        most = 4 if k >= 8192 else 2
-        found = [
-            EightTile(64, 256, parts=most, swap=True, num_stages=6),
-            EightTile(64, 256, parts=2 * most, swap=True, num_stages=4),
-            EightTile(64, 128, parts=most, swap=True, num_stages=10),
-            EightTile(16, 1024, split=4, num_stages=4),
-            EightTile(32, 512, parts=2, split=4, num_stages=4),
-        ]
-    return found if num_tokens <= 32 else [t for t in found if t.swap]
+    parts = 4 if k >= 8192 else 2
+    return [
+        EightTile(64, 256, parts=parts, swap=True, num_stages=6),
+        EightTile(64, 256, parts=2 * parts, swap=True, num_stages=4),
+        EightTile(64, 128, parts=parts, swap=True, num_stages=10),
+        EightTile(64, 128, parts=2 * parts, swap=True, num_stages=6),
+        *narrow,
+    ]
 
 
-def _grouped(kind: Kind, n: int) -> list[EightTile]:
+def _grouped(kind: Kind) -> list[EightTile]:
     if kind is Kind.GATE_UP:
         return [
             EightTile(32, 256, swap=True, num_stages=6),
