@@ -208,7 +208,8 @@ def linear8(
     x [M, K] quantised as the weights' format says (plain: of `dtype`). Raises ValueError if M is too large, or a tile
     of more than one part is asked for.
     """
-    tile = tile or candidates(Kind.HEAD, len(x.values), weight.rows, weight.columns, 1, weight.group)[0]
+    size = x.values.element_size()
+    tile = tile or candidates(Kind.HEAD, len(x.values), weight.rows, weight.columns, size, weight.group)[0]
     if tile.parts != 1:
         raise ValueError(f"tile {tile.name}: a result that is rounded cannot come in parts")
     out = torch.empty(1, len(x.values), weight.rows, dtype=dtype, device=x.values.device)

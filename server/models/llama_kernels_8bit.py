@@ -60,6 +60,10 @@ class Low(Protocol):
     def out_features(self) -> int:
         """N."""
 
+    @property
+    def path(self) -> str:
+        """Which kernel runs."""
+
     def parts(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums:
         """Its result for a residual stream of `dtype`."""
 
@@ -146,6 +150,7 @@ class DenseLinear:
     bias: Tensor | None = None
     precision: Precision = "none"
     smooth: Tensor | None = None
+    path: str = "torch"
 
     @property
     def out_features(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ if not torch.cuda.is_available():
 
 # isort: split
 
+from server.kernels.eightbit_tiles import candidates
 from server.kernels.runtime import INTERPRETED
 from server.kernels.skinny_qkv import Heads, norm_qkv_rope_reference
+from server.kernels.skinny_tiles import Kind
 from server.models.llama_kernels_8bit import DenseLinear, Low, LowLayer, LowLinear, LowStep, LowWay, supported
+from server.models.llama_tuning_8bit import tuned_low_plan
 from server.models.norm import RMSNorm
 from server.quant.formats import FP8, LinearFormat, QuantizedWeight, reference_linear
 
@@ -152,3 +156,23 @@ def test_a_layer_by_itself() -> None:
     assert (linear.in_features, linear.out_features, linear.path) == (64, 24, "triton-int8+int8-smooth")
     torch.testing.assert_close(linear(x), reference_linear(x, weight), rtol=1e-4, atol=1e-4)
     assert linear(x[:0]).shape == (0, 24)
+
+
+def test_tiles_are_chosen_one_layer_after_the_other() -> None:
+    pairs = [
+        Pair(FORMATS["int8"], *shape)
+        for shape in [(HEADS.columns, HIDDEN), (HIDDEN, 64), (2 * INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)]
+    ]
+    qkv, out, up, down, head = (pair.low for pair in pairs)
+    layer = LowLayer(norm(), qkv, None, None, out, norm(), up, down, None, True)
+    rotations = torch.zeros(8, HEADS.head_dim // 2, 2, device=DEVICE)
+    way, asked = LowWay(HEADS, rotations, torch.float32, pdl=False), []
+
+    def choose(question: str, options: Sequence[tuple[str, Callable[[], object]]]) -> str:
+        asked.append(question.split("/")[1])
+        options[-1][1]()
+        return options[-1][0]
+
+    plan = tuned_low_plan(way, [layer], norm(), head, 2, choose)
+    assert asked == ["qkv", "out", "gate_up", "down", "head"]
+    assert plan.qkv == candidates(Kind.QKV, 2, HEADS.columns, HIDDEN)[-1] and plan.head is not None
