@@ -23,6 +23,7 @@ from server.kernels.eightbit_product import pack_groups
 from server.kernels.eightbit_qkv import qkv_rope8
 from server.kernels.eightbit_tiles import EightTile, Weight, candidates, weight8
 from server.kernels.quantize import Precision, Quantized, Sums, quantize
+from server.kernels.runtime import ceil_div, num_sms
 from server.kernels.skinny_qkv import Heads
 from server.kernels.skinny_tiles import MAX_TOKENS, Kind
 from server.quant.cuda import supported, widened_bytes
@@ -163,7 +164,10 @@ class LowLinear:
         """Maps x [N, K] to [N, O] in its dtype, by itself."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
-        return self.whole(quantize(x.contiguous(), self.precision, self.smooth), x.dtype, None, False)
+        x = x.contiguous()
+        plain = self.precision == "none" and self.smooth is None
+        ready = Quantized(x, None) if plain else quantize(x, self.precision, self.smooth)
+        return self.whole(ready, x.dtype, None, False)
 
     def plain_weight(self) -> Tensor:
         """W [O, K] float32 with the factors of its input, a copy."""
@@ -209,9 +213,11 @@ class LowLinear:
         """See Low."""
         if not self._skinny(x, tile):
             return total(large_parts(x, self.weight, dtype, self.bias), dtype)
-        return _joined(
-            [linear8(c, self.weight, dtype, self.bias, tile=self._tile(tile), pdl=pdl) for c in _chunks(x)], 0
-        )
+        chunks = [
+            linear8(rows, self.weight, dtype, self.bias, tile=self._tile(tile) or self._filling(rows), pdl=pdl)
+            for rows in _chunks(x)
+        ]
+        return _joined(chunks, 0)
 
     def mixed(self, x: Quantized, dtype: torch.dtype, tile: Choice | None, pdl: bool) -> Sums | Tensor:
         """See Low."""
@@ -227,6 +233,14 @@ class LowLinear:
             return True
         widened = self.precision == "none" or self.weight.group > 0
         return tile is not LIBRARY and len(x.values) <= (SKINNY_TOKENS if widened else MAX_TOKENS)
+
+    def _filling(self, x: Quantized) -> EightTile:
+        """The likeliest tile that gives every multiprocessor a program, or the one with the most."""
+        size = x.values.element_size()
+        found = candidates(Kind.HEAD, len(x.values), self.out_features, self.in_features, size, self.weight.group)
+        enough = num_sms(x.values.device)
+        fills = [t for t in found if ceil_div(self.out_features, t.block_n) >= enough]
+        return fills[0] if fills else min(found, key=lambda t: t.block_n)
 
     def _tile(self, tile: Choice | None) -> EightTile | None:
         return exact_tile(self.weight) if self.exact else _eight(tile)
