@@ -48,6 +48,10 @@ LOW_DRAFTED = (
     *(*BIG, "--drafter", "eagle3", "--draft-model", "random-head", "--batch", "1,8", "--input", "128"),
     *("--output", "256", "--max-draft-tokens", "4", "--accept", "3", "--no-adaptive"),
 )
+WIDENED_INT4 = (
+    *("--speed", "--widened", "--label", "8b-int4", "--drafters", "eagle3", "--fixed", "3,5", "--passes", "2"),
+    *("--quantise", "int4", "--quantise-head", "fp8-weights", "--name", "h100_widened_int4_speed"),
+)
 PROFILE = ("--batch", "1,64", "--only", "profile", "--profile", "{profile}")
 
 
@@ -112,6 +116,7 @@ PARTS = {
     "emitted": script(240, "emitted", *TEXT, "--small-lm", "SMALL-LM", "--budget", "210"),
     "speed": script(75, "emitted", *TEXT, "--speed", "--drafters", "eagle3,suffix", "--limit", "2", "--budget", "90"),
     "widened-speed": script(120, "emitted", *TEXT, *WIDENED, "--budget", "140"),
+    "widened-int4": script(120, "emitted", *TEXT, *WIDENED_INT4, "--budget", "140"),
     "break-even": script(75, "break_even"),
     "sweep": script(200, "load_sweep", *TEXT, "--budget", "190"),
     "http-135m": script(180, "gpu_http", "--case", "135m", "--model", "MODEL"),

@@ -38,7 +38,7 @@ from optimize.ptq.convert import quantize_weight
 from optimize.recipe import LayerFormat
 from server.bench import engine as bench_engine
 from server.models.config import parse_config
-from server.models.loader import Tensors
+from server.models.loader import Tensors, tensors_of
 from server.models.random_weights import llama_shapes, llama_weights, random_source
 from server.models.shapes import RANDOM
 from server.models.source import ModelSource
@@ -123,9 +123,13 @@ class Quantised:
         source = self.find(name)
         if "draft_vocab_size" in source.config:
             shapes = _head_shapes(source.config, parse_config(self.find(self.target).config).num_layers)
-            return _made(source, _formats(shapes, self.head, self.head), shapes, source.tensors)
+            read: Make = source.tensors or (lambda dtype, device: tensors_of(source, device, dtype))
+            return _made(source, _formats(shapes, self.head, self.head), shapes, read)
         config = parse_config(source.config)
-        make: Make = source.tensors or (lambda dtype, device: llama_weights(config, dtype, device))
+        drawn = source.kind == "random"
+        make: Make = source.tensors or (
+            lambda dtype, device: llama_weights(config, dtype, device) if drawn else tensors_of(source, device, dtype)
+        )
         shapes = llama_shapes(config)
         return _made(source, _formats(shapes, self.form, self.lm_head), shapes, make)
 
@@ -177,7 +181,7 @@ def _formats(
 
 
 def _made(
-    source: ModelSource, formats: dict[str, LinearFormat], shapes: Mapping[str, tuple[int, ...]], make: Make | None
+    source: ModelSource, formats: dict[str, LinearFormat], shapes: Mapping[str, tuple[int, ...]], make: Make
 ) -> ModelSource:
     """The source with those layers rounded; its directory is nobody's and names it where costs are cached."""
     if not formats:
@@ -185,7 +189,6 @@ def _made(
     raw = source.config | {"quantization_config": quantization_config({n: asdict(f) for n, f in formats.items()})}
 
     def tensors(dtype: torch.dtype, device: torch.device) -> Tensors:
-        assert make is not None
         return Rounded(formats, shapes, None if device.type == "meta" else make(dtype, device))
 
     identity = zlib.crc32(json.dumps([str(source.directory), raw["quantization_config"]], sort_keys=True).encode())
