@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 # isort: split
 
+from server.config import ConfigError
+from server.engine.gpu.kernel_forward import make_forward
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import INTERPRETED
 from server.models import llama
@@ -230,8 +232,9 @@ def test_what_has_no_kernel_is_named_or_refused(monkeypatch: pytest.MonkeyPatch)
     paths = model.layer_paths()
     assert paths["model.layers.1.mlp.down_proj"] == ("int4-g32", "torch-dequantised")
     assert paths["model.layers.1.self_attn.qkv_proj"][1] == "triton-fp8+fp8 | triton-int8+int8"
-    with pytest.raises(ValueError, match="deterministic: there is no such kernel for int4-g32"):
-        LlamaLowKernels(model, deterministic=True)
+    with pytest.raises(ConfigError, match="deterministic: there is no such kernel for int4-g32"):
+        make_forward(model, True, lambda text: None)
+    assert isinstance(make_forward(build("llama", "int8", monkeypatch), True, lambda text: None), LlamaLowKernels)
     with pytest.raises(ValueError, match="these kernels need plain ones"):
         LlamaKernels(model)
 
