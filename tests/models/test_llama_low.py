@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 from server.config import ConfigError
 from server.engine.gpu.kernel_forward import make_forward
+from server.kernels.eightbit_tiles import constants
 from server.kernels.paged import PagedRows
 from server.kernels.runtime import INTERPRETED
 from server.models import llama
@@ -32,7 +33,7 @@ from server.quant.dense import Linear
 from server.quant.dequantized import DequantizedLinear
 from server.quant.formats import LinearFormat, QuantizedWeight
 from server.quant.layer import LinearLayer
-from server.quant.low import LIBRARY, LowLinear
+from server.quant.low import LIBRARY, LowLinear, exact_tile
 from tests.models.test_llama_kernels import BLOCK_SIZE, DEVICE, make_pools, places_of, prompt_rows, verify_rows
 from tests.quant.rounding import rounded
 
@@ -223,6 +224,10 @@ def test_deterministic_bits_do_not_depend_on_company(choice: str, monkeypatch: p
     assert torch.equal(together, torch.cat(alone))
     layer = kernels.layers[0].qkv
     assert isinstance(layer, LowLinear)
+    for pair in (False, True):  # NumPy's products would not tell
+        tile = exact_tile(layer.weight, pair=pair)
+        compiled = [constants(tile, torch.empty(n, 64), layer.weight, n, False) for n in (1, 17, 64)]
+        assert compiled[0] == compiled[1] == compiled[2]
     many = torch.randn(70, 64, device=DEVICE)
     assert torch.equal(layer(many), torch.cat([layer(many[:1]), layer(many[1:69]), layer(many[69:])]))
 
