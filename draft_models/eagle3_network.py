@@ -11,7 +11,7 @@ only has to be remembered costs one projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -139,7 +139,8 @@ class Eagle3Network:
         eps = self.config.rms_norm_eps
         mixed = self.ops.attention(queries, pool, rows, first)
         normed = self.ops.add_rms_norm_(residual, self._out(mixed), self._post_norm, eps)
-        inner = self.ops.silu_mul(self._gate_up(normed))
+        gated: Callable[[Tensor], Tensor] | None = getattr(self._gate_up, "gated", None)  # of kernels in low precision
+        inner = self.ops.silu_mul(self._gate_up(normed)) if gated is None else gated(normed)
         return residual, self._leave(residual, self._down(inner))
 
     def _leave(self, residual: Tensor, delta: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from server.kernels.eightbit_linear import gate_up8, linear8, linear8_parts
 from server.kernels.eightbit_product import pack_groups
 from server.kernels.eightbit_qkv import qkv_rope8
 from server.kernels.eightbit_tiles import EightTile, Weight, candidates, weight8
-from server.kernels.quantize import Precision, Quantized, Sums, quantize
-from server.kernels.runtime import ceil_div, num_sms
+from server.kernels.quantize import Precision, Quantized, Sums, quantize, silu_mul_quantize
+from server.kernels.runtime import ceil_div, num_sms, supports_pdl
 from server.kernels.skinny_qkv import Heads
 from server.kernels.skinny_tiles import MAX_TOKENS, Kind
 from server.quant.cuda import supported, widened_bytes
@@ -164,10 +164,21 @@ class LowLinear:
         """Maps x [N, K] to [N, O] in its dtype, by itself."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
+        pdl = supports_pdl(x.device)
+        return self.whole(self._ready(x, pdl), x.dtype, None, pdl)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """SiLU(g) * u [N, O / 2] in x's dtype, where its outputs for x [N, K] are g, then u."""
+        if len(x) == 0:
+            return x.new_empty(0, self.out_features // 2)
+        pdl = supports_pdl(x.device)
+        found = self.mixed(self._ready(x, pdl), x.dtype, None, pdl)
+        return silu_mul_quantize(found, "none", x.dtype, pdl=pdl).values if isinstance(found, Sums) else found
+
+    def _ready(self, x: Tensor, pdl: bool) -> Quantized:
         x = x.contiguous()
         plain = self.precision == "none" and self.smooth is None
-        ready = Quantized(x, None) if plain else quantize(x, self.precision, self.smooth)
-        return self.whole(ready, x.dtype, None, False)
+        return Quantized(x, None) if plain else quantize(x, self.precision, self.smooth, pdl=pdl)
 
     def plain_weight(self) -> Tensor:
         """W [O, K] float32 with the factors of its input, a copy."""

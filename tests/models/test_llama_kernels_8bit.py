@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from server.kernels.eightbit_tiles import candidates
 from server.kernels.runtime import INTERPRETED
 from server.kernels.skinny_qkv import Heads, norm_qkv_rope_reference
-from server.kernels.skinny_tiles import Kind
+from server.kernels.skinny_tiles import MAX_TOKENS, Kind
 from server.models.llama_kernels_8bit import LowLayer, LowStep, LowWay, kernel_key
 from server.models.llama_tuning_8bit import tuned_low_plan
 from server.models.norm import RMSNorm
@@ -158,6 +158,12 @@ def test_a_layer_by_itself() -> None:
     linear, x = LowLinear.of(weight), torch.randn(3, 64, device=DEVICE)
     assert (linear.in_features, linear.out_features, linear.path) == (64, 24, "triton-int8+int8-smooth")
     torch.testing.assert_close(linear(x), reference_linear(x, weight), rtol=1e-4, atol=1e-4)
+    gate, up = reference_linear(x, weight).chunk(2, dim=-1)
+    torch.testing.assert_close(linear.gated(x), F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+    many = torch.randn(MAX_TOKENS + 2, 64, device=DEVICE)
+    gate, up = reference_linear(many, weight).chunk(2, dim=-1)
+    torch.testing.assert_close(linear.gated(many), F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+    assert linear.gated(x[:0]).shape == (0, 12)
     assert linear(x[:0]).shape == (0, 24)
 
 
