@@ -111,7 +111,7 @@ def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[Engin
     group = parser.add_argument_group(title)
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if field.name != "engine":
+        if field.name not in ("engine", "arms"):
             _add_option(group, field, hints[field.name])
 
 

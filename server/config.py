@@ -114,6 +114,18 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ArmConfig:
+    """A further model that is served beside the control, which is `ServerConfig.engine`."""
+
+    name: str
+    engine: EngineConfig
+
+
+CONTROL = "control"
+"""The arm of `ServerConfig.engine`: what is served where no settings name arms."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Settings of the API processes. `served_model_name` None means the model's own short name.
 
@@ -126,6 +138,7 @@ class ServerConfig:
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
+    arms: tuple[ArmConfig, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
@@ -145,6 +158,11 @@ class ServerConfig:
     spec_metrics: str = "none"
     access_log: str = "stderr"
     log_level: str = "info"
+
+    @property
+    def all_arms(self) -> tuple[ArmConfig, ...]:
+        """Every model that is served, the control first."""
+        return (ArmConfig(CONTROL, self.engine), *self.arms)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -50,7 +50,7 @@ async def _in_progress(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.Application:
-    """`state.text` may still be None: until it is set and the engine is ready, generation answers 503."""
+    """An arm's `text` may still be None: until it is set and its engine is ready, generation answers 503."""
     log = access_log or AccessLog(None)
     middlewares = [_in_progress, request_id_middleware, log.middleware]
     signals = [add_request_id, add_rate_limit_headers]
@@ -63,8 +63,9 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     app[STATE] = state
     app[ACCESS] = state.access
     app.on_response_prepare.extend(signals)
-    state.engine.on_stats = state.metrics.on_stats
-    state.metrics.watch_engine(lambda: state.engine.ready, lambda: state.engine.num_restarts)
+    engine = state.control.engine
+    engine.on_stats = state.metrics.on_stats
+    state.metrics.watch_engine(lambda: engine.ready, lambda: engine.num_restarts)
 
     async def reload() -> Sequence[str]:
         return [] if state.reload is None else await state.reload()

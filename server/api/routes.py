@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from server.api.arm import Arm
 from server.api.errors import RETRY_AFTER_S, model_not_found
 from server.api.state import STATE, ServerState
 from server.engine.messages import EngineStats
@@ -57,21 +58,37 @@ async def version(request: web.Request) -> web.Response:
 async def server_info(request: web.Request) -> web.Response:
     """Settings, what the engine says of itself (null until it is ready) and its counters."""
     state = request.app[STATE]
-    info = state.engine.info
     return json_response(
         {
             "version": state.version,
-            "model": state.model_name,
+            "model": state.control.model_name,
             "ready": state.not_ready is None,
             "config": asdict(state.config),
-            "engine": None if info is None else asdict(info),
-            "stats": asdict(state.engine.stats),
-            "speculation": speculation_state(state.engine.stats),
-            "num_engine_restarts": state.engine.num_restarts,
+            **_engine_info(state.control),
+            "arms": {
+                arm.name: {"model": arm.config.model, **_arm_readiness(arm), **_engine_info(arm)}
+                for arm in state.arms[1:]
+            },
             "process": process_info(),
-            "internal_states": [{"avg_spec_accept_length": accept_length(state.engine.stats)}],
+            "internal_states": [{"avg_spec_accept_length": accept_length(state.control.engine.stats)}],
         }
     )
+
+
+def _engine_info(arm: Arm) -> dict[str, Any]:
+    """What an arm's engine says of itself."""
+    engine, info = arm.engine, arm.engine.info
+    return {
+        "engine": None if info is None else asdict(info),
+        "stats": asdict(engine.stats),
+        "speculation": speculation_state(engine.stats),
+        "num_engine_restarts": engine.num_restarts,
+    }
+
+
+def _arm_readiness(arm: Arm) -> dict[str, Any]:
+    reason = arm.not_ready
+    return {"ready": reason is None, "reason": None if reason is None else f"{reason[0]}: {reason[1]}"}
 
 
 def speculation_state(stats: EngineStats) -> dict[str, Any]:
@@ -117,19 +134,20 @@ async def list_models(request: web.Request) -> web.Response:
 async def get_model(request: web.Request) -> web.Response:
     """That model by its id, 404 for any other."""
     state = request.app[STATE]
-    if request.match_info["model"] != state.model_name:
+    if request.match_info["model"] != state.control.model_name:
         raise model_not_found(request.match_info["model"])
     return json_response(_model(state))
 
 
 def _model(state: ServerState) -> dict[str, Any]:
-    info = state.engine.info
+    arm = state.control
+    info = arm.engine.info
     return {
-        "id": state.model_name,
+        "id": arm.model_name,
         "object": "model",
         "created": state.created,
         "owned_by": "outpace",
-        "root": state.config.engine.model,
+        "root": arm.config.model,
         "parent": None,
         "max_model_len": None if info is None else info.max_model_len,
     }

@@ -13,10 +13,11 @@ import pytest
 
 from server.api import sockets
 from server.api.access.control import AccessControl
+from server.api.arm import Arm
 from server.api.front import Front
 from server.api.params import Limits
 from server.api.state import ServerState
-from server.config import EngineConfig, ServerConfig
+from server.config import CONTROL, EngineConfig, ServerConfig
 from server.telemetry.metrics import Metrics
 from tests.api.fakes import ByteText, FakeEngine
 
@@ -76,14 +77,14 @@ async def serve() -> AsyncIterator[Serve]:
             engine=EngineConfig(model="fake-dir", **config), port=0, **{"access_log": "off"} | (server or {})
         )
         access = AccessControl.from_file(settings.api_keys)
-        state = ServerState(
-            settings, engine, Metrics("1.2.3"), "1.2.3", "fake", limits=limits or Limits(), access=access
-        )
+        metrics = Metrics("1.2.3")
+        arm = Arm(CONTROL, settings.engine, engine, "fake", metrics.clock)
+        state = ServerState(settings, [arm], metrics, "1.2.3", limits=limits or Limits(), access=access)
         front = Front(state)
         (listener,) = sockets.bind("127.0.0.1", 0)
         await front.listen([listener])
         if ready:
-            state.text = ByteText()
+            arm.text = ByteText()
             await engine.wait_ready()
         live = Live(f"http://127.0.0.1:{sockets.port_of(listener)}", engine, state, aiohttp.ClientSession())
         closers.extend([lambda: front.close(at_once=True), live.close])

@@ -14,11 +14,8 @@ from server.api.openapi import document
 from server.api.params import Limits
 from server.api.parsing import parse_body
 from server.api.schemas import MAX_CHOICES, ChatRequest, CompletionRequest
-from server.api.state import ServerState
-from server.config import ServerConfig
 from server.core import TokenLogprobs
 from server.engine.messages import EngineStats
-from server.telemetry.metrics import Metrics
 from tests.api.conftest import Live, Serve
 from tests.api.fakes import FakeEngine, steps
 
@@ -62,7 +59,7 @@ async def test_it_is_served(live: Live) -> None:
 
 async def test_routes_and_document_are_the_same(live: Live) -> None:
     index = (await live.get("/"))[1]
-    app = create_app(ServerState(ServerConfig(), FakeEngine(), Metrics("1.2.3"), "1.2.3", "fake"))
+    app = create_app(live.state)
     routes = {
         (route.method.lower(), route.resource.canonical)
         for route in app.router.routes()
