@@ -18,6 +18,7 @@ from server.api.access.control import ACCESS
 from server.api.access.cors import Cors, parse_origins
 from server.api.access.request_id import add_request_id, request_id_middleware
 from server.api.access.route import route_of
+from server.api.arms import ARMS, add_arm
 from server.api.errors import Handler, error_middleware
 from server.api.state import STATE, ServerState
 
@@ -53,7 +54,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     """An arm's `text` may still be None: until it is set and its engine is ready, generation answers 503."""
     log = access_log or AccessLog(None)
     middlewares = [_in_progress, request_id_middleware, log.middleware]
-    signals = [add_request_id, add_rate_limit_headers]
+    signals = [add_request_id, add_rate_limit_headers, add_arm]
     if state.config.cors_origins is not None:
         cors = Cors(parse_origins(state.config.cors_origins))
         middlewares.append(cors.middleware)
@@ -63,6 +64,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     app[STATE] = state
     app[ACCESS] = state.access
     app.on_response_prepare.extend(signals)
+    app[ARMS] = state.arms
     engine = state.control.engine
     engine.on_stats = state.metrics.on_stats
     state.metrics.watch_engine(lambda: engine.ready, lambda: engine.num_restarts)

@@ -27,7 +27,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     options = chat_options(body, request.headers, defaults_for(caller, state), state.limits)
     messages = plain_messages(body.messages)
     priority = check_priority(caller, options.priority)
-    arm = state.route(body.model)
+    arm = state.route(request, body.model, body.user or body.safety_identifier)
     info, text = arm.require_ready()
     prompt = await encode_chat(text, messages, info=info)
     request_id = new_id("chatcmpl")

@@ -35,7 +35,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = prompt_list(body.prompt)
     options = completion_options(body, request.headers, defaults_for(caller, state), state.limits, len(prompts))
     priority = check_priority(caller, options.priority)
-    arm = state.route(body.model)
+    arm = state.route(request, body.model, body.user or body.safety_identifier)
     info, text = arm.require_ready()
     prompt_ids = [await _token_ids(prompt, text, info) for prompt in prompts]
     request_id = new_id("cmpl")

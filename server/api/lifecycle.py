@@ -19,6 +19,7 @@ from server.api import sockets
 from server.api.access.control import AccessControl
 from server.api.access.keys import KeyFileError
 from server.api.arm import Arm
+from server.api.arms import Arms
 from server.api.banner import banner, summary
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
@@ -94,7 +95,7 @@ class Server:
                 Arm(b.name, b.config, b.engine, config.served_model_name or b.config.model, metrics.clock)
                 for b in backends
             ]
-            self.state = ServerState(config, arms, metrics, version, limits=limits, access=access)
+            self.state = ServerState(config, Arms(arms), metrics, version, limits=limits, access=access)
             self.state.reload = self.reload
             self._front = Front(self.state)
         except (KeyFileError, ConfigError) as error:
@@ -143,7 +144,7 @@ class Server:
 
     async def _start_others(self) -> None:
         """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
-        for arm, backend in zip(self.state.arms[1:], self._backends[1:], strict=True):
+        for arm, backend in zip(self.state.arms.every[1:], self._backends[1:], strict=True):
             self._say(f"Loading arm {arm.name}: {arm.config.model}")
             try:
                 info = await self._start_arm(arm, backend)
@@ -175,12 +176,12 @@ class Server:
     async def _wait_until_idle(self) -> None:
         await self.state.idle.wait()
         timeout_s = self._config.drain_timeout_s
-        await asyncio.gather(*(arm.engine.drain(timeout_s) for arm in self.state.arms))
+        await asyncio.gather(*(arm.engine.drain(timeout_s) for arm in self.state.arms.every))
 
     async def _close(self) -> None:
         """The engine goes first: handlers still at work learn it and can tell their clients."""
         try:
-            closing = asyncio.gather(*(arm.engine.close() for arm in self.state.arms))
+            closing = asyncio.gather(*(arm.engine.close() for arm in self.state.arms.every))
             await asyncio.wait_for(closing, _ENGINE_CLOSE_S)
         except TimeoutError:
             logger.warning("the engine did not close within %g s", _ENGINE_CLOSE_S)

@@ -150,7 +150,7 @@ def _completion() -> dict[str, Schema]:
 
 
 def _others() -> dict[str, Schema]:
-    engine = {
+    engine: dict[str, Any] = {
         "engine": {"type": ["object", "null"], "description": "What the engine says of itself."},
         "stats": {"type": "object", "description": "The engine's counters and gauges."},
         "speculation": struct(

@@ -67,7 +67,7 @@ async def server_info(request: web.Request) -> web.Response:
             **_engine_info(state.control),
             "arms": {
                 arm.name: {"model": arm.config.model, **_arm_readiness(arm), **_engine_info(arm)}
-                for arm in state.arms[1:]
+                for arm in state.arms.every[1:]
             },
             "process": process_info(),
             "internal_states": [{"avg_spec_accept_length": accept_length(state.control.engine.stats)}],
@@ -127,23 +127,31 @@ async def scrape(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The one model that this server serves."""
-    return json_response({"object": "list", "data": [_model(request.app[STATE])]})
+    """The model that this server serves, and its arms where there are several."""
+    state = request.app[STATE]
+    return json_response({"object": "list", "data": [_model(state, name, arm) for name, arm in _models(state).items()]})
 
 
 async def get_model(request: web.Request) -> web.Response:
     """That model by its id, 404 for any other."""
     state = request.app[STATE]
-    if request.match_info["model"] != state.control.model_name:
-        raise model_not_found(request.match_info["model"])
-    return json_response(_model(state))
+    name = request.match_info["model"]
+    arm = _models(state).get(name)
+    if arm is None:
+        raise model_not_found(name)
+    return json_response(_model(state, name, arm))
 
 
-def _model(state: ServerState) -> dict[str, Any]:
-    arm = state.control
+def _models(state: ServerState) -> dict[str, Arm]:
+    """What `model` in a request may be: the public name, which arms share, and arms by their own."""
+    arms = {arm.name: arm for arm in state.arms.every} if len(state.arms.every) > 1 else {}
+    return {state.control.model_name: state.control, **arms}
+
+
+def _model(state: ServerState, name: str, arm: Arm) -> dict[str, Any]:
     info = arm.engine.info
     return {
-        "id": arm.model_name,
+        "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "outpace",

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from server.api.access.auth import caller_of
 from server.api.access.control import AccessControl
 from server.api.arm import Arm
-from server.api.errors import engine_unavailable, model_not_found
+from server.api.arms import Arms
+from server.api.errors import ApiError, engine_unavailable
 from server.api.params import Limits
 from server.config import ServerConfig
 from server.telemetry.metrics import Metrics
@@ -19,7 +21,7 @@ from server.telemetry.metrics import Metrics
 
 @dataclass(slots=True)
 class ServerState:
-    """`arms` are the models that are served, the control arm first; `draining` refuses new work.
+    """`draining` refuses new work.
 
     `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
     there are none. `scrape` renders the whole server's metrics, `reload` does what SIGHUP does and gives one line for
@@ -27,7 +29,7 @@ class ServerState:
     """
 
     config: ServerConfig
-    arms: Sequence[Arm]
+    arms: Arms
     metrics: Metrics
     version: str
     access: AccessControl = field(default_factory=AccessControl)
@@ -45,7 +47,7 @@ class ServerState:
     @property
     def control(self) -> Arm:
         """What answers where nothing else is said."""
-        return self.arms[0]
+        return self.arms.control
 
     @property
     def not_ready(self) -> tuple[str, str] | None:
@@ -54,11 +56,9 @@ class ServerState:
             return "draining", "The server is shutting down."
         return self.control.not_ready
 
-    def route(self, model: str | None) -> Arm:
-        """What answers a request for `model`. Raises ApiError: 404 for an unknown one, 503 where nothing serves."""
-        arm = self.control
-        if model is not None and model not in (arm.model_name, arm.config.model):
-            raise model_not_found(model)
+    def route(self, request: web.Request, model: str | None, user: str | None = None) -> Arm:
+        """What answers: see `Arms.of`. Raises ApiError as that does, and 503 where nothing serves."""
+        arm = self.arms.of(request, model, user, caller_of(request).name)
         if self.draining:
             raise engine_unavailable(
                 "The server is not ready (draining): The server is shutting down.", "shutting_down"
@@ -67,8 +67,15 @@ class ServerState:
         return arm
 
     def require_room(self) -> None:
-        """Raises ApiError 429 where the queue is full; cheap enough to be asked before a body is read."""
-        self.control.require_room()
+        """Raises ApiError 429 where every queue is full; cheap enough to be asked before a body is read."""
+        full: ApiError | None = None
+        for arm in self.arms.every:
+            try:
+                return arm.require_room()
+            except ApiError as error:
+                full = full or error
+        assert full is not None
+        raise full
 
     def begin(self) -> None:
         """A request that is to be answered has arrived."""

@@ -27,6 +27,7 @@ from schemathesis.specs.openapi.checks import (
 
 from server.api.app import create_app
 from server.api.arm import Arm
+from server.api.arms import Arms
 from server.api.openapi import document
 from server.api.state import ServerState
 from server.config import CONTROL, EngineConfig, ServerConfig
@@ -67,7 +68,7 @@ class _Served:
         config = ServerConfig(engine=EngineConfig(model="fake-dir"), port=0)
         metrics = Metrics("1.2.3")
         arm = Arm(CONTROL, config.engine, self.engine, "fake", metrics.clock, text=ByteText())
-        self.state = ServerState(config, [arm], metrics, "1.2.3")
+        self.state = ServerState(config, Arms([arm]), metrics, "1.2.3")
         await self.engine.wait_ready()
         runner = web.AppRunner(create_app(self.state), handler_cancellation=True, access_log=None)
         await runner.setup()

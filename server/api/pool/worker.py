@@ -22,6 +22,7 @@ from server.api.access.keys import KeyTable
 from server.api.access.ledger import Ledger
 from server.api.access.limits import RateLimiter
 from server.api.arm import Arm
+from server.api.arms import Arms
 from server.api.event_loop import loop_factory
 from server.api.front import Front
 from server.api.lifecycle import on_daemon_thread
@@ -81,7 +82,7 @@ class Worker:
         limiter = RateLimiter(Ledger(a.ledger, config.api_workers, a.index))
         self._state = state = ServerState(
             config,
-            arms,
+            Arms(arms),
             metrics,
             a.version,
             limits=Limits(max_body_bytes=config.max_body_bytes),
@@ -110,7 +111,7 @@ class Worker:
             await self._engines[state.control.name].wait_ready()
             await self._listen(front)
         engines = self._engines.values()
-        tasks = [asyncio.create_task(self._report()), asyncio.create_task(_load_others(state.arms[1:]))]
+        tasks = [asyncio.create_task(self._report()), asyncio.create_task(_load_others(state.arms.every[1:]))]
         try:
             broken = {engine.broken for engine in engines}
             await asyncio.wait({self._ended, *broken}, return_when=asyncio.FIRST_COMPLETED)
