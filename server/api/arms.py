@@ -9,6 +9,8 @@ from aiohttp import web
 from server.api.access.request_id import REQUEST_ID
 from server.api.arm import Arm
 from server.api.errors import bad_header, model_not_found
+from server.config import ASSIGNMENT_KEYS, ServerConfig
+from server.routing.assignment import Assignment
 
 ARM_HEADER = "X-Outpace-Arm"
 """On requests: answer from this arm. On answers, where there are several: the arm that answered."""
@@ -19,12 +21,23 @@ Assign = Callable[[str], str]
 
 
 class Arms:
-    """The models that are served, the control first. `assign` None: all is the control's."""
+    """The models that are served, the control first. `assign` says whose keys they get (None: all are the control's),
+    `key` what a request's key is (`RoutingConfig.key`)."""
 
-    def __init__(self, every: Sequence[Arm], assign: Assign | None = None) -> None:
+    def __init__(
+        self, every: Sequence[Arm], assign: Assign | None = None, key: Sequence[str] = ASSIGNMENT_KEYS
+    ) -> None:
         self.every = every
         self.assign = assign
+        self._key = key
         self._by_name = {arm.name: arm for arm in every}
+
+    @classmethod
+    def of_config(cls, config: ServerConfig, every: Sequence[Arm]) -> Arms:
+        """With the weights that the settings say."""
+        weights = {arm.name: arm.weight for arm in config.all_arms}
+        assign = Assignment(weights, config.routing.salt) if len(every) > 1 else None
+        return cls(every, assign, config.routing.key)
 
     @property
     def control(self) -> Arm:
@@ -38,12 +51,31 @@ class Arms:
     def of(self, request: web.Request, model: str | None, user: str | None, caller: str) -> Arm:
         """The arm for `request`, and notes it there.
 
-        The key that assigns is `user`, else the API key's name, else the request. An arm that is named answers or is
-        not ready; an assigned one that is not ready leaves its share to the control. Raises ApiError: 400 for an
-        unknown arm in the header, 404 for an unknown model.
+        `caller` is the API key's name. An arm that is named answers or is not ready; an assigned one that is not ready
+        leaves its share to the control. Raises ApiError: 400 for an unknown arm in the header, 404 for an unknown
+        model.
         """
-        arm = request[ARM] = self._named(request, model) or self._assigned(user or caller or request[REQUEST_ID])
+        arm = self._named(request, model)
+        if arm is None:
+            arm = self.control if self.assign is None else self._assigned(self._key_of(request, user, caller))
+        request[ARM] = arm
         return arm
+
+    def _key_of(self, request: web.Request, user: str | None, caller: str) -> str:
+        """The first that the request has; which one it is is part of it: a user is not the API key of the same name."""
+        for part in self._key:
+            value: str | None
+            if part == "user":
+                value = user
+            elif part == "api_key":
+                value = caller
+            elif part == "request":
+                value = request[REQUEST_ID]
+            else:
+                value = request.headers.get(part.removeprefix("header:"))
+            if value:
+                return f"{part}={value}"
+        return f"request={request[REQUEST_ID]}"
 
     def _named(self, request: web.Request, model: str | None) -> Arm | None:
         name = request.headers.get(ARM_HEADER)
@@ -59,8 +91,7 @@ class Arms:
         return self._by_name[model]
 
     def _assigned(self, key: str) -> Arm:
-        if self.assign is None:
-            return self.control
+        assert self.assign is not None
         arm = self._by_name.get(self.assign(key), self.control)
         return arm if arm.not_ready is None else self.control
 

@@ -95,7 +95,9 @@ class Server:
                 Arm(b.name, b.config, b.engine, config.served_model_name or b.config.model, metrics.clock)
                 for b in backends
             ]
-            self.state = ServerState(config, Arms(arms), metrics, version, limits=limits, access=access)
+            self.state = ServerState(
+                config, Arms.of_config(config, arms), metrics, version, limits=limits, access=access
+            )
             self.state.reload = self.reload
             self._front = Front(self.state)
         except (KeyFileError, ConfigError) as error:

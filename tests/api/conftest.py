@@ -85,7 +85,9 @@ async def serve() -> AsyncIterator[Serve]:
         metrics = Metrics("1.2.3")
         engines = {CONTROL: engine, **(others or {})}
         arms = [Arm(name, settings.engine, one, "fake", metrics.clock) for name, one in engines.items()]
-        state = ServerState(settings, Arms(arms), metrics, "1.2.3", limits=limits or Limits(), access=access)
+        state = ServerState(
+            settings, Arms.of_config(settings, arms), metrics, "1.2.3", limits=limits or Limits(), access=access
+        )
         front = Front(state)
         (listener,) = sockets.bind("127.0.0.1", 0)
         await front.listen([listener])

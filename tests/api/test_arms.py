@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.api.arms import ARM_HEADER
+from server.api.arms import ARM_HEADER, Arms
+from server.config import ArmConfig, EngineConfig, RoutingConfig
 from tests.api.conftest import Live, Serve
 from tests.api.fakes import FakeEngine, steps
 
@@ -15,7 +16,7 @@ from tests.api.fakes import FakeEngine, steps
 async def two(serve: Serve, **options: Any) -> Live:
     """The control says "old", the arm "canary" says "new"; keys that begin with c are the canary's."""
     live = await serve(FakeEngine(steps("old")), others={"canary": FakeEngine(steps("new"))}, **options)
-    live.state.arms.assign = lambda key: "canary" if key.startswith("c") else "control"
+    live.state.arms.assign = lambda key: "canary" if key.partition("=")[2].startswith("c") else "control"
     return live
 
 
@@ -106,3 +107,29 @@ async def test_one_arm_alone_is_not_told_of(live: Live) -> None:
         assert ARM_HEADER not in response.headers
     assert len((await live.get("/v1/models"))[1]["data"]) == 1
     assert (await live.get("/server_info"))[1]["arms"] == {}
+
+
+async def test_the_key_is_what_the_settings_say(serve: Serve) -> None:
+    keys: list[str] = []
+
+    def note(key: str) -> str:
+        keys.append(key)
+        return "control"
+
+    live = await two(serve, server={"routing": RoutingConfig(key=("header:X-Team", "user"))})
+    live.state.arms.assign = note
+    await said(live, {"X-Team": "blue"}, user="bob")
+    await said(live, user="bob")
+    await said(live, {"x-request-id": "c9"})
+    assert keys == ["header:X-Team=blue", "user=bob", "request=c9"]
+
+
+async def test_weights_of_the_settings_split_users(serve: Serve) -> None:
+    engine = EngineConfig(model="fake-dir")
+    arms = (ArmConfig("canary", engine, 30.0),)
+    live = await two(serve, server={"arms": arms, "routing": RoutingConfig(salt="x")})
+    live.state.arms.assign = Arms.of_config(live.state.config, live.state.arms.every).assign
+    answers = [(await said(live, user=f"user-{number}"))[1] for number in range(60)]
+    again = [(await said(live, user=f"user-{number}"))[1] for number in range(60)]
+    assert answers == again
+    assert 8 <= answers.count("canary") <= 30

@@ -82,7 +82,7 @@ class Worker:
         limiter = RateLimiter(Ledger(a.ledger, config.api_workers, a.index))
         self._state = state = ServerState(
             config,
-            Arms(arms),
+            Arms.of_config(config, arms),
             metrics,
             a.version,
             limits=Limits(max_body_bytes=config.max_body_bytes),
