@@ -11,11 +11,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from optimize.artifact import MANIFEST, Artifact, ArtifactKey, ArtifactStore, Build, DamagedError, sync, write_json
+from optimize.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactKey,
+    ArtifactStore,
+    Build,
+    DamagedError,
+    described,
+    sync,
+    write_json,
+)
 from optimize.errors import OptimizeError, RefusedError
 from optimize.options import OptimizeOptions
 from optimize.plan import plan_layers
@@ -30,6 +41,8 @@ from server.models.source import ModelSource, load_index, resolve
 BUILDER_VERSION = 1
 """Part of every key: raised when the same recipe is to give other bytes."""
 LOG = "log.txt"
+PAGE = "report.html"
+"""What the gate writes beside the weights (and `report.json`)."""
 
 
 class Builder:
@@ -63,7 +76,7 @@ class Builder:
                 if found is None:
                     found = self._build(build, key)
         if not self.options.skip_gate and found.manifest.get("gate") is None:
-            found = self._gate_late(found)
+            found = self._gate_late(key)
         if self.options.out is not None:
             copy_artifact(found, self.options.out)
         return found
@@ -134,7 +147,7 @@ class Builder:
             raise
         verdict = None if self.options.skip_gate else stage("gate")
         if verdict is not None and not verdict["passed"]:
-            raise refused(verdict, "was refused; --rebuild tries again, another recipe is not bound by it")
+            raise self._refused(verdict, build.content)
         manifest: dict[str, Any] = {"name": key.name, "model": self.options.model, "recipe": recipe_fields(self.recipe)}
         manifest |= {"key": key.parts, "stages": results, "gate": verdict}
         return build.finish(manifest, lambda path: self.store.file_hash(path))
@@ -149,17 +162,32 @@ class Builder:
         fields, content, work = recipe_fields(self.recipe), str(build.content), str(build.directory)
         return Job(o.model, fields, content, work, text, o.device, o.device_map, o.dtype)
 
-    def _gate_late(self, found: Artifact) -> Artifact:
+    def _gate_late(self, key: ArtifactKey) -> Artifact:
         """An artifact that was built without the gate meets it before it is used."""
-        o, directory = self.options, str(found.directory)
-        job = Job(o.model, recipe_fields(self.recipe), directory, directory, None, o.device, o.device_map, o.dtype)
-        run = self._stages or ChildStages(self.store.root / f".{LOG}", o.nice)
-        verdict = run("gate", job, self._show, self.say)
+        with self.store.building(key, self._show) as build:
+            found = self.store.load(self.store.path(key))
+            if found.manifest.get("gate") is None:  # whoever held the lock may have done it
+                found = self._gated(found, build)
+            shutil.rmtree(build.directory)
+        return found
+
+    def _gated(self, found: Artifact, build: Build) -> Artifact:
+        run = self._stages or ChildStages(build.directory / LOG, self.options.nice)
+        verdict = run("gate", replace(self._job(build), content=str(found.directory)), self._show, self.say)
         if not verdict["passed"]:
-            raise refused(verdict, "is refused")
-        manifest = {**found.manifest, "gate": verdict}
+            raise self._refused(verdict, found.directory)
+        manifest = {**found.manifest, "gate": verdict, "files": described(found.directory, self.store.file_hash)}
         write_json(found.directory / MANIFEST, manifest)
         return Artifact(found.directory, manifest)
+
+    def _refused(self, verdict: dict[str, Any], directory: Path) -> RefusedError:
+        """Tells what to try and where the report is; the error says which number failed."""
+        for line in verdict.get("advice", ()):
+            self.say(f"to try: {line}")
+        report = directory / PAGE
+        where = f"; report: {report}" if report.is_file() else ""
+        again = "" if self.options.rebuild else "; --rebuild measures again"
+        return RefusedError(f"the quantised model is refused: {'; '.join(verdict['reasons'])}{where}{again}")
 
     def _check_calibration(self) -> None:
         recipe, text = self.recipe, self.options.calibration
@@ -171,12 +199,6 @@ class Builder:
             raise ConfigError(f"calibration: {str(text)!r} is not valid: recipe {recipe.name} {why}")
         if text is not None:
             check_file(text)
-
-
-def refused(verdict: dict[str, Any], what: str) -> RefusedError:
-    """The gate's reasons in one line."""
-    reasons = "; ".join(verdict.get("reasons") or ["no reason given"])
-    return RefusedError(f"the quantised model {what}: {reasons}")
 
 
 def copy_artifact(artifact: Artifact, out: Path) -> None:

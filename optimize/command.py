@@ -11,6 +11,7 @@ from optimize.artifact import Artifact, ArtifactStore, DamagedError
 from optimize.build import Builder, describe
 from optimize.errors import OptimizeError, RefusedError
 from optimize.options import OptimizeOptions, parse_optimize
+from optimize.progress import Bar
 from optimize.recipe_file import load_recipe, recipe_names, recipe_text
 from server.config import ConfigError
 from server.models.errors import ModelSourceError
@@ -50,7 +51,8 @@ def make(options: OptimizeOptions) -> Artifact:
     """The artifact, built if need be. A SIGTERM ends the build as Ctrl-C does. Raises what Builder.artifact raises."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
-        return Builder(options, _say).artifact()
+        bar = Bar()
+        return Builder(options, bar.line, show=bar).artifact()
     finally:
         signal.signal(signal.SIGTERM, before)
 

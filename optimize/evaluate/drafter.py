@@ -59,14 +59,20 @@ def find_drafter(options: EvaluateOptions, base: ModelSource) -> Path | None:
 
 
 def drafting(
-    options: EvaluateOptions, head: Path, prompts: Sequence[Sequence[int]], max_tokens: int, say: Callable[[str], None]
+    options: EvaluateOptions,
+    head: Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    say: Callable[[str], None],
+    show: Callable[[str, float], None],
 ) -> Drafting:
     """Both models answer the prompts greedily with drafts, one engine after the other.
 
     Greedy answers of two models differ, so each is measured on what it writes itself, as in serving.
     """
-    found = []
+    found: list[Acceptance] = []
     for spec, weights in ((options.base, options.base_weights), (options.candidate, options.candidate_weights)):
+        show(f"drafter {head.name}", len(found) / 2)
         config = EngineConfig(
             model=spec,
             weights=weights,
@@ -89,6 +95,7 @@ def drafting(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    show(f"drafter {head.name}", 1.0)
     return Drafting(head.name, options.max_draft_tokens, *found)
 
 

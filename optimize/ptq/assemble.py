@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from optimize.plan import EMBEDDING, HEAD, Plan
 from optimize.ptq.convert import Amax, largest, quantize_weight
-from optimize.ptq.smooth import Group, fold, groups, shared, smoothquant_factors
+from optimize.ptq.smooth import Group, Heads, fold, groups, reads_heads, shared, smoothquant_factors
 from server.models.loader import Checkpoint
 from server.models.source import load_index
 from server.quant.formats import QuantizedWeight
@@ -31,9 +32,10 @@ class Calibrated:
 
 
 class Original:
-    """The original's tensors, read when asked for; float32 on `device`."""
+    """The original's tensors, read when asked for; float32 on `device`. `heads` are its attention's."""
 
     def __init__(self, directory: Path, device: torch.device, stored: str) -> None:
+        self.heads = Heads.of(json.loads((directory / "config.json").read_text(encoding="utf-8")))
         self._checkpoint = Checkpoint(directory, torch.float32, device)
         self._dtypes = {
             name: _DTYPES.get(entry.dtype) if stored == "source" else getattr(torch, stored)
@@ -96,7 +98,7 @@ def _layer(original: Original, plan: Plan, name: str, factors: Tensor | None, gr
 
 
 def _factors(original: Original, plan: Plan, calibrated: Calibrated, group: Group) -> Tensor | None:
-    found = shared(calibrated.factors, group)
+    found = shared(calibrated.factors, group, original.heads)
     if found is not None:
         return found.to(original.get(group.layers[0] + ".weight").device)
     smoothed = [name for name in group.layers if name in calibrated.magnitudes and name in plan.layers]
@@ -104,4 +106,5 @@ def _factors(original: Original, plan: Plan, calibrated: Calibrated, group: Grou
         return None
     weights = [original.get(name + ".weight") for name in smoothed]
     magnitudes = calibrated.magnitudes[smoothed[0]].to(weights[0].device)
-    return smoothquant_factors(magnitudes, weights, calibrated.alpha)
+    heads = original.heads if reads_heads(group) else None
+    return smoothquant_factors(magnitudes, weights, calibrated.alpha, heads)
