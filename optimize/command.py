@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from optimize.artifact import Artifact, ArtifactStore, DamagedError
-from optimize.build import Builder, describe
+from optimize.build import PAGE, Builder, describe
 from optimize.errors import OptimizeError, RefusedError
 from optimize.options import OptimizeOptions, parse_optimize
 from optimize.progress import Bar
@@ -34,6 +34,8 @@ def run_optimize(namespace: argparse.Namespace) -> int:
         options = parse_optimize(namespace)
         artifact = make(options)
         _say(describe(artifact))
+        if (artifact.directory / PAGE).is_file():
+            _say(f"report: {artifact.directory / PAGE}")
         print(options.out or artifact.directory)
         return 0
 
