@@ -7,7 +7,6 @@ Every arrow is a stage that is recorded once its files are on disk; after a kill
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -245,8 +244,19 @@ def _version(name: str) -> str:
 
 def describe(artifact: Artifact) -> str:
     """One line for people."""
-    check = artifact.manifest["stages"].get("check", {})
     formats = ", ".join(artifact.manifest["stages"]["quantize"].get("formats", []))
-    ratio = f", perplexity ratio {check['perplexity_ratio']:.4f}" if "perplexity_ratio" in check else ""
-    gate = "passed the gate" if artifact.manifest.get("gate") else "not gated"
-    return json.dumps(artifact.directory.name)[1:-1] + f": {formats}, {artifact.size / 1e6:,.1f} MB{ratio}, {gate}"
+    words = [f"{formats}, {artifact.size / 1e6:,.1f} MB", *_judged(artifact.manifest)]
+    return f"{artifact.directory.name}: {', '.join(words)}"
+
+
+def _judged(manifest: dict[str, Any]) -> list[str]:
+    gate, check = manifest.get("gate"), manifest["stages"].get("check", {})
+    if gate is None:
+        ratio = check.get("perplexity_ratio")
+        return [*([] if ratio is None else [f"perplexity ratio {ratio:.4f} on a sample"]), "not gated"]
+    numbers = [
+        f"{name} at worst {value:.4f}"
+        for name, value in gate.get("numbers", {}).items()
+        if name in ("perplexity ratio", "top-1 agreement") and value is not None
+    ]
+    return ["passed the gate", *numbers]

@@ -129,7 +129,7 @@ class AutoSearch:
     """
 
     bits: float = 6.0
-    candidates: tuple[LayerFormat, ...] = (LayerFormat("int4", group_size=32), LayerFormat("int8"))
+    candidates: tuple[LayerFormat, ...] = (LayerFormat("int4", group_size=32, minimum=True), LayerFormat("int8"))
     search: str = "gradient"
     score_steps: int = 16
 

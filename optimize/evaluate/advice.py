@@ -78,7 +78,7 @@ def _formats(recipe: Recipe | None) -> list[str]:
         if smaller:
             found.append(f"use smaller groups (group_size = {smaller[0]}{', or 32' if len(smaller) > 1 else ''})")
         if not f.minimum:
-            found.append("give groups a minimum beside the scale (minimum = true)")
+            found.append("give groups a minimum beside the scale (minimum = true; recipe int4-awq-g32)")
         return [*found, "mix 4 and 8 bits (recipe auto)", "use 8 bits (recipe int8-weight-only)"]
     if f.activations != "none":
         found = ['leave activations as they come (activations = "none"; recipe int8-weight-only)']

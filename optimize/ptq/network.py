@@ -89,6 +89,29 @@ def mean_loss(network: Any, batches: Batches) -> float:
     return result if math.isfinite(result) else math.inf
 
 
+@torch.no_grad()
+def column_moments(network: Any, names: Iterable[str], batches: Batches) -> dict[str, Tensor]:
+    """Mean squares of what linear layers read, by layer: [K] float32."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            sums[name] = sums.get(name, 0.0) + x.square().sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return hook
+
+    hooks = [network.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    try:
+        batches.run(network)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
 class SimulatedLinear(nn.Module):
     """`server.quant.formats.reference_linear` for x [..., K], with the weight dequantised once."""
 

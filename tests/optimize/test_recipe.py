@@ -16,7 +16,9 @@ def test_valid_values_are_those_of_the_formats() -> None:
     assert get_args(ActivationKind) == ACTIVATIONS
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8-smoothquant", "int8-weight-only", "int4-awq", "w4a8-awq", "auto"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "int8-smoothquant", "int8-weight-only", "int4-awq", "int4-awq-g32", "w4a8-awq", "auto"]
+)
 def test_a_packaged_recipe_reads_back_from_its_fields(name: str) -> None:
     assert name in recipe_names()
     recipe = load_recipe(name)
