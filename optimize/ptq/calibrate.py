@@ -24,6 +24,8 @@ from optimize.recipe import LayerFormat, Recipe
 
 _BITS: dict[str, Any] = {"int4": 4, "int8": 8, "fp8": (4, 3)}
 AWQ_ALPHA_STEP = 0.1
+PASSES = {"awq": 3, "auto": 3, "smoothquant": 1}
+"""How often a method runs the text through the network: AWQ for our moments, for its statistics and for its search."""
 
 
 def weight_attributes(form: LayerFormat) -> dict[str, Any]:

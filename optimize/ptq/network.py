@@ -27,11 +27,15 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
 
 
 class Batches:
-    """Rows [n, L] through a network, `size` at a time; half as many from the moment that memory runs out."""
+    """Rows [n, L] through a network, `size` at a time; half as many from the moment that memory runs out.
 
-    def __init__(self, rows: Tensor, size: int, report: Report, what: str) -> None:
+    `passes` is how often that will happen: `report` hears the share of all of them.
+    """
+
+    def __init__(self, rows: Tensor, size: int, report: Report, what: str, passes: int = 1) -> None:
         self.rows, self.size = rows, size
         self._report, self._what = report, what
+        self._passes, self._passed = passes, 0
 
     def run(self, network: Any, use: Callable[[Tensor, Any], None] | None = None) -> None:
         """Calls `use(rows [b, L], output)` after each pass. Raises what one row alone raises.
@@ -55,7 +59,8 @@ class Batches:
                     torch.cuda.empty_cache()
                 continue
             start += len(part)
-            self._report(self._what, start / len(self.rows))
+            self._report(self._what, min(1.0, (self._passed + start / len(self.rows)) / self._passes))
+        self._passed += 1
 
     def halves(self) -> Iterator[dict[str, Tensor]]:
         """The rows as batches that a transformers network takes by name."""

@@ -62,7 +62,8 @@ def quantize(job: Job, report: Report) -> dict[str, Any]:
     calibrated = Calibrated()
     if recipe.needs_text:
         rows, held_out = text_rows.load(job.texts)
-        batches = Batches(rows, recipe.calibration.batch, report.progress, f"calibrating ({recipe.method})")
+        what, passes = f"calibrating ({recipe.method})", calibrate.PASSES[recipe.method]
+        batches = Batches(rows, recipe.calibration.batch, report.progress, what, passes)
         calibrated = calibrate.calibrate(_network(job, source), recipe, plan, batches)
         gc.collect()
         calibrated = _best_alpha(job, source, plan, calibrated, held_out, report)

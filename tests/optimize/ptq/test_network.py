@@ -58,3 +58,11 @@ def test_other_errors_are_no_reason_for_smaller_batches() -> None:
 def test_a_host_without_memory_says_so_in_words() -> None:
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_progress_is_of_all_passes() -> None:
+    heard: list[float] = []
+    batches = Batches(torch.zeros(4, 1), 2, lambda what, fraction: heard.append(fraction), "", passes=2)
+    for _ in range(2):
+        batches.run(Network(most=2))
+    assert heard == [0.25, 0.5, 0.75, 1.0]
