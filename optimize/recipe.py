@@ -180,13 +180,14 @@ class GateThresholds:
 
     Numbers that text decides are judged by the unfavourable end of their one-sided interval at `confidence`, over at
     least `min_tokens` tokens. `faster_at`: numbers of sequences at which a decoding step must take less time than the
-    original's; a recipe claims none unless it says so. `min_acceptance_ratio`: share of drafts accepted, as a multiple
-    of the original's, where there is a drafter.
+    original's; a recipe claims none unless it says so. `faster_at_cpu` is what it claims on CPUs (None: the same).
+    `min_acceptance_ratio`: share of drafts accepted, as a multiple of the original's, where there is a drafter.
     """
 
     max_perplexity_ratio: float = 1.03
     min_top1_agreement: float = 0.95
     faster_at: tuple[int, ...] = ()
+    faster_at_cpu: tuple[int, ...] | None = None
     min_acceptance_ratio: float = 0.9
     min_tokens: int = 50_000
     confidence: float = 0.95
@@ -199,8 +200,14 @@ class GateThresholds:
         within("min_tokens", self.min_tokens, 1, 1 << 40)
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(f"confidence: {self.confidence!r} is not valid; use 0.5 or more and less than 1")
-        for tier in self.faster_at:
-            within("faster_at", tier, 1, 65_536)
+        for name, tiers in (("faster_at", self.faster_at), ("faster_at_cpu", self.faster_at_cpu or ())):
+            for tier in tiers:
+                within(name, tier, 1, 65_536)
+
+    def on(self, device_type: str) -> GateThresholds:
+        """As they are on a device: `faster_at` is what is claimed there."""
+        claimed = self.faster_at if device_type != "cpu" or self.faster_at_cpu is None else self.faster_at_cpu
+        return replace(self, faster_at=claimed, faster_at_cpu=None)
 
 
 @dataclass(frozen=True, slots=True)

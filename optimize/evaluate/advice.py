@@ -34,7 +34,7 @@ def advice(
         faster = [str(tier) for tier in claimed if str(tier) not in slow]
         found.append(
             f"it is no faster at batch {', '.join(slow)}: use a format whose kernels are, "
-            f"or claim less with faster_at = [{', '.join(faster)}]"
+            f"or claim less with faster_at = [{', '.join(faster)}] (on a CPU faster_at_cpu)"
         )
     if "acceptance ratio" in names:
         found.append(f"distil the drafter again on the candidate: outpace distill CANDIDATE --init {drafter} --out DIR")

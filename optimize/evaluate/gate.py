@@ -18,13 +18,16 @@ Say = Callable[[str], None]
 Show = Callable[[str, float], None]
 
 
-def gate_options(base: str, candidate: str | Path, gate: GateThresholds) -> EvaluateOptions:
-    """What these thresholds ask for, and no more: speed at the claimed numbers of sequences only, the layers that cost
-    most only where quality failed."""
-    options = EvaluateOptions(str(base), str(candidate), tokens=gate.min_tokens, layers_if_worse=True)
-    if not gate.faster_at:
+def gate_options(base: str, candidate: str | Path, gate: GateThresholds, device: str = "auto") -> EvaluateOptions:
+    """What these thresholds ask for, and no more: speed at the numbers of sequences that are claimed on this device,
+    the layers that cost most only where quality failed."""
+    from server.models.loader import pick_device  # loads torch
+
+    options = EvaluateOptions(str(base), str(candidate), tokens=gate.min_tokens, device=device, layers_if_worse=True)
+    claimed = gate.on(pick_device(device).type).faster_at
+    if not claimed:
         return replace(options, parts=tuple(part for part in DEFAULT_PARTS if part != "speed"))
-    return replace(options, batch=gate.faster_at)
+    return replace(options, batch=claimed)
 
 
 def check(

@@ -68,7 +68,7 @@ def report(
         "numbers": [{**asdict(n), "passed": n.passed} for n in verdict.numbers],
         "rows": rows(m),
         "recipe": recipe and recipe_fields(recipe),
-        "gate": asdict(recipe.gate if recipe else GateThresholds()),
+        "gate": asdict((recipe.gate if recipe else GateThresholds()).on(m.device.type)),
         "text": {"name": options.text.name if options.text else DEFAULT_TEXT, "documents": m.num_documents},
         "window": options.window,
         "device": str(m.device),

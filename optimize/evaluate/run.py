@@ -60,7 +60,8 @@ def evaluate(
 ) -> tuple[Measured, Verdict]:
     """By the recipe's thresholds (None: the defaults). Raises ConfigError, EvaluateError, and what finding and loading
     models raises."""
-    gate = recipe.gate if recipe is not None else GateThresholds()
+    gate = (recipe.gate if recipe is not None else GateThresholds()).on(pick_device(options.device).type)
+    recipe = None if recipe is None else replace(recipe, gate=gate)
     if options.tokens < gate.min_tokens and not options.report_only:
         raise ConfigError(
             f"tokens: {options.tokens} is not valid; the gate asks for {gate.min_tokens}; --report-only does without"

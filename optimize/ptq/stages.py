@@ -103,10 +103,9 @@ def gate(job: Job, report: Report) -> dict[str, Any]:
 
     recipe, content = job.recipe, Path(job.content)
     options = replace(
-        gate_options(job.model, content, recipe.gate),
+        gate_options(job.model, content, recipe.gate, job.device),
         out=content,
         candidate_name=f"{resolve(job.model).name}-{recipe.name}",
-        device=job.device,
         dtype=job.dtype,
     )
     verdict = check(job.model, content, recipe, options, say=_to_log, show=report.progress)

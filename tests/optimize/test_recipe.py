@@ -41,6 +41,7 @@ def test_the_gate_defaults() -> None:
         ({"minimum": 1}, "minimum: 1 is not valid; use true or false"),
         ({"gate": {"min_top1_agreement": 1.5}}, "gate.min_top1_agreement: 1.5 is not valid; use 0 to 1"),
         ({"gate": {"faster_at": [0]}}, "gate.faster_at: 0 is not valid"),
+        ({"gate": {"faster_at_cpu": [0]}}, "gate.faster_at_cpu: 0 is not valid"),
         ({"gate": 3}, "gate: 3 is not valid; use a table"),
         ({"smoothing": {"alpha": [0.5, 2.0]}}, "smoothing.alpha: 2.0 is not valid; use 0 to 1"),
         ({"smoothing": {"alpha": []}}, r"smoothing.alpha: \[\] is not valid"),

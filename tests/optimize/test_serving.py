@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "resolve", found)
 
 
-def served(model: str, recipe: str = "fp8", **fields: object) -> EngineConfig:
+def served(model: str, recipe: str = "fp8", **fields: Any) -> EngineConfig:
     config = ServerConfig(engine=EngineConfig(model=model))
     return with_artifact(replace(config, engine=replace(config.engine, **fields)), recipe, "artifact").engine
 

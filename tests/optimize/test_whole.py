@@ -16,7 +16,7 @@ import pytest
 
 from optimize.artifact import ArtifactStore
 
-pytestmark = [pytest.mark.optimize, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.optimize, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = 'weights = "int8"\n[gate]\nmax_perplexity_ratio = 1.05\nmin_top1_agreement = 0.5\nmin_tokens = 2000\n'
 HARSH = (
@@ -51,7 +51,7 @@ class Shell:
 
     def run(self, recipe: Path, *more: str, before: Callable[[], None] | None = None) -> tuple[int, str, str]:
         child = self.start(recipe, *more, before=before)
-        out, error = child.communicate(timeout=240)
+        out, error = child.communicate(timeout=600)
         return child.returncode, out.strip(), error
 
 
@@ -129,7 +129,7 @@ def test_after_a_kill_halfway_the_same_command_goes_on(shell: Shell) -> None:
 def test_starts_at_the_same_time_share_one_build(shell: Shell) -> None:
     recipe = shell.recipe(RECIPE)
     children = [shell.start(recipe) for _ in range(2)]
-    told = [child.communicate(timeout=240) for child in children]
+    told = [child.communicate(timeout=600) for child in children]
     assert [child.returncode for child in children] == [0, 0], told
     assert told[0][0] == told[1][0]
     errors = [error for _, error in told]

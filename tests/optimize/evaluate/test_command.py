@@ -126,6 +126,10 @@ def test_check_by_a_recipe(tiny_llama_dir: Path, text_file: Path, tmp_path: Path
 
 def test_the_gate_measures_what_the_recipe_claims() -> None:
     assert gate_options("a", "b", GateThresholds(faster_at=(1, 8))).batch == (1, 8)
+    claims = GateThresholds(faster_at=(1, 64), faster_at_cpu=())
+    assert "speed" not in gate_options("a", "b", claims, "cpu").parts
+    assert claims.on("cuda").faster_at == (1, 64) and claims.on("cpu").faster_at == ()
+    assert GateThresholds(faster_at=(8,)).on("cpu").faster_at == (8,)
     assert "speed" not in gate_options("a", "b", GateThresholds(min_tokens=70_000)).parts
     assert gate_options("a", "b", GateThresholds(min_tokens=70_000)).tokens == 70_000
 
