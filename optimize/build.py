@@ -74,7 +74,7 @@ class Builder:
                 found = self._find(key)  # whoever held the lock may have built it
                 if found is None:
                     found = self._build(build, key)
-        if not self.options.skip_gate and found.manifest.get("gate") is None:
+        if not self.options.skip_gate and not self._is_judged(found.manifest.get("gate")):
             found = self._gate_late(key)
         if self.options.out is not None:
             copy_artifact(found, self.options.out)
@@ -92,7 +92,6 @@ class Builder:
             "config": source.config,
             "files": {path.name: self.store.file_hash(path) for path in files},
             "recipe": fields,
-            "gate": recipe_fields(self.recipe).get("gate"),
             "text": None if text is None else self.store.file_hash(text),
             "calibrated_in": [self.options.device, self.options.dtype] if self.recipe.needs_text else None,
             "versions": {
@@ -120,23 +119,8 @@ class Builder:
         if self.options.rebuild:
             build.restart()
         job = self._job(build)
-        run = self._stages or ChildStages(build.directory / LOG, self.options.nice)
-
-        def show(what: str, fraction: float) -> None:
-            self._show(what, fraction)
-            build.show(what, fraction)
-
-        def stage(name: str) -> Any:
-            done = build.done(name)
-            if done is None:
-                done = run(name, job, show, self.say)
-                if name == "choose":
-                    write_json(Path(job.work) / CHOICE, done)
-                build.record(name, done)
-            return done
-
         try:
-            results = {name: stage(name) for name in self._stage_names()}
+            results = {name: self._stage(build, job, name) for name in self._stage_names()}
         except OSError:
             _give_back(build)
             raise
@@ -144,12 +128,42 @@ class Builder:
             if build.done("quantize") is None:
                 _give_back(build)
             raise
-        verdict = None if self.options.skip_gate else stage("gate")
+        if not self._is_judged(build.done("gate")):
+            build.stages.pop("gate", None)
+        verdict = None if self.options.skip_gate else self._stage(build, job, "gate")
         if verdict is not None and not verdict["passed"]:
             raise self._refused(verdict, build.content)
         manifest: dict[str, Any] = {"name": key.name, "model": self.options.model, "recipe": recipe_fields(self.recipe)}
         manifest |= {"key": key.parts, "stages": results, "gate": verdict}
         return build.finish(manifest, lambda path: self.store.file_hash(path))
+
+    @property
+    def _thresholds(self) -> dict[str, Any]:
+        """No part of an artifact's key: other ones judge the same weights."""
+        return dict(recipe_fields(self.recipe)["gate"])
+
+    def _is_judged(self, verdict: dict[str, Any] | None) -> bool:
+        """Whether that is a verdict by this recipe's thresholds."""
+        return verdict is not None and verdict.get("thresholds") == self._thresholds
+
+    def _stage(self, build: Build, job: Job, name: str) -> Any:
+        """What the stage recorded, or records now."""
+        done = build.done(name)
+        if done is not None:
+            return done
+
+        def show(what: str, fraction: float) -> None:
+            self._show(what, fraction)
+            build.show(what, fraction)
+
+        run = self._stages or ChildStages(build.directory / LOG, self.options.nice)
+        done = run(name, job, show, self.say)
+        if name == "choose":
+            write_json(Path(job.work) / CHOICE, done)
+        if name == "gate":
+            done = {**done, "thresholds": self._thresholds}
+        build.record(name, done)
+        return done
 
     def _stage_names(self) -> list[str]:
         names = ["texts"] if self.recipe.needs_text else []
@@ -162,10 +176,10 @@ class Builder:
         return Job(o.model, fields, content, work, text, o.device, o.device_map, o.dtype)
 
     def _gate_late(self, key: ArtifactKey) -> Artifact:
-        """An artifact that was built without the gate meets it before it is used."""
+        """An artifact that was built without the gate, or met another one, meets it before it is used."""
         with self.store.building(key, self._show) as build:
             found = self.store.load(self.store.path(key))
-            if found.manifest.get("gate") is None:  # whoever held the lock may have done it
+            if not self._is_judged(found.manifest.get("gate")):  # whoever held the lock may have done it
                 found = self._gated(found, build)
             shutil.rmtree(build.directory)
         return found
@@ -175,7 +189,8 @@ class Builder:
         verdict = run("gate", replace(self._job(build), content=str(found.directory)), self._show, self.say)
         if not verdict["passed"]:
             raise self._refused(verdict, found.directory)
-        manifest = {**found.manifest, "gate": verdict, "files": described(found.directory, self.store.file_hash)}
+        manifest = {**found.manifest, "gate": {**verdict, "thresholds": self._thresholds}}
+        manifest["files"] = described(found.directory, self.store.file_hash)
         write_json(found.directory / MANIFEST, manifest)
         return Artifact(found.directory, manifest)
 

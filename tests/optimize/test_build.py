@@ -191,6 +191,23 @@ def test_other_weights_or_another_recipe_are_another_artifact(model: Path, tmp_p
     assert builder(model, Stages()).artifact().directory != first
 
 
+def test_other_thresholds_judge_the_same_weights_again(model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[gate]\nmax_perplexity_ratio = 1.1\n")
+    with pytest.raises(RefusedError):
+        builder(model, Stages(passed=False), str(mine)).artifact()
+    mine.write_text("[gate]\nmax_perplexity_ratio = 1.5\n")
+    looser = Stages()
+    first = builder(model, looser, str(mine)).artifact()
+    assert looser.ran == ["gate"]
+    mine.write_text("[gate]\nmax_perplexity_ratio = 1.01\n")
+    stricter = Stages(passed=False)
+    with pytest.raises(RefusedError):
+        builder(model, stricter, str(mine)).artifact()
+    assert stricter.ran == ["gate"]
+    assert json.loads((first.directory / "artifact.json").read_text()) == first.manifest, "what passed then stays"
+
+
 def test_out_is_not_put_over_other_files(model: Path, tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("x")
     with pytest.raises(ConfigError, match="holds other files"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimize.errors import OptimizeError
+from optimize.ptq.assemble import Item
 from optimize.ptq.convert import quantize_weight
 from optimize.ptq.directory import read_model, write_model
 from optimize.recipe import LayerFormat
@@ -33,7 +34,7 @@ def small_files() -> Iterator[None]:
 
 def test_what_is_written_is_read_back_in_any_number_of_files(source: ModelSource, tmp_path: Path) -> None:
     weight = quantize_weight(torch.randn(8, 64), LayerFormat("int4", group_size=32, minimum=True))
-    items = [(LAYER, weight), ("model.norm.weight", torch.ones(8))]
+    items: list[Item] = [(LAYER, weight), ("model.norm.weight", torch.ones(8))]
     for shard_bytes, count in ((1 << 20, 1), (64, 3)):
         out = tmp_path / f"out-{count}"
         write_model(items, source, out, shard_bytes=shard_bytes)
