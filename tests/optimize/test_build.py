@@ -157,8 +157,8 @@ def test_what_is_refused_says_the_number_the_advice_and_where_the_report_is(
 ) -> None:
     monkeypatch.setenv("OUTPACE_CACHE", str(model.parent / "cache"))
     monkeypatch.setattr("optimize.build.require_libraries", lambda: None)
-    verdicts = iter((False, True))
-    monkeypatch.setattr("optimize.build.ChildStages", lambda log, nice: Stages(passed=next(verdicts)))
+    stages = Stages(passed=False)
+    monkeypatch.setattr("optimize.build.ChildStages", lambda log, nice: stages)
     arguments = ["optimize", str(model), "--recipe", "fp8"]
     assert cli.main(arguments) == 3
     printed = capsys.readouterr()
@@ -167,6 +167,7 @@ def test_what_is_refused_says_the_number_the_advice_and_where_the_report_is(
     assert reason.startswith("outpace optimize: the quantised model is refused: perplexity ratio 1.2 is over 1.03; ")
     report = Path(reason.partition("report: ")[2].partition(";")[0])
     assert report.name == "report.html" and report.is_file()
+    stages.passed = True
     assert cli.main([*arguments, "--rebuild"]) == 0
     printed = capsys.readouterr()
     assert (Path(printed.out.strip()) / "report.html").is_file()
