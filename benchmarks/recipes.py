@@ -1,7 +1,7 @@
 """Every recipe on one model: how large, how good and how fast the result is, and what its drafter is still worth.
 
     python benchmarks/recipes.py [--model smollm2-135m] [--recipes all] [--parts quality,drafter] [--tokens 50000]
-                                 [--at-once 4] [--device cpu] [--name recipes_cpu]
+                                 [--at-once 4] [--device auto] [--name recipes_cpu]
 
 `native` and `native-int8-group` are a GGUF file's own blocks, with activations as they come and in int8 groups. Recipes
 are built without their gate (the cache keeps them); the quality of `--at-once` of them is read beside one pass of the
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--at-once", type=int, default=4, help="networks in memory beside the original")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--name", default="recipes_cpu", help="of the result file")
     args = parser.parse_args(arguments)
     parts = [part.strip() for part in args.parts.split(",")]
