@@ -27,9 +27,11 @@ async def serve(config: ServerConfig, step_ms: str) -> None:
     if config.api_workers > 1:
         await Pool(config, "scripted", print, program).run()
         return
-    engine = EngineClient(config.engine, program)
-    backend = Backend(config.engine, engine, lambda: load_text(config.engine.model))
-    await Server(config, [backend], "scripted", print).run()
+    backends = [
+        Backend(arm.engine, EngineClient(arm.engine, program), lambda: load_text(config.engine.model), arm.name)
+        for arm in config.all_arms
+    ]
+    await Server(config, backends, "scripted", print).run()
 
 
 def main() -> None:

@@ -97,7 +97,8 @@ class Pool:
 
 
 @contextmanager
-def pool(*flags: str, step_ms: str = "2") -> Iterator[Pool]:
+def pool(*flags: str, step_ms: str = "2", last: str = "API workers") -> Iterator[Pool]:
+    """`last` is in the line after which it serves."""
     command = [sys.executable, str(ROOT / "benchmarks" / "scripted_server.py"), step_ms, "--port", "0"]
     command += ["--api-workers", str(NUM_WORKERS), "--access-log", "off", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -106,7 +107,7 @@ def pool(*flags: str, step_ms: str = "2") -> Iterator[Pool]:
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if "API workers" in line:
+            if last in line:
                 break
         match = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(lines))
         assert match is not None, f"it did not start: {lines}"
