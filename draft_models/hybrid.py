@@ -48,6 +48,9 @@ class Arbiter(Protocol):
         Bit 9 is of longer ones too.
         """
 
+    def lengths_of(self, family: int, k: int) -> int:
+        """The same of any match of a `Match.family`, where none is known yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class ByLength:
@@ -60,6 +63,10 @@ class ByLength:
         return self.max_draft_tokens, [match is not None and match.length >= LONG_MATCH for match in matches]
 
     def lengths(self, match: Match, k: int) -> int:
+        """See Arbiter."""
+        return self.lengths_of(match.family, k)
+
+    def lengths_of(self, family: int, k: int) -> int:
         """See Arbiter."""
         return sum(1 << n for n in range(LONG_MATCH, 10))
 

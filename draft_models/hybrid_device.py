@@ -1,13 +1,15 @@
 """Hybrid drafting inside a GPU's graphs: each row copies what the host foresaw, then its chain goes on.
 
-    upload       host: known tokens, limit, continuation | length and family of the match, lengths worth copying
-    draft        what is left of the continuation and its length, then the learned chain for all rows: where a row still
-                 copies, the chain is fed the copied token in place of its own
+    upload       host: known tokens, limit, continuation | length and family of the match, lengths worth copying |
+                 the same family and lengths of what the device looks up itself
+    draft        what is left of the continuation and its length, or what was looked up, then the learned chain for all
+                 rows: where a row still copies, the chain is fed the copied token in place of its own
     origins      which class of match was copied and how many tokens, back to the host with the step's report
 
-The host is a step behind when it looks for a match. What was emitted since either left the foreseen way, and nothing is
-copied, or followed it, and the match is that much longer: so the length that decides is known on the device only, and
-the host sends what it would decide for every length. That these decisions are a step old can cost speed, never tokens.
+The host is a step behind when it looks for a match. What was emitted since either followed the foreseen way, and the
+match is that much longer, or left it, and the device looks up the latest place where the last tokens occurred before:
+so the length that decides is known on the device only, and the host sends what it would decide for every length. That
+these decisions are a step old can cost speed, never tokens.
 
 Run in torch and under Triton's interpreter on a CPU so far, on a GPU not yet.
 """
@@ -24,12 +26,12 @@ from torch import Tensor
 from draft_models.eagle3_chain import DeviceOnly, Sampler
 from draft_models.hybrid import LEARNED, Arbiter, ByLength
 from draft_models.protocol import DeviceDrafter
-from draft_models.suffix import CLASS_NAMES, Match, SuffixDrafter
+from draft_models.suffix import CLASS_NAMES, LOOKUP_FAMILY, Match, SuffixDrafter
 from server.kernels.paged import PagedRows
 from server.spec.device import CachedDrafts, DeviceStep
 from server.spec.types import Drafts, Verdict
 
-_EXTRA, _COUNT_BITS = 3, 8
+_EXTRA, _COUNT_BITS = 5, 8
 """MATCH and COUNT_BITS of `server.kernels.align`, which is imported where kernels run."""
 _ANY_LENGTH = -1
 
@@ -144,19 +146,21 @@ class HybridDeviceDrafter(DeviceOnly):
         return found
 
     def upload_width(self, k: int) -> int:
-        """The suffix drafter's, and the match's length, its family and the lengths that are worth copying."""
+        """The suffix drafter's, the match's length, its family and the lengths that are worth copying, and the last two
+        of what is looked up."""
         return self.suffix.upload_width(k) + _EXTRA
 
     def upload(self, slots: Sequence[int], limits: Sequence[int], k: int) -> list[list[int]]:
         """See DeviceDrafter."""
         width = 2 * (k + 1)
+        lookup = self.arbiter.lengths_of(LOOKUP_FAMILY, k) if self.chain else _ANY_LENGTH
         rows = []
         for slot, limit in zip(slots, limits, strict=True):
             match = self._match(slot)
             tokens = match.tokens[:width]
             worth = 0 if not tokens else self.arbiter.lengths(match, k) if self.chain else _ANY_LENGTH
             row = [self.suffix.num_known(slot), min(limit, k), *tokens] + [-1] * (width - len(tokens))
-            rows.append([*row, match.length, match.family, worth])
+            rows.append([*row, match.length, match.family, worth, LOOKUP_FAMILY, lookup])
         return rows
 
     @staticmethod
@@ -187,7 +191,8 @@ class HybridDeviceDrafter(DeviceOnly):
         from server.kernels.align import copy_drafts, copy_reference  # a kernel module: imported where one runs
 
         copy = copy_drafts if step.slots.is_cuda else copy_reference
-        return copy(step.uploads, step.state.history, step.slots, step.state.num_tokens, k)
+        lookup = self.suffix.lookup(step, k)
+        return copy(step.uploads, step.state.history, step.slots, step.state.num_tokens, lookup)
 
     def admit_slots(self, slots: Tensor, num_tokens: Tensor, cached: CachedDrafts | None = None) -> None:
         """See DeviceDrafter; keys and values are the learned drafter's."""

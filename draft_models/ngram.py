@@ -57,6 +57,17 @@ def lookup(
     return history.gather(1, source.clamp_(max=length - 1)), matched_n.squeeze(1)
 
 
+def find(step: DeviceStep, k: int, min_ngram: int, max_ngram: int) -> tuple[Tensor, Tensor]:
+    """`lookup` for the rows of a step: drafts [R, k] int64, valid ids everywhere, and the matched n [R] int64."""
+    state = step.state
+    if step.slots.is_cuda:
+        from server.kernels.ngram import ngram_draft  # only where there is a GPU
+
+        return ngram_draft(state.history, step.slots, state.num_tokens, k, min_ngram, max_ngram)
+    history = state.history.index_select(0, step.slots)
+    return lookup(history, state.num_tokens.index_select(0, step.slots), k, min_ngram, max_ngram)
+
+
 class NgramDrafter:
     """Drafter over the request's own tokens by n-gram lookup; the longest of `min_ngram` … `max_ngram` tokens wins."""
 
@@ -118,9 +129,7 @@ class NgramDrafter:
                     state.history, step.slots, state.num_tokens, k, self._min_ngram, self._max_ngram, step.limits
                 )
             )
-        history = state.history.index_select(0, step.slots)
-        num_tokens = state.num_tokens.index_select(0, step.slots)
-        tokens, matched_n = lookup(history, num_tokens, k, self._min_ngram, self._max_ngram)
+        tokens, matched_n = find(step, k, self._min_ngram, self._max_ngram)
         return Drafts(tokens, torch.where(matched_n > 0, step.limits.clamp(max=k), 0))
 
     def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:

@@ -3,6 +3,8 @@
 A host-side drafter after SuffixDecoding (arXiv 2411.04975) and SAM-Decoding (arXiv 2411.10666). On the CPU the host
 knows every token when a step begins and drafts directly. On a GPU the host is one step late, so it uploads a
 continuation long enough for the tokens it has not seen yet, and the device aligns that with what was really emitted.
+A step that emits a token nobody drafted, as most do, leaves the uploaded way. There the device looks up itself where
+the last tokens occurred before, and where they never did it takes the rest of the continuation all the same.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from draft_models.ngram import find
 from draft_models.recent_outputs import RecentOutputs
 from draft_models.suffix_automaton import SuffixAutomaton
 from server.kernels.paged import PagedRows
 from server.spec.device import CachedDrafts, DeviceStep
-from server.spec.types import Carry, Drafts, SlotState, Verdict
+from server.spec.types import Carry, Drafts, Verdict
 
 if TYPE_CHECKING:
     from server.sampling.state import SamplingBatch
@@ -36,10 +39,11 @@ def _bucket(match_length: int) -> str:
 # others, what the client expects it to say), and for short contexts on whether one continuation outweighs all others
 # ("?": none does). On SmolLM2-135M the first draft after one matching token is accepted 17 % of the time with "?" and
 # 38 % without; after two, 35 % in the prompt's words and 58 % in the model's own. Of a match in a prediction,
-# what lies in the output counts: where the answer starts, nothing. Names are made once: a class is looked up per row
-# and step.
+# what lies in the output counts: where the answer starts, nothing. What a GPU looks up itself ("lookup"), its own words
+# or the prompt's, is the latest occurrence, not the most frequent one. Names are made once: a class is looked up per
+# row and step.
 _BUCKETS = [_NO_MATCH] + [_bucket(length) for length in range(1, 10)]
-_SOURCES = ("output", "prompt", "shared", "predicted")
+_SOURCES = ("output", "prompt", "shared", "predicted", "lookup")
 _CLASSES = {source: [f"{source}:{bucket}" for bucket in _BUCKETS] for source in _SOURCES}
 _CLASSES["predicted"][0] = "predicted:start"
 _UNSURE = {source: [f"{name}?" for name in names] for source, names in _CLASSES.items()}
@@ -81,6 +85,11 @@ def _class_names() -> tuple[str, ...]:
 CLASS_NAMES = _class_names()
 """Every acceptance class: by source, by whether it is unsure, by length of the match from 0 to 9 or more."""
 _MISS = Match([], 0, 0, False)
+
+LOOKUP_FAMILY = Match([], 0, _SOURCES.index("lookup"), False).family
+"""Of the classes of what a GPU looks up, see `Match.family`."""
+_LONGEST_LOOKUP = 9
+"""Tokens: longer matches have no classes of their own."""
 
 _PREDICTION_CONTEXT = 16
 _NO_TOKEN = -1
@@ -135,26 +144,6 @@ class _Sequence:
             tokens = tokens[: tokens.index(_NO_TOKEN)]
         source = "output" if place >= self.prompt_len else "prompt" if place >= 0 else "predicted"
         return tokens, length, source, is_majority
-
-
-def align(predicted: Tensor, num_seen: Tensor, state: SlotState, slot_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Drop from a continuation what was emitted since the host predicted it.
-
-    `predicted` [R, W] int64 continues the first `num_seen` [R] tokens of each row; -1 past its end. Returns drafts
-    [R, k] int64 (valid ids everywhere) and whether they continue the sequence [R, k] bool: False from the first
-    prediction that is missing on, and everywhere in a row that took another way.
-    """
-    width = predicted.shape[1]
-    num_tokens = state.num_tokens.index_select(0, slot_ids)
-    num_unseen = (num_tokens - num_seen).unsqueeze(1)
-    steps = torch.arange(width, device=predicted.device)
-    places = (num_seen.unsqueeze(1) + steps).clamp_(max=state.history.shape[1] - 1)
-    emitted = state.history[slot_ids.unsqueeze(1), places]
-    on_track = ((emitted == predicted) | (steps >= num_unseen)).all(1, keepdim=True)
-    source = num_unseen + steps[:k]
-    drafts = predicted.gather(1, source.clamp(max=width - 1))
-    valid = on_track & (source < width) & (drafts >= 0)
-    return drafts.clamp_(min=0), valid
 
 
 class SuffixDrafter:
@@ -274,13 +263,15 @@ class SuffixDrafter:
     def draft(self, step: DeviceStep, k: int) -> Drafts:
         """See DeviceDrafter.draft."""
         assert step.uploads is not None
-        state, uploads = step.state, step.uploads
-        if step.slots.is_cuda:
-            from server.kernels.align import align_drafts  # only where there is a GPU
+        from server.kernels.align import align_drafts, align_reference  # a kernel module: imported where one runs
 
-            return Drafts(*align_drafts(uploads, state.history, step.slots, state.num_tokens, k))
-        drafts, valid = align(uploads[:, 2:], uploads[:, 0], state, step.slots, k)
-        return Drafts(drafts, torch.minimum(valid.sum(1), uploads[:, 1]))
+        fit = align_drafts if step.slots.is_cuda else align_reference
+        state = step.state
+        return Drafts(*fit(step.uploads, state.history, step.slots, state.num_tokens, self.lookup(step, k)))
+
+    def lookup(self, step: DeviceStep, k: int) -> tuple[Tensor, Tensor]:
+        """Where the last tokens occurred before: what followed, [R, k] int64, and how many tokens match, [R] int64."""
+        return find(step, k, self._min_match, max(self._min_match, _LONGEST_LOOKUP))
 
     def after_verify(self, step: DeviceStep, drafts: Drafts, verdict: Verdict, features: Tensor | None) -> None:
         """Nothing to do: `observe` tells what was emitted."""

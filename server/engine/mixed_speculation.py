@@ -85,15 +85,19 @@ class MixedSpeculation(Speculation):
 
     def lengths(self, match: Match, k: int) -> int:
         """See Arbiter. A probe is of the length that is known here: what it turns out to be is no better."""
-        key = match.family, k
-        if key not in self._lengths:
-            self._lengths[key] = self._worth_copying(match.family, self._survival(LEARNED)[:k])
-        found = self._lengths[key]
+        found = self.lengths_of(match.family, k)
         if not found >> min(match.length, 9) & 1 and self._takes(
             match.name, self._survival(match.name)[:k], self._survival(LEARNED)[:k]
         ):
             return _ANY_LENGTH
         return found
+
+    def lengths_of(self, family: int, k: int) -> int:
+        """See Arbiter."""
+        key = family, k
+        if key not in self._lengths:
+            self._lengths[key] = self._worth_copying(family, self._survival(LEARNED)[:k])
+        return self._lengths[key]
 
     def _worth_copying(self, family: int, learned: Sequence[float]) -> int:
         names = CLASS_NAMES[family : family + 10]

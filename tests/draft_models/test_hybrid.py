@@ -12,7 +12,7 @@ import torch
 
 from draft_models.hybrid import LEARNED, LONG_MATCH, ByLength, HybridDrafter
 from draft_models.small_lm import SmallLMDrafter
-from draft_models.suffix import CLASS_NAMES, Match, SuffixDrafter
+from draft_models.suffix import CLASS_NAMES, LOOKUP_FAMILY, Match, SuffixDrafter
 from server.core import SamplingParams
 from server.models.loader import load_model
 from server.sampling.state import SamplingBatch
@@ -51,6 +51,9 @@ class Told:
         return self.length, self.copying
 
     def lengths(self, match: Match, k: int) -> int:
+        raise AssertionError("not on a CPU")
+
+    def lengths_of(self, family: int, k: int) -> int:
         raise AssertionError("not on a CPU")
 
 
@@ -207,6 +210,7 @@ def test_by_length_knows_nothing_but_the_length() -> None:
     assert arbiter.divide([long, short, None], [3, 3, 3], 9.0) == (5, [True, False, False])
     mask = arbiter.lengths(short, 3)
     assert [n for n in range(10) if mask >> n & 1] == list(range(LONG_MATCH, 10))
+    assert arbiter.lengths_of(LOOKUP_FAMILY, 3) == mask
 
 
 def test_names_of_classes_are_where_a_match_says_they_are() -> None:
@@ -215,4 +219,5 @@ def test_names_of_classes_are_where_a_match_says_they_are() -> None:
     assert Match([1], 40, 2, False).name == "shared:9+"
     assert Match([1], 0, 3, True).name == "predicted:start?"
     assert Match([], 0, 0, False).name == "none"
+    assert CLASS_NAMES[LOOKUP_FAMILY + 2] == "lookup:2" and CLASS_NAMES[LOOKUP_FAMILY + 9] == "lookup:9+"
     assert CLASS_NAMES[Match([1], 1, 1, True).family + 3] == "prompt:3-4", "a longer match is not unsure"

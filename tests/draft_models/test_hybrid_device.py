@@ -55,6 +55,9 @@ class Mask:
         self.asked.append((match.name, k))
         return self.mask
 
+    def lengths_of(self, family: int, k: int) -> int:
+        return self.mask
+
 
 class Hybrid(World):
     """A world whose drafter is hybrid; `unseen` tokens are on the device but not on the host."""
@@ -126,6 +129,19 @@ def test_tokens_that_the_host_has_not_seen_lengthen_the_match_or_end_it(
     assert told(drafts)[0][0] == name
     if expected is not None:
         assert drafts.tokens[0].tolist() == expected
+
+
+def test_where_the_text_left_the_foreseen_way_what_is_looked_up_is_copied(model: Any) -> None:
+    unseen = [12, 40, 22, 23]
+    for mask, copies in ((-1, True), (1 << 2, True), (~(1 << 2), False)):
+        world = Hybrid(model, {0: REPEAT}, mask=mask)
+        drafts = world.draft([0], [3], 4, unseen=unseen)
+        assert told(drafts) == [("lookup:2", 3) if copies else (LEARNED, 0)]
+        if copies:
+            assert drafts.tokens[0, :3].tolist() == [24, 25, 26]
+    world = Hybrid(model, {0: REPEAT}, mask=0)
+    world.hybrid.chain = False
+    assert told(world.draft([0], [4], 4, unseen=unseen)) == [("lookup:2", 4)], "whatever matches, without a chain"
 
 
 def test_the_length_that_the_match_has_by_then_decides(model: Any) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from draft_models.suffix import SuffixDrafter, align
+from draft_models.suffix import SuffixDrafter
 from server.core import SamplingParams
 from server.sampling.state import SamplingBatch
 from server.spec.device import DeviceStep
@@ -134,27 +134,43 @@ def test_own_text_wins_unless_a_recent_output_matches_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("emitted", "expected", "num_valid"),
+    ("emitted", "expected"),
     [
-        ([], [11, 12, 13], 3),
-        ([11, 12], [13, 14, 15], 3),
-        ([11, 12, 13, 14], [15, 16, 0], 2),
-        ([11, 99], [13, 14, 15], 0),
-        ([11, 12, 13, 14, 15, 16], [0, 0, 0], 0),
-        ([11, 12, 13, 14, 15, 16, 17, 18, 19], [0, 0, 0], 0),
+        ([], [11, 12, 13]),
+        ([11, 12], [13, 14, 15]),
+        ([11, 12, 13, 14], [15, 16, 11]),
+        ([11, 99], [13, 14, 15]),
+        ([11, 99, 98], [14, 15, 16]),
+        ([11, 12, 14], [15, 16, 11]),
+        ([13, 11, 12, 99, 13, 11, 12], [99, 13, 11]),
+        ([91, 92, 93, 94, 95, 96, 97, 98], []),
     ],
+    ids=["all seen", "foreseen", "looped", "one new", "two new", "elsewhere", "it knows better", "too far"],
 )
-def test_the_device_aligns_an_uploaded_continuation(emitted: list[int], expected: list[int], num_valid: int) -> None:
-    known = [1, 2, 3]
-    history = torch.full((4, 14), 11)
-    text = torch.tensor(known + emitted)
-    history[2, : len(text)] = text
-    state = SlotState(history, torch.tensor([1, 1, len(text), 1]), torch.ones(4, dtype=torch.int64))
-    predicted = torch.tensor([[11, 12, 13, 14, 15, 16, -1, -1]])
-    drafts, valid = align(predicted, torch.tensor([3]), state, torch.tensor([2]), 3)
-    assert int(valid.sum()) == num_valid
-    assert drafts[0, :num_valid].tolist() == expected[:num_valid]
-    assert bool((drafts >= 0).all())
+def test_drafts_follow_what_the_host_has_not_seen(emitted: list[int], expected: list[int]) -> None:
+    """The host foresees that 11 … 16 go round and round."""
+    known = [11, 12, 13, 14, 15, 16] * 2
+    drafter = SuffixDrafter()
+    drafter.admit(0, known, len(known))
+    carry = carry_of([0], [3])
+    history = torch.zeros(1, 30, dtype=torch.int64)
+    history[0, : len(known + emitted)] = torch.tensor(known + emitted)
+    carry.state.history, carry.state.num_tokens = history, torch.tensor([len(known + emitted)])
+    drafts = drafter.draft(late_step(drafter, carry, 3), 3)
+    assert drafts.tokens[0, : int(drafts.num_valid)].tolist() == expected
+    assert bool((drafts.tokens >= 0).all())
+
+
+def test_a_late_step_looks_up_matches_of_min_match_tokens() -> None:
+    known, emitted = [5, 6, 7, 8, 1, 2, 3], [6]
+    for min_match, expected in ((1, [7, 8, 1]), (2, [])):
+        drafter = SuffixDrafter(min_match=min_match)
+        drafter.admit(0, known, len(known))
+        carry = carry_of([0], [3])
+        carry.state.history = torch.tensor([known + emitted + [0] * 9])
+        carry.state.num_tokens = torch.tensor([len(known + emitted)])
+        drafts = drafter.draft(late_step(drafter, carry, 3), 3)
+        assert drafts.tokens[0, : int(drafts.num_valid)].tolist() == expected
 
 
 def test_off_the_cpu_the_drafts_are_aligned_and_masked_on_the_device() -> None:

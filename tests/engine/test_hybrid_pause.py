@@ -46,6 +46,9 @@ class Fickle:
         return self.random.choice([0, 1, K, K]), [m is not None and self.random.random() < 0.5 for m in matches]
 
     def lengths(self, match: Match, k: int) -> int:
+        return self.lengths_of(match.family, k)
+
+    def lengths_of(self, family: int, k: int) -> int:
         return self.random.choice([0, -1])
 
 
