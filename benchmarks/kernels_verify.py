@@ -142,7 +142,8 @@ def time_lookup() -> list[Row]:
             history = torch.randint(1000, (num_rows + 1, 8320), device=DEVICE)
             slots = torch.arange(num_rows, device=DEVICE)
             num_tokens = torch.full((num_rows + 1,), known, device=DEVICE)
-            uploads = torch.cat([slots[:, None] * 0 + known - 2, slots[:, None] * 0 + 4, history[:num_rows, :10]], 1)
+            header = torch.tensor([[known - 2, 4, 1]], device=DEVICE).expand(num_rows, -1)
+            uploads = torch.cat([header, history[:num_rows, :10]], 1)
             lookup = ngram_draft(history, slots, num_tokens, 4, 1, 9)
             case = f"h100/draft_us/r{num_rows}n{known}"
             found = microseconds(lambda h=history, s=slots, n=num_tokens: ngram_draft(h, s, n, 4, 1, 4))  # type: ignore[misc]

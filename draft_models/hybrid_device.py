@@ -159,7 +159,7 @@ class HybridDeviceDrafter(DeviceOnly):
             match = self._match(slot)
             tokens = match.tokens[:width]
             worth = 0 if not tokens else self.arbiter.lengths(match, k) if self.chain else _ANY_LENGTH
-            row = [self.suffix.num_known(slot), min(limit, k), *tokens] + [-1] * (width - len(tokens))
+            row = [self.suffix.num_known(slot), min(limit, k), 1, *tokens] + [-1] * (width - len(tokens))
             rows.append([*row, match.length, match.family, worth, LOOKUP_FAMILY, lookup])
         return rows
 

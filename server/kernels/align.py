@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.kernels import runtime
 
-_HEADER = 2
+_HEADER = 3
 MATCH = 5
 """Integers of a match behind a row's predicted tokens: its length, its family, and the lengths worth copying; then the
 family of what is looked up instead, and its lengths worth copying."""
@@ -35,11 +35,11 @@ def _aligned(
     w = tl.arange(0, WP)
     places = tl.minimum(seen + w, history_length - 1)
     due = (w < width) & (w < unseen)
-    predicted = tl.load(uploads + 2 + w, mask=due, other=0)
+    predicted = tl.load(uploads + 3 + w, mask=due, other=0)
     emitted = tl.load(history + slot * history_stride + places, mask=due, other=0)
     on_track = tl.max((predicted != emitted).to(tl.int32), 0) == 0
     source = unseen + j
-    draft = tl.load(uploads + 2 + source, mask=(j < k) & (source >= 0) & (source < width), other=-1)
+    draft = tl.load(uploads + 3 + source, mask=(j < k) & (source >= 0) & (source < width), other=-1)
     # A prediction that is missing ends the drafts, whatever comes behind it.
     run = tl.min(tl.where((draft >= 0) & (j < k), KP, j), 0).to(tl.int64)
     most = tl.minimum(tl.maximum(tl.load(uploads + 1), 0), k)
@@ -59,7 +59,9 @@ def _align_kernel(
     _, on_track, draft, run, most = _aligned(
         uploads + row * stride, history, history_stride, history_length, slot, num_tokens, j, width, k, WP, KP
     )
-    takes = ((on_track == 0) | (run == 0)) & (tl.load(matched + row) > 0)
+    found = tl.load(matched + row)
+    better = (on_track == 0) & (found >= tl.load(uploads + row * stride + 2))
+    takes = (better | (run == 0)) & (found > 0)
     draft = tl.where(takes, tl.load(looked_up + row * k + j, mask=j < k, other=0), draft)
     run = tl.where(takes, k, run)
     tl.store(drafts + row * k + j, tl.maximum(draft, 0), mask=j < k)
@@ -81,7 +83,7 @@ def _copy_kernel(
     unseen, on_track, draft, run, most = _aligned(
         line, history, history_stride, history_length, slot, num_tokens, j, width, k, WP, KP
     )
-    match = line + 2 + width
+    match = line + 3 + width
     falls = (on_track == 0) | (run == 0)
     found = tl.load(matched + row)
     draft = tl.where(falls, tl.load(looked_up + row * k + j, mask=j < k, other=0), draft)
@@ -104,11 +106,11 @@ def align_drafts(
 ) -> tuple[Tensor, Tensor]:
     """Drafts [R, k] int64, valid ids everywhere, and how many of them count, [R] int64.
 
-    `uploads` [R, 2 + W] int64 is (number of tokens the host had seen, most drafts, W predicted tokens, -1 past their
-    end); `history` [S, L] int64 and `num_tokens` [S] int64 are by slot, `slots` [R] int64. A row that went another way
-    than predicted, or as far as the prediction goes, drafts what `lookup` found. Without a match there it takes up the
-    prediction behind what was emitted, token for token: one that the text has never had before often only stands in
-    another's place.
+    `uploads` [R, 3 + W] int64 is (number of tokens the host had seen, most drafts, tokens that a lookup must match, W
+    predicted tokens, -1 past their end); `history` [S, L] int64 and `num_tokens` [S] int64 are by slot, `slots` [R]
+    int64. A row that went another way than predicted drafts what `lookup` found, and without such a match the rest of
+    the prediction behind as many tokens as were emitted: a token that the text never had before often only stands in
+    another's place. A prediction that ends leaves any match.
     """
     (looked_up, matched), num_rows, width = lookup, uploads.shape[0], uploads.shape[1] - _HEADER
     k = looked_up.shape[1]
@@ -127,7 +129,7 @@ def copy_drafts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drafts of rows that copy only where their match is worth it.
 
-    `uploads` [R, 2 + W + MATCH] int64 end with the length of the match behind the tokens that the host had seen, the
+    `uploads` [R, 3 + W + MATCH] int64 end with the length of the match behind the tokens that the host had seen, the
     number of its family's first kind, and a mask whose bit n says that a match of n tokens is copied. What was emitted
     since makes the match longer; it counts as LONGEST at most. A row that went another way, or as far as the prediction
     goes, has the match of `lookup` instead: its family and mask come last. Returns drafts [R, k] int64, which of them
@@ -169,7 +171,8 @@ def align_reference(
     """What `align_drafts` computes, with torch."""
     (looked_up, matched), k = lookup, lookup[0].shape[1]
     drafts, run, on_track = _follow_reference(uploads, history, slots, num_tokens, k)
-    takes = (~on_track | (run == 0)) & (matched > 0)
+    better = ~on_track & (matched >= uploads[:, 2])
+    takes = (better | (run == 0)) & (matched > 0)
     return torch.where(takes[:, None], looked_up, drafts), torch.minimum(torch.where(takes, k, run), uploads[:, 1])
 
 

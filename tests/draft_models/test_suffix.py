@@ -269,6 +269,27 @@ def test_off_the_cpu_a_prediction_is_aligned_by_real_tokens_only() -> None:
     assert bool((drafts.tokens >= 0).all())
 
 
+@pytest.mark.parametrize(
+    ("emitted", "expected"),
+    [
+        ([10, 3], [12, 13, 14]),
+        ([10, 99], [12, 13, 14]),
+        ([10, 11, 12, 1, 2, 3, 4], [5, 10, 11]),
+        ([10, 11, 12, 13, 14, 15, 16, 3], [4, 5, 10]),
+    ],
+    ids=["a token of the prompt", "a new token", "back in the prompt", "the prediction ends"],
+)
+def test_off_the_cpu_a_prediction_is_left_for_long_matches_only(emitted: list[int], expected: list[int]) -> None:
+    prompt = [1, 2, 3, 4, 5]
+    drafter = SuffixDrafter()
+    drafter.admit(0, prompt, len(prompt), [10, 11, 12, 13, 14, 15, 16])
+    carry = carry_of([0], [3])
+    carry.state.history = torch.tensor([[*prompt, *emitted, *[0] * 12]])
+    carry.state.num_tokens = torch.tensor([len(prompt + emitted)])
+    drafts = drafter.draft(late_step(drafter, carry, 3), 3)
+    assert drafts.tokens[0, : int(drafts.num_valid)].tolist() == expected
+
+
 def test_neither_predictions_nor_unfinished_outputs_are_shared() -> None:
     drafter = SuffixDrafter(recent_outputs=4)
     drafter.admit(0, [1, 2, 10, 11, 12, 13, 14], 2, [50, 51, 52, 53, 54])

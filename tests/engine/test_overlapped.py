@@ -34,6 +34,17 @@ def test_greedy(model: Any, greedy: Any, drafter: str, k: int) -> None:
     check(late(model, drafter, k=k, max_num_seqs=1), prompts(2), greedy)
 
 
+def test_a_suffix_drafter_that_is_told_a_step_late_drafts_as_often(model: Any, greedy: Any) -> None:
+    """A token that nobody foresaw does not cost the next step its drafts."""
+    batch = prompts(6, seed=3)
+    shares = []
+    for core in (engine(model, "suffix", k=5), late(model, "suffix", k=5)):
+        answers = check(core, batch, greedy, 48)
+        drafted = [output.num_drafted > 0 for output in answers.outputs if output.token_ids]
+        shares.append(sum(drafted) / len(drafted))
+    assert shares[1] > 0.95 * shares[0] > 0.1
+
+
 @pytest.mark.parametrize("budget", [1, 3, 4, 5, 8])
 @pytest.mark.parametrize("drafter", ["none", "suffix"])
 def test_chunked_prefill(model: Any, greedy: Any, drafter: str, budget: int) -> None:

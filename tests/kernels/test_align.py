@@ -28,20 +28,24 @@ def steps(k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor,
     length = torch.randint(0, width + 1, (num_slots, 1), device=device)
     predicted[torch.arange(width, device=device) >= length] = -1
     limits = torch.randint(0, k + 1, (num_slots,), device=device)
-    matched = torch.randint(0, 14, (num_slots,), device=device) * (torch.rand(num_slots, device=device) < 0.5)
+    matched = torch.tensor([0, 0, 0, 1, 2, 4, 9, 13], device=device)[torch.randint(8, (num_slots,), device=device)]
     lookup = torch.randint(LOOKED_UP, LOOKED_UP + 2, (num_slots, k), device=device), matched
-    return torch.cat([seen[:, None], limits[:, None], predicted], 1), history, slots, num_tokens, lookup
+    least = torch.randint(0, 6, (num_slots,), device=device)
+    return torch.cat([seen[:, None], limits[:, None], least[:, None], predicted], 1), history, slots, num_tokens, lookup
 
 
-def by_hand(line: list[int], known: list[int], looked_up: list[int], matched: int) -> tuple[list[int], bool]:
+def by_hand(
+    line: list[int], known: list[int], looked_up: list[int], matched: int, least: int | None = None
+) -> tuple[list[int], bool]:
     """Drafts of one row, and whether they are those of the lookup."""
-    seen, limit, *predicted = line
+    seen, limit, own_least, *predicted = line
+    least = own_least if least is None else least
     if -1 in predicted:
         predicted = predicted[: predicted.index(-1)]
     unseen = known[seen:]
     rest = predicted[len(unseen) :]
     fits = predicted[: len(unseen)] == unseen and bool(rest)
-    takes = not fits and matched > 0
+    takes = not fits and matched > 0 and (matched >= least or not rest)
     return (looked_up if takes else rest)[: min(limit, len(looked_up))], not fits
 
 
@@ -67,7 +71,7 @@ def test_drafts_are_what_is_left_or_what_was_looked_up(device: torch.device, k: 
 def test_a_padding_row_gets_nothing(device: torch.device) -> None:
     history = torch.zeros(2, L, dtype=torch.int64, device=device)
     one = torch.ones(1, dtype=torch.int64, device=device)
-    uploads = torch.zeros(1, 2 + 10, dtype=torch.int64, device=device)
+    uploads = torch.zeros(1, 3 + 10, dtype=torch.int64, device=device)
     for matched in (one, one * 0):
         found = torch.zeros(1, 4, dtype=torch.int64, device=device), matched
         drafts, num_valid = align_drafts(uploads, history, one, torch.ones_like(history[:, 0]), found)
@@ -99,7 +103,7 @@ def test_copies_where_the_match_is_worth_it_by_now(device: torch.device, k: int)
     told = set()
     for row, slot in enumerate(slots.tolist()):
         known, n = history[slot, : num_tokens[slot]].tolist(), int(lookup[1][row])
-        mine, falls = by_hand(lines[row].tolist(), known, lookup[0][row].tolist(), n)
+        mine, falls = by_hand(lines[row].tolist(), known, lookup[0][row].tolist(), n, 1)
         place = min(n if falls else int(match[row, 0]) + len(known) - int(lines[row, 0]), LONGEST)
         family, worth = match[row, 3 if falls else 1 :].tolist()[:2]
         mine = mine if worth >> place & 1 and not (falls and n == 0) else []
@@ -112,7 +116,7 @@ def test_copies_where_the_match_is_worth_it_by_now(device: torch.device, k: int)
 def test_a_padding_row_copies_nothing(device: torch.device) -> None:
     history = torch.zeros(2, L, dtype=torch.int64, device=device)
     one = torch.ones(1, dtype=torch.int64, device=device)
-    uploads = torch.zeros(1, 2 + 10 + MATCH, dtype=torch.int64, device=device)
+    uploads = torch.zeros(1, 3 + 10 + MATCH, dtype=torch.int64, device=device)
     found = torch.zeros(1, 4, dtype=torch.int64, device=device), one
     _, copied, counts, origins = copy_drafts(uploads, history, one, torch.ones_like(history[:, 0]), found)
     assert not copied.any() and counts.tolist() == [0] and int(origins) & ((1 << COUNT_BITS) - 1) == 0
