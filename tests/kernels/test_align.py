@@ -103,13 +103,13 @@ def test_copies_where_the_match_is_worth_it_by_now(device: torch.device, k: int)
     told = set()
     for row, slot in enumerate(slots.tolist()):
         known, n = history[slot, : num_tokens[slot]].tolist(), int(lookup[1][row])
-        mine, falls = by_hand(lines[row].tolist(), known, lookup[0][row].tolist(), n, 1)
+        tokens, falls = by_hand(lines[row].tolist(), known, lookup[0][row].tolist(), n, 1)
         place = min(n if falls else int(match[row, 0]) + len(known) - int(lines[row, 0]), LONGEST)
         family, worth = match[row, 3 if falls else 1 :].tolist()[:2]
-        mine = mine if worth >> place & 1 and not (falls and n == 0) else []
-        assert drafts[row, : counts[row]].tolist() == mine
-        assert int(origins[row]) == (family + place) << COUNT_BITS | len(mine)
-        told.add((falls, bool(mine)))
+        tokens = tokens if worth >> place & 1 and not (falls and n == 0) else []
+        assert drafts[row, : counts[row]].tolist() == tokens
+        assert int(origins[row]) == (family + place) << COUNT_BITS | len(tokens)
+        told.add((falls, bool(tokens)))
     assert len(told) == 4, "every case occurs"
 
 
