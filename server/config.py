@@ -166,6 +166,7 @@ class ServerConfig:
     `stall_timeout_s` how long it may read nothing of a stream, `stream_buffer_tokens` how many tokens are kept for it
     meanwhile before its generation is suspended. `request_timeout_s` is the deadline of requests that name none (None:
     none). `spec_metrics` is how much of `metrics.speculative_decoding` answers carry unless the request says.
+    `metric_aliases` shows metrics under the names of vLLM and SGLang as well.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -188,6 +189,7 @@ class ServerConfig:
     request_timeout_s: float | None = None
     drain_timeout_s: float = 30.0
     spec_metrics: str = "none"
+    metric_aliases: bool = True
     access_log: str = "stderr"
     log_level: str = "info"
 

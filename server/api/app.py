@@ -7,6 +7,7 @@ authentication, handler.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from aiohttp import web
 
@@ -65,9 +66,10 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     app[ACCESS] = state.access
     app.on_response_prepare.extend(signals)
     app[ARMS] = state.arms
-    engine = state.control.engine
-    engine.on_stats = state.metrics.on_stats
-    state.metrics.watch_engine(lambda: engine.ready, lambda: engine.num_restarts)
+    for arm in state.arms.every:
+        arm.engine.on_stats = partial(state.metrics.on_stats, arm.name)
+        state.metrics.watch_engine(arm.name, arm.engine)
+        state.metrics.of(arm.name)  # shown before its first request
 
     async def reload() -> Sequence[str]:
         return [] if state.reload is None else await state.reload()
@@ -80,6 +82,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
             web.get("/version", routes.version),
             web.get("/server_info", routes.server_info),
             web.get("/metrics", routes.scrape),
+            web.get("/v1/stats", routes.stats),
             web.get("/v1/models", routes.list_models),
             # A model's id may be a hub id or a path with slashes.
             web.get("/v1/models/{model:.+}", routes.get_model),

@@ -90,7 +90,7 @@ class Server:
         try:
             access = AccessControl.from_file(config.api_keys)
             limits = Limits(max_body_bytes=config.max_body_bytes)
-            metrics = Metrics(version)
+            metrics = Metrics(version, served_model_name=config.served_model_name, aliases=config.metric_aliases)
             arms = [
                 Arm(b.name, b.config, b.engine, config.served_model_name or b.config.model, metrics.clock)
                 for b in backends
@@ -141,7 +141,6 @@ class Server:
         arm = self.state.control
         self._say(f"Loading {arm.config.model}; {self.url}/ready says when it serves")
         info = await self._start_arm(arm, self._backends[0])
-        self.state.metrics.on_ready(info)
         self._say(banner(self._config, info, arm.model_name, self.url))
 
     async def _start_others(self) -> None:

@@ -24,8 +24,9 @@ class ServerState:
     """`draining` refuses new work.
 
     `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
-    there are none. `scrape` renders the whole server's metrics, `reload` does what SIGHUP does and gives one line for
-    each thing that stayed as it was because it is wrong; where this process is not the only one both ask the owner.
+    there are none. `scrape` and `stats` render the whole server's metrics, `reload` does what SIGHUP does and gives one
+    line for each thing that stayed as it was because it is wrong; where this process is not the only one all ask the
+    owner.
     """
 
     config: ServerConfig
@@ -34,6 +35,7 @@ class ServerState:
     version: str
     access: AccessControl = field(default_factory=AccessControl)
     scrape: Callable[[], Awaitable[bytes]] | None = None
+    stats: Callable[[], Awaitable[bytes]] | None = None
     reload: Callable[[], Awaitable[Sequence[str]]] | None = None
     limits: Limits = field(default_factory=Limits)
     draining: bool = False

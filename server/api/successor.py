@@ -127,6 +127,9 @@ class _Owned:
     def __init__(self, owners: dict[str, EngineClientLike], request_id: str, sink: Sink) -> None:
         self._owners, self._request_id, self._sink = owners, request_id, sink
 
+    def started(self) -> None:
+        self._sink.started()
+
     def put(self, output: StepOutput) -> None:
         if output.finish_reason is not None:
             self._owners.pop(self._request_id, None)

@@ -66,6 +66,9 @@ class Sink:
     def __init__(self) -> None:
         self.got: list[Any] = []
 
+    def started(self) -> None:
+        pass
+
     def put(self, output: StepOutput) -> None:
         self.got.append(output)
 
