@@ -9,6 +9,7 @@ library `ddsketch` where that is installed.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import statistics
 import sys
@@ -84,12 +85,11 @@ def _sketch_value() -> Row:
 def _library_value() -> list[Row]:
     if find_spec("ddsketch") is None:
         return []
-    from ddsketch import DDSketch
-
+    library = importlib.import_module("ddsketch")
     values = _values().tolist()
 
     def measure() -> float:
-        sketch, started = DDSketch(0.01), time.process_time()
+        sketch, started = library.DDSketch(0.01), time.process_time()
         for value in values:
             sketch.add(value)
         return (time.process_time() - started) / len(values)
@@ -125,7 +125,7 @@ def _scrape() -> list[Row]:
 
 
 class _Engine:
-    ready, num_restarts = True, 0
+    ready, num_restarts, pid = True, 0, None
     info = EngineInfo(
         "model", "Llama", 1, "float32", "cpu", 1, 1, 1, 1, 1, 1, "none", 0, "coupled", "torch", 1, 0.0
     )  # fmt: skip

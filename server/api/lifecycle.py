@@ -90,7 +90,12 @@ class Server:
         try:
             access = AccessControl.from_file(config.api_keys)
             limits = Limits(max_body_bytes=config.max_body_bytes)
-            metrics = Metrics(version, served_model_name=config.served_model_name, aliases=config.metric_aliases)
+            metrics = Metrics(
+                version,
+                served_model_name=config.served_model_name,
+                aliases=config.metric_aliases,
+                price_per_hour=config.price_per_hour,
+            )
             arms = [
                 Arm(b.name, b.config, b.engine, config.served_model_name or b.config.model, metrics.clock)
                 for b in backends

@@ -67,6 +67,10 @@ class EngineRelay:
         return self._current.failure
 
     @property
+    def pid(self) -> int | None:
+        return self._current.pid
+
+    @property
     def num_restarts(self) -> int:
         return self._restarts + self._current.num_restarts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -28,6 +28,9 @@ class EngineLike(Protocol):
     @property
     def num_restarts(self) -> int: ...
 
+    @property
+    def pid(self) -> int | None: ...
+
 
 class EngineStates:
     """One engine an arm, in the order in which they were announced. `served_model_name` is the name for all of them."""
@@ -39,6 +42,10 @@ class EngineStates:
 
     def watch(self, arm: str, engine: EngineLike) -> None:
         self._engines[arm] = engine
+
+    def engines(self) -> Mapping[str, EngineLike]:
+        """By arm."""
+        return self._engines
 
     def model_names(self) -> dict[str, str]:
         """What clients call the models, by arm; of arms that have served."""

@@ -23,6 +23,7 @@ _COUNTERS = (
     ("engine_graph_misses", "num_graph_misses", "Halves of GPU steps that ran eagerly for want of a CUDA graph."),
     ("preemptions", "num_preemptions", "Sequences preempted to free KV blocks, to be recomputed later."),
     ("speculation_pauses", "num_speculation_pauses", "Times the engine stopped drafting as it would not pay."),
+    ("step_seconds", "step_s", "Time spent in steps, prefill and verify."),
     ("verify_seconds", "verify_s", "Time of verify steps, drafting included."),
     (
         "verify_plain_seconds",
@@ -65,6 +66,11 @@ class EngineStatsCollector:
     def latest(self, arm: str) -> EngineStats:
         """What that arm's engine said last."""
         return self._arms[arm].latest if arm in self._arms else EngineStats()
+
+    def work(self, arm: str) -> tuple[float, float]:
+        """Seconds that the arm's engine spent in steps, and tokens that it emitted, over all restarts."""
+        counts = self._arms.get(arm)
+        return (0.0, 0.0) if counts is None else (counts.total("step_s"), counts.total("num_emitted"))
 
     def collect(self) -> Iterable[Metric]:
         arms = self._arms or {CONTROL: _Arm()}

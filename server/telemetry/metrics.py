@@ -16,6 +16,7 @@ from server.telemetry.engine_stats import EngineStatsCollector
 from server.telemetry.families import PREFIX, RequestFamilies
 from server.telemetry.merge import Family, snapshot
 from server.telemetry.report import Report
+from server.telemetry.resources import Resources
 from server.telemetry.windows import Slot
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -26,7 +27,8 @@ Clock = Callable[[], float]
 class Metrics:
     """One process's metrics: `registry` has what HTTP requests did here, `engine_registry` what there is once a server.
 
-    Written to and scraped on the event loop. `clock` is one that all processes of the machine share.
+    Written to and scraped on the event loop. `clock` is one that all processes of the machine share. `is_owner`: this
+    process started the engines.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Metrics:
         *,
         served_model_name: str | None = None,
         aliases: bool = True,
+        price_per_hour: float | None = None,
+        is_owner: bool = True,
     ) -> None:
         self.clock = clock
         self.registry = CollectorRegistry()
@@ -56,6 +60,10 @@ class Metrics:
         self.engine_registry.register(self.engines)
         self.engine_stats = EngineStatsCollector(clock)
         self.engine_registry.register(self.engine_stats)
+        if is_owner:
+            self.engine_registry.register(
+                Resources(self.engines.engines, self.engine_stats.work, clock, price_per_hour)
+            )
 
     def of(self, arm: str = CONTROL) -> ArmMetrics:
         """What requests of that arm are measured with; it is shown from now on."""

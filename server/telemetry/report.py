@@ -77,7 +77,7 @@ def _by_arm(families: Sequence[Family]) -> dict[str, dict[str, Any]]:
         for sample in family.samples:
             labels = dict(sample.labels)
             arm = labels.pop("arm", None)
-            if arm is None or sample.name.endswith("_created"):
+            if not arm or sample.name.endswith("_created"):
                 continue
             name, own = sample.name.removeprefix(PREFIX), found.setdefault(arm, {})
             if labels:

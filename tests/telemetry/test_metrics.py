@@ -24,7 +24,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
-            assert not family.name.startswith("outpace_") or sample.labels.get("arm", CONTROL) == CONTROL
+            assert not family.name.startswith("outpace_") or sample.labels.get("arm", CONTROL) in ("", CONTROL)
             labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "arm")
             found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
     return found
@@ -131,6 +131,7 @@ class Engine:
     ready: bool = True
     info: EngineInfo | None = INFO
     num_restarts: int = 0
+    pid: int | None = None
 
 
 def test_build_info_and_engine_state() -> None:

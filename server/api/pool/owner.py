@@ -59,7 +59,12 @@ class Pool:
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
-        own = Metrics(version, served_model_name=config.served_model_name, aliases=config.metric_aliases)
+        own = Metrics(
+            version,
+            served_model_name=config.served_model_name,
+            aliases=config.metric_aliases,
+            price_per_hour=config.price_per_hour,
+        )
         self._metrics = PoolMetrics(own, self._ask_for_snapshots)
         for name, supervisor in self._supervisors.items():
             own.watch_engine(name, supervisor)

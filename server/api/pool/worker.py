@@ -67,7 +67,7 @@ class Worker:
         a, config = self._assignment, self._assignment.config
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._engines = {arm.name: RemoteEngine(a.identity) for arm in config.all_arms}
-        metrics = Metrics(a.version)  # the owner knows names and engines
+        metrics = Metrics(a.version, is_owner=False)  # the owner knows names and engines
         arms = [
             Arm(
                 arm.name,
