@@ -66,6 +66,7 @@ HELP = {
     "spec_metrics": f"metrics.speculative_decoding in answers unless the request says: {', '.join(SPEC_METRICS)}",
     "metric_aliases": "show metrics under the names of vLLM and SGLang as well, for existing dashboards",
     "price_per_hour": "what this machine costs an hour, in any currency: /metrics then has cost per million tokens",
+    "otel_endpoint": "OpenTelemetry collector that gets a span per request, as http://localhost:4318 (default: none)",
     "access_log": "where a line of JSON per request goes: stderr, off or a file",
     "drain_timeout_s": "seconds that running requests get to finish after SIGTERM or SIGINT",
     "log_level": "debug, info, warning or error",

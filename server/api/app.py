@@ -22,6 +22,7 @@ from server.api.access.route import route_of
 from server.api.arms import ARMS, add_arm
 from server.api.errors import Handler, error_middleware
 from server.api.state import STATE, ServerState
+from server.api.traces import Traces, add_traceparent
 
 
 @web.middleware
@@ -60,6 +61,9 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
         cors = Cors(parse_origins(state.config.cors_origins))
         middlewares.append(cors.middleware)
         signals.append(cors.add_headers)
+    if state.tracing is not None:
+        middlewares.append(Traces(state.tracing).middleware)
+        signals.append(add_traceparent)
     middlewares += [_account, error_middleware, auth_middleware]
     app = web.Application(middlewares=middlewares, client_max_size=state.limits.max_body_bytes)
     app[STATE] = state

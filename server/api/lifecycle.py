@@ -29,6 +29,7 @@ from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineInfo
 from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,13 @@ class Server:
                 for b in backends
             ]
             self.state = ServerState(
-                config, Arms.of_config(config, arms), metrics, version, limits=limits, access=access
+                config,
+                Arms.of_config(config, arms),
+                metrics,
+                version,
+                limits=limits,
+                access=access,
+                tracing=Tracing.from_settings(config.otel_endpoint, version),
             )
             self.state.reload = self.reload
             self._front = Front(self.state)

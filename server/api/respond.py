@@ -23,6 +23,7 @@ from server.api.generation import Generation, Part
 from server.api.spec_metrics import spec_decoding_metrics
 from server.api.sse import DONE, EventStream, Flow, event
 from server.api.state import ServerState
+from server.api.traces import PARTS
 from server.core import Request
 
 
@@ -67,6 +68,7 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
     try:
         state.access.limiter.reserve(key, num_prompt)
         parts = _parts(state, arm, job)
+        request[PARTS] = parts
         state.metrics.of(arm.name).admitted(num_prompt)
         answer = _Streamed(request, state, arm, job, parts) if job.stream else _Whole(arm, job, parts)
         return await _run(state, arm, job, parts, answer, place)

@@ -21,6 +21,7 @@ class FakeEngine:
         self.failure, self.ready = failure, False
         self.on_stats: Callable[[EngineStats], None] | None = None
         self.info: Any = object()
+        self.pid: int | None = None
         self.stats, self.num_restarts = EngineStats(), 2
         self.sinks: dict[str, Any] = {}
         self.told: list[str] = []

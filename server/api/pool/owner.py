@@ -32,6 +32,7 @@ from server.engine.messages import EngineStats
 from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
 from server.telemetry.metrics import Metrics
 from server.telemetry.report import Report
+from server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class Pool:
         try:
             self._access = AccessControl.from_file(config.api_keys)
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
+            tracing = Tracing.from_settings(config.otel_endpoint, version)
+            if tracing is not None:  # the workers make their own
+                tracing.close()
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
         own = Metrics(

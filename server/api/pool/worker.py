@@ -36,6 +36,7 @@ from server.api.state import ServerState
 from server.config import ConfigError
 from server.engine.child import belong_to_parent
 from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Worker:
             scrape=lambda: self._ask(partial(m.Scrape, what="metrics")),
             stats=lambda: self._ask(partial(m.Scrape, what="stats")),
             reload=self._reload,
+            tracing=Tracing.from_settings(config.otel_endpoint, a.version),
         )
         self._channel = WorkerChannel(a.control, a.identity, self._handle)
         try:
