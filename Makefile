@@ -39,12 +39,11 @@ TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)
 RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: serve test prometheus test-slow test-optimize fuzz goldens parity bench-report lint clean help
+.PHONY: serve test test-slow test-optimize fuzz goldens parity bench-report lint clean help
 
 help:
 	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
-	@echo 'make prometheus                  install Debian'\''s Prometheus (as root), through which deploy/ is tested'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
 	@echo 'make test-optimize [PYTEST_ARGS=] quantisation with nvidia-modelopt, which this installs'
 	@echo 'make fuzz [CASES= SEED= URL=]    bodies and raw bytes against a real server, 100,000 cases by default'
@@ -67,11 +66,6 @@ lint: $(DEV_STAMP)
 # One thread a worker: two workers with two threads each fight over two cores.
 test: lint $(NODE_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(PYTEST_ARGS)
-
-# Debian's, whose server nobody needs: the tests start their own.
-prometheus:
-	apt-get update -qq
-	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

@@ -11,7 +11,7 @@ from functools import partial
 
 from aiohttp import web
 
-from server.api import chat, completions, openapi, routes, tokenize
+from server.api import chat, completions, openapi, page, routes, tokenize
 from server.api.access.access_log import AccessLog
 from server.api.access.admin import admin_routes
 from server.api.access.auth import add_rate_limit_headers, auth_middleware
@@ -21,6 +21,7 @@ from server.api.access.request_id import add_request_id, request_id_middleware
 from server.api.access.route import route_of
 from server.api.arms import ARMS, add_arm
 from server.api.errors import Handler, error_middleware
+from server.api.page import PAGE_ROUTE
 from server.api.state import STATE, ServerState
 from server.api.traces import Traces, add_traceparent
 
@@ -81,6 +82,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     app.add_routes(
         [
             web.get("/", routes.index),
+            web.get(PAGE_ROUTE, page.file),
             web.get("/health", routes.health),
             web.get("/ready", routes.ready),
             web.get("/version", routes.version),

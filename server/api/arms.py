@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
+from server.api.access.access_log import record_of
 from server.api.access.request_id import REQUEST_ID
 from server.api.arm import Arm
 from server.api.errors import bad_header, model_not_found
@@ -59,6 +60,7 @@ class Arms:
         if arm is None:
             arm = self.control if self.assign is None else self._assigned(self._key_of(request, user, caller))
         request[ARM] = arm
+        record_of(request).arm = arm.name
         return arm
 
     def _key_of(self, request: web.Request, user: str | None, caller: str) -> str:

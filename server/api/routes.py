@@ -13,11 +13,13 @@ from aiohttp import web
 
 from server.api.arm import Arm
 from server.api.errors import RETRY_AFTER_S, model_not_found
+from server.api.page import page, wants_page
 from server.api.state import STATE, ServerState
 from server.engine.messages import EngineStats
 from server.telemetry import metrics
 
 INDEX = """Outpace {version}: an OpenAI-compatible server with lossless speculative decoding.
+Open this address in a browser for a page with charts and a playground.
 
 POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{{id}}
@@ -32,7 +34,9 @@ def json_response(payload: Any, status: int = 200, headers: dict[str, str] | Non
 
 
 async def index(request: web.Request) -> web.Response:
-    """What this is and where its routes are."""
+    """The page for browsers; for others what this is and where its routes are."""
+    if wants_page(request):
+        return page()
     return web.Response(text=INDEX.format(version=request.app[STATE].version))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,11 @@ async def test_weights_of_the_settings_split_users(serve: Serve) -> None:
     again = [(await said(live, user=f"user-{number}"))[1] for number in range(60)]
     assert answers == again
     assert 8 <= answers.count("canary") <= 30
+
+
+async def test_the_access_log_says_which_arm(serve: Serve, tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    live = await two(serve, server={"access_log": str(log)})
+    await said(live, user="carol")
+    while '"arm":"canary"' not in log.read_text():  # noqa: ASYNC110 - it is written a moment later; the test's timeout ends this
+        await asyncio.sleep(0.01)
