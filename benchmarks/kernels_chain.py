@@ -35,6 +35,7 @@ from server.models.llama_kernels import Path as Way
 from server.models.llama_tuning import tuned_plan
 from server.models.random_weights import llama_weights
 from server.models.shapes import SHAPES
+from server.quant.dense import as_dense
 
 CONTEXT = 256
 BLOCK_SIZE = 16
@@ -147,21 +148,21 @@ class LayerSteps:
         k, plan, scaled = self.kernels, self.plan, self.scaled
         mixed, hidden = self.mixed, self.hidden
         for layer in k.model.layers:
-            norm, up = layer.post_norm, layer.gate_up
+            norm, up = layer.post_norm, as_dense(layer.gate_up)
             q = mixed
             if "qkv" in parts:
                 q = k.fused_queries(layer, scaled, self.pool, self.ids, self.ids, plan).view_as(mixed)
             if stubbed:
                 mixed = rms_norm(q, self.stub, norm.eps)
             if "out" in parts:
-                out = layer.out
+                out = as_dense(layer.out)
                 linear_residual_scaled_(
                     self.x, mixed, out.weight, out.bias, norm.weight, scaled, config=plan.out, pdl=k.pdl
                 )
             if "gate_up" in parts:
                 hidden = norm_gate_up(scaled, norm.eps, up.weight, up.bias, config=plan.gate_up, pdl=k.pdl)
             if "down" in parts:
-                down = layer.down
+                down = as_dense(layer.down)
                 linear_residual_scaled_(
                     self.x, hidden, down.weight, down.bias, norm.weight, scaled, config=plan.down, pdl=k.pdl
                 )

@@ -42,6 +42,7 @@ from server.models.source import ModelSource, resolve
 from server.quant.checkpoint import MINIMUMS, SCALES, VALUES, layers_of
 from server.quant.dense import Linear
 from server.quant.formats import LinearFormat, QuantizedWeight, reference_linear
+from server.quant.layer import LinearLayer
 from server.text.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -175,7 +176,7 @@ def load(source: ModelSource, layers: str, max_positions: int) -> TargetModel:
     return load_source(source, CPU, torch.float32, max_positions)
 
 
-def _linear(tensors: NativeTensors, layers: Sequence[str], replaced: Linear, config: ModelConfig) -> Linear:
+def _linear(tensors: NativeTensors, layers: Sequence[str], replaced: LinearLayer, config: ModelConfig) -> Linear:
     """Queries and keys have their rows where the network wants rotary pairs, as when it loads them itself."""
     parts: list[QuantizedWeight | Tensor] = []
     for layer in layers:

@@ -12,14 +12,16 @@ from draft_models.eagle3_config import Eagle3Config
 from draft_models.eagle3_weights import Eagle3Weights
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
-from server.quant.cpu.linear import CpuLinear, round_to_int8, rounding_pays
+from server.quant.build import linear_of
+from server.quant.cpu.linear import round_to_int8, rounding_pays
 from server.quant.dense import MIN_PACKED_ROWS, Linear
 from server.quant.dense_bf16 import Bf16Linear, bf16_pays
+from server.quant.layer import LinearLayer
 
 if TYPE_CHECKING:
     from draft_models.eagle1 import Eagle1Weights
 
-AnyLinear = Linear | Bf16Linear | CpuLinear
+AnyLinear = LinearLayer | Bf16Linear
 
 
 class Eagle3CpuNetwork:
@@ -52,7 +54,7 @@ class Eagle3CpuNetwork:
         c, linear = config, self._linear
         self.config, self.embedding = config, embedding
         self.device, self.dtype = embedding.device, embedding.dtype
-        self._eight_bits = fast and self.dtype == torch.float32 and self.device.type == "cpu"
+        self._eight_bits = fast and self.dtype == torch.float32 and self.device.type in ("cpu", "meta")
         self._rounded = fast and self.dtype == torch.float32 and bf16_pays()
         self._qkv = linear(interleave_rows(w.q_proj, c.head_dim), interleave_rows(w.k_proj, c.head_dim), w.v_proj)
         self._out, self._down = linear(w.o_proj), linear(w.down_proj)
@@ -64,7 +66,7 @@ class Eagle3CpuNetwork:
     def _linear(self, *parts: Tensor, bias: Tensor | None = None) -> AnyLinear:
         weight = torch.cat([part.to(self.dtype) for part in parts])
         if self._eight_bits and rounding_pays(weight.shape[1]):
-            return CpuLinear(round_to_int8(weight), bias)
+            return linear_of(round_to_int8(weight), bias, dtype=self.dtype)
         if bias is None:
             return Bf16Linear(weight) if self._rounded else Linear(weight)
         return Linear(weight, bias.to(self.dtype))

@@ -18,6 +18,8 @@ from draft_models.eagle_tensors import EMBEDDING, HeadTensors
 from server.models.base import OwnNetwork
 from server.models.config import UnsupportedModelError
 from server.models.loader import Tensors
+from server.quant.dense import Linear
+from server.quant.layer import LinearLayer
 
 
 def load_head(
@@ -39,7 +41,7 @@ def load_head(
     files = HeadTensors(tensors, config)
     embedding = _embedding(files, config, target)
     if config.version == 1:
-        weights = load_eagle1(files, config, target.norm, target.head)
+        weights = load_eagle1(files, config, target.norm, _plain(target.head, embedding.dtype))
         if _on_cpu(embedding, ops, on_cpu):
             return Eagle1CpuNetwork(config, weights, embedding, max_positions, fast)
         return Eagle1Network(config, weights, embedding, max_positions, ops)
@@ -86,3 +88,8 @@ def _embedding(files: HeadTensors, config: Eagle3Config, target: OwnNetwork) -> 
     own = read_tensors(files.get, {EMBEDDING: shape}, Checks(files.file_of))[EMBEDDING]
     same = own.shape == target.embedding.shape and not own.is_meta and torch.equal(own, target.embedding)
     return target.embedding if same else own
+
+
+def _plain(layer: LinearLayer, dtype: torch.dtype) -> Linear:
+    """The target's output layer itself, or a copy without low precision: the heads' kernels read plain weights."""
+    return layer if isinstance(layer, Linear) else Linear(layer.plain_weight().to(dtype))

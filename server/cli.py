@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from loadtest.options import add_loadtest_options
 from optimize.distill.options import add_distill_options
+from optimize.evaluate.options import add_evaluate_options
+from optimize.export.options import add_export_options
 from optimize.options import (
     add_artifact_commands,
     add_optimize_options,
@@ -51,6 +53,8 @@ def build_parser() -> OneLineParser:
     add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
     add_optimize_options(commands.add_parser("optimize", help="quantise a model, and prove that it is still good"))
     add_artifact_commands(commands.add_parser("artifacts", help="list and remove what `optimize` made"))
+    add_evaluate_options(commands.add_parser("evaluate", help="hold a model against the one it is to replace"))
+    add_export_options(commands.add_parser("export", help="write a quantised model for another engine"))
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -91,6 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from optimize.command import run_artifacts, run_optimize
 
         return run_optimize(options) if options.command == "optimize" else run_artifacts(options)
+    if options.command == "evaluate":
+        from optimize.evaluate.command import run_evaluate  # loads torch, in this process
+
+        return run_evaluate(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command == "export":
+        from optimize.export.command import run_export  # loads torch, in this process
+
+        return run_export(options)
     del options.command
     return _run_server(options)
 

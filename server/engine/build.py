@@ -20,6 +20,7 @@ from server.engine.drafters import load_draft_network, make_device_drafter, make
 from server.engine.gpu.graphs import GraphStats
 from server.engine.gpu.runner import GpuRunner
 from server.engine.limits import Limits
+from server.engine.linear_layers import linear_layers, one_line
 from server.engine.memory import Memory, explained, measure
 from server.engine.messages import EngineInfo
 from server.engine.mixed_speculation import make_speculation
@@ -85,6 +86,9 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         with explained(limits.kv_tokens):  # it runs the largest steps there are
             costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
+    layers = linear_layers(model, runner.linear_path)
+    if layers:
+        say(one_line(layers))
     core = EngineCore(
         runner,
         limits,
@@ -93,7 +97,8 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         config.max_waiting,
         config.max_waiting_tokens or WAITING_KV_CACHES * limits.kv_tokens,
     )
-    return core, _info(config, source, core, memory, time.perf_counter() - started)
+    info = _info(config, source, core, memory, time.perf_counter() - started)
+    return core, replace(info, linear_layers=layers)
 
 
 def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: Memory, load_s: float) -> EngineInfo:

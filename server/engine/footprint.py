@@ -9,33 +9,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.models.norm import RMSNorm
 from server.quant.dense import Linear, packing_available
+from server.quant.sketch import LinearSketch
 
 META = torch.device("meta")
 
 
 def tensor_bytes(root: object) -> int:
-    """Bytes of all tensors that an object holds, directly or through others of ours; shared memory counts once."""
+    """Bytes of all tensors and arrays that an object holds, directly or through others of ours; shared ones once."""
     sizes: dict[int, int] = {}
     for item in _objects(root):
-        if isinstance(item, Tensor):
-            key, size = _storage(item)
+        if isinstance(item, Tensor | np.ndarray):
+            key, size = _storage(item) if isinstance(item, Tensor) else _array_storage(item)
             sizes[key] = max(size, sizes.get(key, 0))
     return sum(sizes.values())
 
 
 def as_on(device: torch.device, sketch: object) -> None:
-    """Lets a sketch hold what the network holds on `device` besides: in float32 on a CPU, copies for its kernels.
+    """Lets a sketch hold what the network holds on `device`: a quantised layer, what its kernel there reads.
 
-    There a linear layer has a prepacked weight of its own, tied or not, and a norm one that is scaled.
+    In float32 on a CPU kernels have copies besides: a linear layer has a prepacked weight of its own, tied or not, and
+    a norm one that is scaled.
     """
+    items = list(_objects(sketch))
+    for item in items:
+        if isinstance(item, LinearSketch):
+            item.settle(device)
     if device.type != "cpu":
         return
-    for item in list(_objects(sketch)):
+    for item in items:
         if isinstance(item, Linear) and item.weight.dtype == torch.float32 and packing_available():
             item.weight = torch.empty_like(item.weight)
         elif isinstance(item, RMSNorm) and item.weight.dtype == torch.float32:
@@ -52,7 +60,7 @@ def _objects(root: object) -> Iterator[Any]:
             continue
         seen[id(item)] = item  # held, so that no other object gets its id
         yield item
-        if not isinstance(item, Tensor):
+        if not isinstance(item, Tensor | np.ndarray):
             todo += _children(item)
 
 
@@ -64,6 +72,11 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     return storage.data_ptr() or storage._cdata, storage.nbytes()
 
 
+def _array_storage(array: NDArray[Any]) -> tuple[int, int]:
+    """Likewise of a numpy array."""
+    return array.ctypes.data, array.nbytes
+
+
 def _children(item: Any) -> list[Any]:
     """What an object of ours, a module or a container holds; other objects are not looked into."""
     if isinstance(item, Mapping):
@@ -72,7 +85,8 @@ def _children(item: Any) -> list[Any]:
         return list(item)
     if isinstance(item, torch.nn.Module):
         return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
-    if not type(item).__module__.startswith(("server.", "draft_models.")):
+    module = type(item).__module__
+    if not module.startswith(("server.", "draft_models.")) or module == "server.quant.cpu.team":  # its threads
         return []
     slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
     return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]

@@ -8,9 +8,24 @@ from server.core import StepOutput
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPaths:
+    """Linear layers that are stored (`format`) and computed (`path`) alike; `layers` are their names, numbers as `*`.
+
+    `dequantised`: weights are quantised and no low-bit kernel runs.
+    """
+
+    layers: list[str]
+    num_layers: int
+    format: str
+    path: str
+    dequantised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What the engine says of itself once it is ready. `linear_path` names how linear layers compute.
 
+    `linear_layers` says it layer by layer, in groups; empty for networks that are not our own.
     `num_graphs` CUDA graphs of `graph_bytes` were captured (0 on a CPU).
     """
 
@@ -34,6 +49,7 @@ class EngineInfo:
     num_graphs: int = 0
     graph_bytes: int = 0
     deterministic: bool = False
+    linear_layers: list[LayerPaths] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

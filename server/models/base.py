@@ -11,7 +11,7 @@ from torch import Tensor
 from server.models.attention import AttentionBatch
 from server.models.config import ModelConfig
 from server.models.norm import RMSNorm
-from server.quant.dense import Linear
+from server.quant.layer import LinearLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class OwnNetwork(TargetModel, Protocol):
         """The table [V, H] in the target's dtype."""
 
     @property
-    def head(self) -> Linear:
+    def head(self) -> LinearLayer:
         """The output layer, of normed hidden states."""
 
     def output_rows(self, ids: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -12,26 +13,29 @@ from torch import Tensor
 from server.models.attention import AttentionBatch, paged_attention, write_kv
 from server.models.base import KVLayer
 from server.models.config import ModelConfig
+from server.models.errors import WeightsError
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
-from server.quant.dense import MIN_PACKED_ROWS, Linear
+from server.quant.build import Joined, Weight, linear_of, min_rows, parts_of
+from server.quant.formats import QuantizedWeight, can_join, join
+from server.quant.layer import LinearLayer
 
-Get = Callable[[str], Tensor]
-"""Reads the tensor of a Hugging Face name, in the target's dtype and on its device."""
+Get = Callable[[str], Weight]
+"""Reads the tensor of a Hugging Face name on the target's device, in its dtype or as a quantised layer's is stored."""
 
 
 @dataclass(slots=True)
 class Layer:
-    """Weights of one decoder layer; qkv and gate/up are fused."""
+    """Weights of one decoder layer; qkv and gate/up are fused, or joined behind one call where formats differ."""
 
     input_norm: RMSNorm
-    qkv: Linear
+    qkv: LinearLayer
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
-    out: Linear
+    out: LinearLayer
     post_norm: RMSNorm
-    gate_up: Linear
-    down: Linear
+    gate_up: LinearLayer
+    down: LinearLayer
     window: int | None
     rotates: bool
 
@@ -47,16 +51,45 @@ class LlamaModel:
         self.max_position_embeddings = c.max_position_embeddings
         self.kv_layers = [KVLayer(c.num_kv_heads, c.head_dim)] * c.num_layers
         self.eos_token_ids = c.eos_token_ids
-        self.embedding = get("model.embed_tokens.weight")
-        self.layers = [_load_layer(c, i, get) for i in range(c.num_layers)]
-        self.norm = RMSNorm(get("model.norm.weight"), c.rms_norm_eps)
+        self._table = get("model.embed_tokens.weight")
+        typical = self._table if isinstance(self._table, Tensor) else plain(get("model.norm.weight"))
+        self.device, self.dtype = typical.device, typical.dtype
+        self.layers = [_load_layer(c, i, get, self.dtype) for i in range(c.num_layers)]
+        self.norm = RMSNorm(plain(get("model.norm.weight")), c.rms_norm_eps)
         tied = c.tie_word_embeddings or not has("lm_head.weight")
-        self.head = Linear(self.embedding if tied else get("lm_head.weight"))
-        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.head = linear_of(self._table if tied else get("lm_head.weight"), dtype=self.dtype)
         self.rotations = rotation_table(c.rope, c.head_dim, max_positions, self.device)
-        self.linear_path = self.head.path
-        self.min_rows = MIN_PACKED_ROWS if self.linear_path == "onednn-packed" else 1
+        linears = [part for layer in self.linears().values() for part in parts_of(layer)]
+        self.linear_path = " | ".join(dict.fromkeys(part.path for part in linears))
+        self.min_rows = max(min_rows(part) for part in linears)
         self.num_parameters = count_parameters(c)
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """The table [V, H] in the network's dtype; of a quantised one it is made when first asked for, and kept."""
+        table = self._table
+        return table if isinstance(table, Tensor) else table.dequantize(self.dtype)
+
+    def linears(self) -> dict[str, LinearLayer]:
+        """The linear layers by name, those that run as one under one name."""
+        named: dict[str, LinearLayer] = {}
+        for i, layer in enumerate(self.layers):
+            prefix = f"model.layers.{i}."
+            named[f"{prefix}self_attn.qkv_proj"] = layer.qkv
+            named[f"{prefix}self_attn.o_proj"] = layer.out
+            named[f"{prefix}mlp.gate_up_proj"] = layer.gate_up
+            named[f"{prefix}mlp.down_proj"] = layer.down
+        return {**named, "lm_head": self.head}
+
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """Of each linear layer how it is stored and what computes it (`server.engine.linear_layers`)."""
+        return {name: (layer.format, layer.path) for name, layer in self.linears().items()}
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        table = self._table
+        return (
+            F.embedding(token_ids, table) if isinstance(table, Tensor) else table.rows(token_ids).dequantize(self.dtype)
+        )
 
     def forward(
         self,
@@ -67,7 +100,7 @@ class LlamaModel:
         feature_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """See TargetModel.forward."""
-        x = F.embedding(token_ids, self.embedding)
+        x = self._embed(token_ids)
         rotation = self.rotations[attn.positions].unsqueeze(1)
         features: list[Tensor] = []
         for i, (layer, pool) in enumerate(zip(self.layers, pools, strict=True)):
@@ -79,14 +112,14 @@ class LlamaModel:
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [C] int64 of the output layer, [C, H]: a copy unless they are all of them in order."""
-        weight = self.head.plain_weight()
+        weight = self.head.plain_weight().to(self.dtype)
         whole = len(ids) == len(weight) and bool((ids == torch.arange(len(ids), device=ids.device)).all())
         return weight if whole else weight[ids]
 
     def _attention(self, layer: Layer, x: Tensor, pool: Tensor, attn: AttentionBatch, rotation: Tensor) -> Tensor:
         c = self.config
         num_tokens = x.shape[0]
-        qkv = layer.qkv(layer.input_norm(x)).view(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = layer.qkv(layer.input_norm(x)).reshape(num_tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         qk = qkv[:, : c.num_heads + c.num_kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
             qk[:, : c.num_heads] = layer.q_norm(qk[:, : c.num_heads])
@@ -102,21 +135,22 @@ class LlamaModel:
         return layer.down(F.silu(gate).mul_(up))
 
 
-def _load_layer(c: ModelConfig, index: int, get: Get) -> Layer:
+def _load_layer(c: ModelConfig, index: int, get: Get, dtype: torch.dtype) -> Layer:
     prefix = f"model.layers.{index}."
 
-    def linear(names: list[str], bias: bool) -> Linear:
+    def linear(names: list[str], bias: bool) -> LinearLayer:
         weights = [_maybe_interleave(n, get(f"{prefix}{n}.weight"), c) for n in names]
-        biases = [_maybe_interleave(n, get(f"{prefix}{n}.bias"), c) for n in names] if bias else []
-        return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
+        biases = [plain(_maybe_interleave(n, get(f"{prefix}{n}.bias"), c)) for n in names] if bias else []
+        return _together(weights, biases, dtype)
 
     def norm(name: str) -> RMSNorm:
-        return RMSNorm(get(f"{prefix}{name}.weight"), c.rms_norm_eps)
+        return RMSNorm(plain(get(f"{prefix}{name}.weight")), c.rms_norm_eps)
 
     def head_norm(name: str) -> RMSNorm | None:
         if not c.qk_norm:
             return None
-        return RMSNorm(interleave_rows(get(f"{prefix}self_attn.{name}.weight"), c.head_dim), c.rms_norm_eps)
+        weight = plain(get(f"{prefix}self_attn.{name}.weight"))
+        return RMSNorm(interleave_rows(weight, c.head_dim), c.rms_norm_eps)
 
     return Layer(
         input_norm=norm("input_layernorm"),
@@ -132,8 +166,34 @@ def _load_layer(c: ModelConfig, index: int, get: Get) -> Layer:
     )
 
 
-def _maybe_interleave(name: str, tensor: Tensor, c: ModelConfig) -> Tensor:
-    return interleave_rows(tensor, c.head_dim) if name.endswith(("q_proj", "k_proj")) else tensor
+def _together(weights: list[Weight], biases: list[Tensor], dtype: torch.dtype) -> LinearLayer:
+    """One layer of all outputs, of several where formats differ. `biases` are of all parts, or none."""
+    dense = [w for w in weights if isinstance(w, Tensor)]
+    stored = [w for w in weights if isinstance(w, QuantizedWeight)]
+    bias = torch.cat(biases) if biases else None
+    if not stored:
+        return linear_of(torch.cat(dense), bias)
+    if not dense and can_join(stored):
+        return linear_of(join(stored), bias, dtype=dtype)
+    each: Sequence[Tensor | None] = biases or [None] * len(weights)
+    return Joined([linear_of(w, b, dtype=dtype) for w, b in zip(weights, each, strict=True)])
+
+
+def _maybe_interleave(name: str, weight: Weight, c: ModelConfig) -> Weight:
+    if not name.endswith(("q_proj", "k_proj")):
+        return weight
+    if isinstance(weight, Tensor):
+        return interleave_rows(weight, c.head_dim)
+    return weight.rows(interleave_rows(torch.arange(weight.shape[0], device=weight.device), c.head_dim))
+
+
+def plain(tensor: Weight) -> Tensor:
+    """A tensor that no format quantises. Raises WeightsError for one that is listed as a layer all the same."""
+    if isinstance(tensor, Tensor):
+        return tensor
+    raise WeightsError(
+        f"config.json: quantization_config lists a layer of format {tensor.format.name} that is no matrix"
+    )
 
 
 def count_parameters(c: ModelConfig) -> int:

@@ -140,6 +140,7 @@ class LlamaCpuModel:
         self._plain: Tensor | None = None
         self._team = team(num_threads or torch.get_num_threads())
         self._norms = [(layer.input_norm.contiguous(), layer.post_norm.contiguous()) for layer in weights.layers]
+        self._stored = [[linear.format.name for linear in layer.linears] for layer in weights.layers]
         self._packed = [[pack(linear) for linear in layer.linears] for layer in weights.layers]
         self._packed_head = pack(weights.head)
         self._table = self._layer_table()
@@ -149,6 +150,16 @@ class LlamaCpuModel:
         head = self._packed_head
         self._head_fields = np.array([weights.norm.data_ptr(), head.kind, head.address], dtype=np.int64)
         self._buffers = _buffers(c, max_positions, self._team.size)
+
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """Of each linear layer how it is stored and what computes it (`server.engine.linear_layers`)."""
+        names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        named = {
+            f"model.layers.{i}.{n}": w for i, ws in enumerate(self._stored) for n, w in zip(names, ws, strict=True)
+        }
+        return {name: (form, f"compiled:{ISA}") for name, form in named.items()} | {
+            "lm_head": (self._head.format.name, f"compiled:{ISA}")
+        }
 
     @property
     def embedding(self) -> Tensor:

@@ -6,7 +6,8 @@ Two ways through a layer, chosen by the number of tokens. Fused, for up to 64 to
 
 each overlapping the end of the one before; who writes the residual stream prepares the next norm. Else cuBLAS with
 small kernels between: norms (with the residual's sum), rotary embedding, SiLU. Deterministic mode takes the second way
-with a matrix product whose rows do not depend on how many there are.
+with a matrix product whose rows do not depend on how many there are; so do networks with quantised layers, each by the
+kernel of its format (`server.quant`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from server.kernels.skinny_tiles import MAX_TOKENS, Kind, TileConfig, block_m, c
 from server.models.kernel_attention import KernelAttention
 from server.models.llama import Layer, LlamaModel
 from server.models.norm import RMSNorm
-from server.quant.dense import Linear
+from server.quant.dense import Linear, as_dense
+from server.quant.layer import LinearLayer
 
 TIERS = (4, 8, 16, 32, 64)
 """Steps of up to so many tokens have a plan of their own."""
@@ -81,8 +83,13 @@ class LlamaKernels:
     """
 
     def __init__(self, model: LlamaModel, *, deterministic: bool = False, pdl: bool | None = None) -> None:
-        if model.linear_path != "torch":
-            raise ValueError(f"linear layers are {model.linear_path!r}: kernels need plain weights")
+        if "onednn" in model.linear_path:
+            raise ValueError(
+                f"linear layers are {model.linear_path!r}: kernels need plain weights, or quantised on CUDA"
+            )
+        self.quantised = not all(isinstance(layer, Linear) for layer in model.linears().values())
+        if self.quantised and deterministic:
+            raise ValueError("deterministic: there are no such kernels for quantised layers")
         c = model.config
         self.model = model
         self.deterministic = deterministic
@@ -92,7 +99,7 @@ class LlamaKernels:
         self.attention = KernelAttention(
             c.num_heads, c.num_kv_heads, c.head_dim, deterministic=deterministic, pdl=self.pdl
         )
-        self.plans = {} if deterministic else dict.fromkeys(TIERS, Plan())
+        self.plans = {} if deterministic or self.quantised else dict.fromkeys(TIERS, Plan())
 
     def plan(self, num_tokens: int) -> Plan:
         """The plan of a step of `num_tokens`: that of the smallest tier that holds it, else cuBLAS."""
@@ -154,7 +161,7 @@ class LlamaKernels:
         self, layer: Layer, scaled: Scaled, pool: Tensor, positions: Tensor, places: Tensor, plan: Plan
     ) -> Tensor:
         """Rotated queries [N, heads, head_dim] of x [N, H] prepared for the layer's norm; writes keys and values."""
-        h, eps, qkv, values = self.heads, layer.input_norm.eps, layer.qkv, scaled.values
+        h, eps, qkv, values = self.heads, layer.input_norm.eps, as_dense(layer.qkv), scaled.values
         if layer.q_norm is None:
             q = norm_qkv_rope(
                 scaled, eps, qkv.weight, qkv.bias, pool, positions, places, self.rotations, h,
@@ -170,14 +177,10 @@ class LlamaKernels:
 
         Leaves x prepared for `norm`, the next layer's, in `scaled`.
         """
-        post, up = layer.post_norm, layer.gate_up
-        linear_residual_scaled_(
-            x, mixed, layer.out.weight, layer.out.bias, post.weight, scaled, config=plan.out, pdl=self.pdl
-        )
+        post, up, out, down = layer.post_norm, as_dense(layer.gate_up), as_dense(layer.out), as_dense(layer.down)
+        linear_residual_scaled_(x, mixed, out.weight, out.bias, post.weight, scaled, config=plan.out, pdl=self.pdl)
         hidden = norm_gate_up(scaled, post.eps, up.weight, up.bias, config=plan.gate_up, pdl=self.pdl)
-        linear_residual_scaled_(
-            x, hidden, layer.down.weight, layer.down.bias, norm.weight, scaled, config=plan.down, pdl=self.pdl
-        )
+        linear_residual_scaled_(x, hidden, down.weight, down.bias, norm.weight, scaled, config=plan.down, pdl=self.pdl)
 
     def _by_cublas(
         self, x: Tensor, pools: list[Tensor], step: _Step, feature_layers: tuple[int, ...], features: list[Tensor]
@@ -212,14 +215,15 @@ class LlamaKernels:
         return normed
 
     def _residual_normed(
-        self, x: Tensor, inner: Tensor, linear: Linear, norm: RMSNorm, out: Tensor | None = None
+        self, x: Tensor, inner: Tensor, linear: LinearLayer, norm: RMSNorm, out: Tensor | None = None
     ) -> Tensor:
         """Adds linear(inner) to x [N, H] in place; `norm` of the sum, in `out` if it is given.
 
         The product itself adds to x: with the sum in the norm, large steps move 4 units of N * H there instead of 2.
         """
-        if self.deterministic:
-            return add_rms_norm_(x, self._linear(inner, linear), norm.weight, norm.eps)
+        if self.deterministic or not isinstance(linear, Linear):
+            normed = add_rms_norm_(x, self._linear(inner, linear), norm.weight, norm.eps)
+            return normed if out is None else out.copy_(normed)
         x.addmm_(inner, linear.weight.t())
         if linear.bias is not None:
             x.add_(linear.bias)
@@ -237,7 +241,9 @@ class LlamaKernels:
         )  # fmt: skip
         return qkv.view(len(qkv), -1, h.head_dim)[:, : h.num_heads]
 
-    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
+    def _linear(self, x: Tensor, linear: LinearLayer) -> Tensor:
+        if not isinstance(linear, Linear):
+            return linear(x)
         run = invariant_linear if self.deterministic else F.linear
         return run(x, linear.weight, linear.bias)
 
@@ -247,8 +253,9 @@ class LlamaKernels:
         num_rows = len(x) if logits_at is None else len(logits_at)
         if isinstance(ready, Scaled) and plan.head_path is Path.FUSED and 1 <= num_rows <= MAX_TOKENS:
             config = plan.head if block_m(num_rows) == block_m(len(x)) else None
+            plain = as_dense(head)
             return norm_linear(
-                ready, norm.eps, head.weight, head.bias,
+                ready, norm.eps, plain.weight, plain.bias,
                 rows=logits_at, config=config, pdl=self.pdl, settled=self.pdl,
             )  # fmt: skip
         normed = rms_norm(x, norm.weight, norm.eps) if isinstance(ready, Scaled) else ready

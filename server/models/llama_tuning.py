@@ -16,6 +16,7 @@ from torch import Tensor
 from server.kernels.skinny_scaled import empty_scaled
 from server.kernels.skinny_tiles import Kind, TileConfig, configs_for
 from server.models.llama_kernels import TIERS, LlamaKernels, Path, Plan
+from server.quant.dense import as_dense
 
 Choose = Callable[[str, Sequence[tuple[str, Callable[[], object]]]], str]
 """`Tuner.choose` of server/kernels/tuning.py: (question, (name, what to time) ...) -> name of the fastest."""
@@ -25,8 +26,8 @@ TUNED_BYTES = 64 << 20
 
 
 def tune(kernels: LlamaKernels, choose: Choose, tiers: Sequence[int] = TIERS) -> None:
-    """Sets the plan of every tier to the fastest that `choose` finds. Deterministic mode has nothing to choose."""
-    if kernels.deterministic:
+    """Sets the plan of every tier to the fastest that `choose` finds. Without fused layers nothing is to choose."""
+    if kernels.deterministic or kernels.quantised:
         return
     for tier in tiers:
         kernels.plans[tier] = tuned_plan(kernels, choose, tier)
@@ -76,18 +77,23 @@ class Workload:
         self.positions = zeros(num_tokens, dtype=torch.int64)
         self.places = torch.arange(num_tokens, device=model.device)
         first = model.layers[0]
-        one = sum(linear.weight.nbytes for linear in (first.qkv, first.out, first.gate_up, first.down))
+        one = sum(as_dense(linear).weight.nbytes for linear in (first.qkv, first.out, first.gate_up, first.down))
         self.num_layers = min(len(model.layers), max(1, -(-TUNED_BYTES // one)))
 
     def shapes(self) -> list[tuple[str, Kind, int, int]]:
         """(field of Plan, kind, N, K) of what has tiles to choose."""
         layer, head = self.kernels.model.layers[0], self.kernels.model.head
         return [
-            ("qkv", Kind.QKV, *layer.qkv.weight.shape),
-            ("out", Kind.RESIDUAL, *layer.out.weight.shape),
-            ("gate_up", Kind.GATE_UP, layer.gate_up.weight.shape[0] // 2, layer.gate_up.weight.shape[1]),
-            ("down", Kind.RESIDUAL, *layer.down.weight.shape),
-            ("head", Kind.HEAD, *head.weight.shape),
+            ("qkv", Kind.QKV, *as_dense(layer.qkv).weight.shape),
+            ("out", Kind.RESIDUAL, *as_dense(layer.out).weight.shape),
+            (
+                "gate_up",
+                Kind.GATE_UP,
+                as_dense(layer.gate_up).weight.shape[0] // 2,
+                as_dense(layer.gate_up).weight.shape[1],
+            ),
+            ("down", Kind.RESIDUAL, *as_dense(layer.down).weight.shape),
+            ("head", Kind.HEAD, *as_dense(head).weight.shape),
         ]
 
     def question(self, field: str) -> str:

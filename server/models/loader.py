@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +13,24 @@ from torch import Tensor
 
 from server.config import ConfigError
 from server.models.base import TargetModel
-from server.models.config import LLAMA_FAMILY, UnsupportedModelError, architecture_of, parse_config
-from server.models.llama import LlamaModel
+from server.models.config import LLAMA_FAMILY, ModelConfig, UnsupportedModelError, architecture_of, parse_config
+from server.models.errors import WeightsError
+from server.models.foreign import ForeignTensors, foreign_dialect
+from server.models.llama import Get, LlamaModel
+from server.models.quantized import QuantizedTensors, formats_of
 from server.models.random_weights import llama_weights
 from server.models.source import ModelSource
 
-
-class WeightsError(ValueError):
-    """A checkpoint lacks a tensor or holds a damaged one; the message names file and tensor."""
+__all__ = [
+    "Checkpoint",
+    "Tensors",
+    "WeightsError",
+    "load_model",
+    "load_source",
+    "pick_device",
+    "pick_dtype",
+    "tensors_of",
+]
 
 
 class Tensors(Protocol):
@@ -73,11 +84,19 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         """The tensor on the target's device, floating point in its dtype. Raises WeightsError if missing."""
+        tensor = self._stored(name)
+        # Integers, such as an EAGLE-3 head's map of token ids, would not survive a cast to bfloat16.
+        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored, on the target's device. Raises WeightsError if missing."""
+        return self._stored(name).to(device=self._device)
+
+    def _stored(self, name: str) -> Tensor:
         if name not in self._where:
             raise WeightsError(f"{self._directory}: tensor {name!r} is missing from the checkpoint")
         tensor: Tensor = self._open(self._where[name]).get_tensor(name)
-        # Integers, such as an EAGLE-3 head's map of token ids, would not survive a cast to bfloat16.
-        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
+        return tensor
 
 
 def pick_device(name: str) -> torch.device:
@@ -109,18 +128,68 @@ def load_source(source: ModelSource, device: torch.device, dtype: torch.dtype, m
     shapeless = source.tensors is None or architecture_of(source.config) not in LLAMA_FAMILY
     if source.kind not in ("random", "made") and shapeless:
         return load_model(source.directory, source.config, device, dtype, max_positions)
-    config = parse_config(source.config)
     drawn = source.kind == "random" or (source.kind == "made" and device.type == "meta")
-    weights = llama_weights(config, dtype, device) if drawn else tensors_of(source, device, dtype)
-    return LlamaModel(config, weights.get, weights.has, max_positions)
+    if drawn:
+        config = parse_config(source.config)
+        made = llama_weights(config, dtype, device)
+        return LlamaModel(config, made.get, made.has, max_positions)
+    return _llama(source.config, tensors_of(source, device, dtype), device, dtype, max_positions)
+
+
+def _llama(
+    raw: dict[str, Any], tensors: Tensors, device: torch.device, dtype: torch.dtype, max_positions: int
+) -> TargetModel:
+    """Our own network; a compiled step where all its layers are in a format that has one (`llama_cpu`)."""
+    config = parse_config(raw)
+    if not isinstance(tensors, QuantizedTensors | ForeignTensors):
+        return LlamaModel(config, tensors.get, tensors.has, max_positions)
+    compiled = _compiled(config, tensors.stored, tensors.has, max_positions, device, dtype)
+    return compiled or LlamaModel(config, tensors.stored, tensors.has, max_positions)
+
+
+def _compiled(
+    config: ModelConfig,
+    get: Get,
+    has: Callable[[str], bool],
+    max_positions: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TargetModel | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return None
+    try:
+        from server.models.llama_cpu import LlamaCpuModel, cpu_weights, why_not  # numba, for those who need it
+    except ImportError:
+        return None
+    weights = cpu_weights(config, get, has)
+    if weights is None or why_not(config, weights) is not None:
+        return None
+    return LlamaCpuModel(config, weights, max_positions)
 
 
 def tensors_of(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Tensors:
     """Tensors of the source's files, or those that it makes. Raises WeightsError."""
     if source.tensors is None:
-        return Checkpoint(source.directory, dtype, device)
-    made: Tensors = source.tensors(dtype, device)
-    return made
+        return _checkpoint(source.directory, source.config, device, dtype)
+    made = source.tensors(dtype, device)
+    formats, dialect = formats_of(source.config), foreign_dialect(source.config, source.directory)
+    if dialect is not None:
+        return ForeignTensors(dialect, made, source.directory, dtype)
+    if formats is None:
+        plain: Tensors = made
+        return plain
+    return QuantizedTensors(formats, made.get, made.get, made.has, lambda name: source.directory, dtype)
+
+
+def _checkpoint(directory: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensors:
+    """A directory's tensors, with its quantised layers if there are any."""
+    files, formats = Checkpoint(directory, dtype, device), formats_of(raw)
+    dialect = foreign_dialect(raw, directory)
+    if dialect is not None:
+        return ForeignTensors(dialect, files, directory, dtype)
+    if formats is None:
+        return files
+    return QuantizedTensors(formats, files.read, files.get, files.has, files.file_of, dtype)
 
 
 def load_model(
@@ -132,8 +201,7 @@ def load_model(
     """
     arch = architecture_of(raw)
     if arch in LLAMA_FAMILY:
-        checkpoint = Checkpoint(directory, dtype, device)
-        return LlamaModel(parse_config(raw), checkpoint.get, checkpoint.has, max_positions)
+        return _llama(raw, _checkpoint(directory, raw, device, dtype), device, dtype, max_positions)
     from server.models.transformers_backend import load_transformers_model, supports  # heavy import, only when needed
 
     if not supports(raw):

@@ -48,8 +48,16 @@ class ShapedTensors:
         if name not in self._shapes:
             raise ModelSourceError(f"{self._where}: tensor {name!r} is missing from the checkpoint")
         whole = {"I8": torch.int8, "U8": torch.uint8}
-        dtype = whole.get(self._integers[name], torch.int64) if name in self._integers else self._dtype
+        stored = self._integers.get(name, "")
+        dtype = whole.get(stored, torch.int64) if stored.startswith(_INTEGERS) else self._dtype
         return torch.empty(self._shapes[name], dtype=dtype, device="meta")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in the type that the files have it in, where that is known."""
+        import torch
+
+        exact = {"I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}.get(self._integers.get(name, ""))
+        return self.get(name) if exact is None else torch.empty(self._shapes[name], dtype=exact, device="meta")
 
 
 def peek(spec: str, weights: str = "dequantised") -> ModelSource:
@@ -130,7 +138,7 @@ def _hub(hub_id: str) -> ModelSource:
     whole = {
         tensor: entry.dtype
         for tensor, entry in entries.items()
-        if entry.dtype.startswith(_INTEGERS) and entry.dtype != "BF16"
+        if entry.dtype.startswith((*_INTEGERS, "F8")) and entry.dtype != "BF16"
     }
     return _shaped(Path(hub_id), name, raw, "hub", {t: tuple(e.shape) for t, e in entries.items()}, whole)
 

@@ -41,9 +41,26 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x, self.weight, self.bias)
 
+    @property
+    def format(self) -> str:
+        """The weight's dtype."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def min_rows(self) -> int:
+        """Smaller steps are padded to this by callers that would otherwise compute a row twice in each layer."""
+        return MIN_PACKED_ROWS if self._run is _packed_call else 1
+
     def plain_weight(self) -> Tensor:
         """W [O, K] as it was given; a copy where it is packed."""
         return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+
+
+def as_dense(layer: object) -> Linear:
+    """A layer whose plain weight a kernel reads. Raises TypeError for another."""
+    if isinstance(layer, Linear):
+        return layer
+    raise TypeError(f"{type(layer).__name__} has no plain weight")
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -133,6 +133,11 @@ class QuantizedWeight:
             result = result + self.minimums.float().view(rows, -1, 1)
         return result.view(rows, columns).to(dtype)
 
+    def effective(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [O, K] for activations that nobody multiplies by `input_scales`: they are in it. Rounded once."""
+        weight = self.dequantize()
+        return (weight if self.input_scales is None else weight * self.input_scales.float()).to(dtype)
+
     def rows(self, index: Tensor) -> QuantizedWeight:
         """Rows `index` [n] int64 in that order; a row's groups move with it."""
         minimums = None if self.minimums is None else self.minimums[index]

@@ -22,6 +22,7 @@ from server.models.llama import LlamaModel
 from server.models.llama_kernels import LlamaKernels
 from server.models.llama_tuning import tune
 from server.models.paged_forward import PagedForward
+from server.quant.dense import Linear
 
 log = logging.getLogger("outpace.engine")
 
@@ -35,6 +36,8 @@ def make_forward(model: TargetModel, deterministic: bool, say: Say) -> PagedForw
     """
     if not isinstance(model, LlamaModel):
         return AttentionKernels(model)
+    if deterministic and not all(isinstance(layer, Linear) for layer in model.linears().values()):
+        raise ConfigError("deterministic: there are no such kernels for quantised layers; take a model without them")
     forward = LlamaKernels(model, deterministic=deterministic)
     if deterministic and not tiles_agree(model.device, model.dtype):
         raise ConfigError("deterministic: this GPU rounds matrix products of different tile sizes differently")

@@ -60,6 +60,11 @@ class CpuLinear:
         result = out[:, : self.out_features]
         return result if self.bias is None else result + self.bias
 
+    @property
+    def format(self) -> str:
+        """How the weight is stored."""
+        return self._stored.format.name
+
     def plain_weight(self) -> Tensor:
         """W [O, K] in float32."""
         return self._stored.dequantize()

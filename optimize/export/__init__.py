@@ -1,0 +1,1 @@
+"""Quantised models of ours as Hugging Face directories that other engines load."""

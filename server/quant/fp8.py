@@ -1,0 +1,24 @@
+"""Layers of fp8 (e4m3) weights, activations as they come or in fp8 with one scale a token.
+
+CPU: dequantised (`dequantized`); activations are rounded to fp8 all the same, sums are float32 in a float32 network.
+Processors without AMX-FP8 have no products of fp8 numbers, and torch's `_scaled_mm` converts at each call there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.quant.dequantized import DequantizedLinear
+from server.quant.formats import QuantizedWeight
+from server.quant.layer import LinearLayer
+
+
+def on_cpu(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearLayer:
+    """The layer for activations of `dtype`."""
+    return DequantizedLinear(weight, bias, dtype)
+
+
+def on_cuda(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearLayer:
+    """The layer for activations of `dtype`."""
+    return DequantizedLinear(weight, bias, dtype)

@@ -1,0 +1,119 @@
+"""Low-precision products of a few tokens against their dequantised twins: formats, tiles, parts, odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.kernels.eightbit_linear import (
+    gate_up8,
+    gate_up8_reference,
+    linear8,
+    linear8_parts,
+    linear8_reference,
+)
+from server.kernels.eightbit_product import pack_groups
+from server.kernels.eightbit_tiles import EightTile, Weight, candidates
+from server.kernels.quantize import total_reference
+from server.kernels.skinny_tiles import Kind
+from server.quant.formats import LinearFormat, reference_linear
+from tests.kernels.close import assert_close
+from tests.kernels.conftest import ON_GPU
+from tests.kernels.eightbit_cases import (
+    FORMATS,
+    TILES,
+    activations,
+    as_weight,
+    made,
+    poisoned,
+    quantized_weight,
+    tile_for,
+)
+
+SHAPES = [(1, 16, 64), (5, 33, 96), (20, 40, 160)]
+if ON_GPU:
+    SHAPES += [(1, 4096, 4096), (8, 1536, 576), (64, 4096, 14336), (33, 1000, 992)]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(name: str, tile: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+    m, n, k = shape
+    case = made(name, m, n, k, device, dtype)
+    bias = torch.randn(n).to(device, dtype) if m % 2 else None
+    expected = linear8_reference(case.x, case.plain, bias).to(dtype)
+    found = linear8(poisoned(case.x), case.weight, dtype, bias, tile=tile_for(tile, k, case.weight.group))
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("parts", "k"), [(2, 128), (3, 160), (4, 96)])
+def test_parts_add_up(name: str, parts: int, k: int, swap: bool, device: torch.device, dtype: torch.dtype) -> None:
+    m, n = 3, 40
+    case = made(name, m, n, k, device, dtype)
+    tile = EightTile(16, 32, parts=parts, swap=swap, num_stages=2)
+    bias = torch.randn(n).to(device, dtype)
+    sums = linear8_parts(poisoned(case.x), case.weight, bias, tile=tile)
+    assert sums.parts.shape == (parts, m, n)
+    torch.testing.assert_close(total_reference(sums), linear8_reference(case.x, case.plain, bias), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_and_up(
+    name: str, tile: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> None:
+    m, n, k = shape
+    case = made(name, m, 2 * n, k, device, dtype)
+    bias = torch.randn(2 * n).to(device, dtype) if m % 2 else None
+    expected = gate_up8_reference(case.x, case.plain, bias).to(dtype)
+    found = gate_up8(poisoned(case.x), case.weight, dtype, bias, tile=tile_for(tile, k, case.weight.group))
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "w4a8-int8", "w4a8-fp8"])
+def test_it_is_what_the_format_says(name: str, device: torch.device) -> None:
+    stored = quantized_weight(FORMATS[name], 24, 64, device)
+    x = torch.randn(3, 64, device=device)
+    found = linear8(activations(x, stored.format.activations), as_weight(stored), torch.float32, tile=TILES["plain"])
+    torch.testing.assert_close(found, reference_linear(x, stored), rtol=1e-4, atol=1e-4)
+
+
+def test_groups_are_padded_to_pairs() -> None:
+    numbers = torch.randint(-8, 8, (3, 48)).float()
+    scales = torch.rand(3, 3)
+    packed, spread = pack_groups(numbers, scales, 16, "int8")
+    assert packed.shape == (3, 32) and spread.shape == (4, 3)
+    assert torch.equal(spread[3], torch.zeros(3)) and torch.equal(spread[:3].t(), scales / 16)
+    low = (packed << 4 >> 4).view(3, 2, 16)
+    high = (packed >> 4).view(3, 2, 16)
+    assert torch.equal(torch.stack([low, high], 2).flatten(1)[:, :48].float(), numbers)
+
+
+def test_a_tile_that_cannot_be_is_refused(device: torch.device) -> None:
+    case = made("int8", 1, 16, 64, device, torch.float32)
+    with pytest.raises(ValueError, match="streamed"):
+        linear8(case.x, case.weight, torch.float32, tile=EightTile(16, 64, swap=True))
+    with pytest.raises(ValueError, match="parts"):
+        linear8(case.x, case.weight, torch.float32, tile=EightTile(16, 32, parts=2))
+    wide = made("int8", 65, 16, 64, device, torch.float32)
+    with pytest.raises(ValueError, match="1 to 64 tokens"):
+        linear8(wide.x, wide.weight, torch.float32)
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (6144, 4096), (576, 1536), (960, 576), (128256, 4096)])
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 64])
+def test_every_shape_has_candidates(kind: Kind, n: int, k: int, num_tokens: int) -> None:
+    found = candidates(kind, num_tokens, n, k)
+    assert found and len({t.name for t in found}) == len(found)
+    assert all(t.parts == 1 for t in found) or kind is Kind.RESIDUAL
+    assert all(not t.swap or t.block_k < k for t in found)
+
+
+def test_smooth_and_grouped_formats_are_named() -> None:
+    assert LinearFormat("int8", "int8", smooth=True).name == "int8+int8-smooth"
+    assert Weight(torch.zeros(3, 4, dtype=torch.int8), torch.zeros(3), 4).rows == 3
