@@ -23,6 +23,8 @@ _FEW, _MANY = 16, 144
 """Words of the two prompts whose token counts give the scale."""
 _ORDER = ("usage", "token_ids", "chunks")
 """What is tried by itself; asking for log-probabilities would cost the server time."""
+_NOT_NOW = ("connect", "timeout", "http_401", "http_403", "http_429", "http_503")
+"""Ends that asking in another way would not change."""
 
 
 class ProbeError(LoadTestError):
@@ -49,6 +51,8 @@ async def probe(settings: Settings) -> Server:
                 scale = await _scale(http, settings, Server(model, way), record)
                 return Server(model, way, scale)
             refusals.append(f"{way}: {record.end} {record.message}".strip())
+            if record.end in _NOT_NOW:
+                break
         raise ProbeError(
             f"url: {settings.target.url!r} does not stream answers that can be counted; "
             f"use an OpenAI-compatible server ({' | '.join(refusals)})"

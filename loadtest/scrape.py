@@ -9,7 +9,7 @@ import aiohttp
 
 from loadtest.settings import Settings
 
-_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([^ ]+)", re.MULTILINE)
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
 _POSITION = re.compile(r'position="(\d+)"')
 
 
