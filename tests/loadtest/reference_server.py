@@ -3,8 +3,8 @@
     python reference_server.py PORT
 
 `POST /script` sets what is streamed: `{"ttft_s", "gap_s", "tokens"}`, each a number or a list to go through
-(request by request for `ttft_s`, chunk by chunk for the others). A `stall` of `[at_s, length_s]` sends nothing in that time after
-the first request. `GET /log` gives the times of all chunks of all requests, on the machine's monotonic clock.
+(request by request for `ttft_s`, chunk by chunk for the others). A `stall` of
+`[at_s, length_s]` sends nothing in that time after the first request; what comes after it is late by as much. `GET /log` gives the times of all chunks of all requests, on the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -97,11 +97,10 @@ class Connection(asyncio.Protocol):
     def schedule(self) -> None:
         stall = self.state.script.get("stall")
         assert self.state.began is not None
-        due = self.due
-        if stall is not None and stall[0] <= due - self.state.began < stall[0] + stall[1]:
-            due = self.state.began + stall[0] + stall[1]
+        if stall is not None and stall[0] <= self.due - self.state.began < stall[0] + stall[1]:
+            self.due = self.state.began + stall[0] + stall[1]
         loop = asyncio.get_running_loop()
-        loop.call_later(max(0.0, due - time.monotonic()), self.emit)
+        loop.call_later(max(0.0, self.due - time.monotonic()), self.emit)
 
     def emit(self) -> None:
         if self.transport.is_closing():
