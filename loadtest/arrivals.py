@@ -23,8 +23,9 @@ _CHUNK = 1024
 def unit_times(process: str, burstiness: float, seed: int) -> Iterator[float]:
     """Arrival times at one a second, without end; the first gap is drawn like the others.
 
-    `burstiness` is the gamma's shape, as in `vllm bench serve`: 1 is Poisson, below 1 is burstier (the squared coefficient of variation of
-    the gaps is its inverse). Raises LoadTestError for an unknown process or a shape that is not positive.
+    `burstiness` is the gamma's shape, as in `vllm bench serve`: 1 is Poisson, below 1 is burstier (the squared
+    coefficient of variation of the gaps is its inverse). Raises LoadTestError for an unknown process or a shape that
+    is not positive.
     """
     if process not in PROCESSES:
         raise invalid("arrivals", process, f"one of {', '.join(PROCESSES)}")

@@ -22,7 +22,8 @@ def warnings(runs: Sequence[Seen], way: str, limited: bool) -> list[str]:
     busiest = max((one.cpu_share for one in health), default=0.0)
     if busiest > MAX_CPU_SHARE:
         found.append(
-            f"generator-cpu: a generator process took {busiest:.0%} of a core, so latency may be its own; use more --processes"
+            f"generator-cpu: a generator process took {busiest:.0%} of a core, so latency may be its own; "
+            "use more --processes"
         )
     lags = [lag for one in health for lag in one.lags]
     lag = float(np.percentile(lags, 99)) if lags else 0.0

@@ -2,7 +2,8 @@
 
 A line is known by its keys:
 
-- `{"prompt"}` (a string) or `{"messages"}`, as in `vllm bench serve --dataset-name custom`; `{"turns": ["…", "…"]}` as in MT-Bench;
+- `{"prompt"}` (a string) or `{"messages"}`, as in `vllm bench serve --dataset-name custom`; `{"turns": ["…", "…"]}`
+as in MT-Bench;
 - `{"text"}`, `{"session_id", "turns": [{"text", "delay"}]}`: AIPerf's `single_turn`, `random_pool` and `multi_turn`;
 - `{"timestamp", "input_length", "output_length", "hash_ids"}`, or with `text_input`: a Mooncake trace;
 - `{"conversations": [{"from", "value"}]}`: ShareGPT, which may also be one JSON list.

@@ -7,17 +7,16 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import orjson
 
 from loadtest.asserts import Outcome
-from loadtest.measure import Seen, Summary, token_intervals, tpot
-from loadtest.plan import Server
+from loadtest.measure import Seen, token_intervals, tpot
 from loadtest.record import Record
+from loadtest.runs import Measured
 from loadtest.samples import Sample
-from loadtest.settings import Settings
 
 AIPERF_PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 AIPERF_SCHEMA = "1.2"
@@ -30,27 +29,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
 
 
-def vllm_result(
-    settings: Settings,
-    server: Server,
-    summary: Summary,
-    runs: Sequence[Summary],
-    seen: Sequence[Seen],
-    outcomes: Sequence[Outcome],
-) -> dict[str, Any]:
+def vllm_result(measured: Measured, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """As `vllm bench serve --save-result --save-detailed`: seconds in the lists, milliseconds in the figures.
 
-    `ttfts` and `latencies` begin when a request was sent, as there, and `queue_times` are what lies before; the figures in
-    milliseconds begin when it was meant to be sent. What vLLM has no name for is under `outpace`.
+    `ttfts` and `latencies` begin when a request was sent, as there, and `queue_times` are what lies before; the
+    figures in milliseconds begin when it was meant to be sent. What vLLM has no name for is under `outpace`.
     """
-    records = [record for run in seen for record in run.measured]
+    settings, summary = measured.settings, measured.summary
+    records = [record for run in measured.seen for record in run.measured]
     rate = settings.load.rate
     found: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
         "backend": "openai-chat" if settings.target.endpoint == "chat" else "openai",
         "endpoint_type": "openai-chat" if settings.target.endpoint == "chat" else "openai",
         "label": None,
-        "model_id": server.model,
+        "model_id": measured.server.model,
         "tokenizer_id": None,
         "num_prompts": len(records),
         "request_rate": "inf" if rate is None or math.isinf(rate) else rate,
@@ -76,7 +69,7 @@ def vllm_result(
             "spec_decode_per_position_acceptance_rates": spec.per_position,
         }
     found["outpace"] = {
-        "token_counts": server.way,
+        "token_counts": measured.server.way,
         "seed": settings.seed,
         "errors_by_kind": summary.errors,
         "cached_tokens": summary.cached_tokens,
@@ -84,7 +77,7 @@ def vllm_result(
             metric: {name: [interval.low, interval.high] for name, interval in of.items()}
             for metric, of in summary.intervals.items()
         },
-        "runs": [run.values(settings.output.percentiles) for run in runs],
+        "runs": [run.values(settings.output.percentiles) for run in measured.runs],
         "warnings": summary.warnings,
         "asserts": [{"assert": str(o.assertion), "value": o.value, "holds": o.holds} for o in outcomes],
     }
@@ -111,9 +104,10 @@ def _of(values: Sequence[float]) -> Sample:
     return Sample(np.asarray(values, np.float64), np.arange(len(values)))
 
 
-def aiperf_result(settings: Settings, summary: Summary, seen: Sequence[Seen]) -> dict[str, Any]:
+def aiperf_result(measured: Measured) -> dict[str, Any]:
     """As AIPerf's `profile_export_aiperf.json`. There the inter-token latency is one mean a request: our `tpot`."""
-    timed = [record for run in seen for record in run.measured if record.end == "ok" and not record.slow]
+    settings, summary = measured.settings, measured.summary
+    timed = [record for run in measured.seen for record in run.measured if record.end == "ok" and not record.slow]
     second = [1e3 * (r.times[1] - r.times[0]) for r in timed if len(r.times) > 1]
     speeds = [1 / value for record in timed for value in tpot(record) if value]
     scalars = {
@@ -145,18 +139,23 @@ def aiperf_result(settings: Settings, summary: Summary, seen: Sequence[Seen]) ->
 
 
 COLUMNS = (
-    *("run", "session", "turn", "end", "intended_s", "sent_s", "first_token_s", "last_token_s", "ended_s"),
+    *("part", "run", "session", "turn", "end", "intended_s", "sent_s", "first_token_s", "last_token_s", "ended_s"),
     *("input_tokens", "cached_tokens", "output_tokens", "chunks", "slow", "message"),
 )
 
 
-def write_csv(file: TextIO, seen: Sequence[Seen]) -> None:
-    """A line for each request behind the warm-up; times are seconds since its run began."""
-    writer = csv.writer(file)
-    writer.writerow(COLUMNS)
-    for number, run in enumerate(seen):
-        for record in run.measured:
-            writer.writerow([number, *_cells(record)])
+def write_requests(path: Path, parts: Sequence[tuple[str, Sequence[Seen]]]) -> None:
+    """CSV: a line for each request behind the warm-up; times are seconds of its run.
+
+    `parts` are loads or sides by name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for name, runs in parts:
+            for number, run in enumerate(runs):
+                writer.writerows([name, number, *_cells(record)] for record in run.measured)
 
 
 def _cells(record: Record) -> list[object]:

@@ -41,8 +41,9 @@ class Live:
             now.errors += progress.errors
         passed = max(now.at - self._before.at, 1e-9)
         line = (
-            f"{now.at:6.1f} s  sent {now.sent}  done {now.ended}  open {now.sent - now.ended}  errors {now.errors.total()}  "
-            f"{(now.ended - self._before.ended) / passed:.1f} req/s  {(now.tokens - self._before.tokens) / passed:.0f} tok/s"
+            f"{now.at:6.1f} s  sent {now.sent}  done {now.ended}  open {now.sent - now.ended}  "
+            f"errors {now.errors.total()}  {(now.ended - self._before.ended) / passed:.1f} req/s  "
+            f"{(now.tokens - self._before.tokens) / passed:.0f} tok/s"
         )
         if self._ttfts:
             line += f"  ttft p50 {1e3 * statistics.median(self._ttfts):.0f} max {1e3 * max(self._ttfts):.0f} ms"

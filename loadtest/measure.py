@@ -27,7 +27,8 @@ METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One run: its records, how the generator fared, what the server counted meanwhile. What was meant to go before `begin` is warm-up."""
+    """One run: its records, how the generator fared, what the server counted meanwhile. What was meant to go before
+    `begin` is warm-up."""
 
     records: Sequence[Record]
     health: Sequence[Health] = ()
@@ -74,6 +75,11 @@ _VALUES: dict[str, Callable[[Record], list[float]]] = {
 }
 
 
+def values_of(record: Record, metric: str) -> list[float]:
+    """Seconds of one of METRICS (`client_queue_time` left out) in a record that has times."""
+    return _VALUES[metric](record)
+
+
 def _sampled(records: Sequence[Record], values: Callable[[Record], list[float]]) -> Sample:
     found = [values(record) for record in records]
     flat = (1e3 * value for one in found for value in one)
@@ -111,6 +117,12 @@ class Summary:
     speculation: Speculation | None
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def user_speed(self) -> float:
+        """Tokens a second that the middle user sees once the answer has begun: the inverse of the median TPOT."""
+        middle = self.samples["tpot"].percentile(50)
+        return 1e3 / middle if middle > 0 else float("nan")
+
     def values(self, percentiles: Iterable[float]) -> dict[str, float]:
         """All figures by the names of `vllm bench serve`, for assertions and exports."""
         found: dict[str, float] = {
@@ -126,6 +138,7 @@ class Summary:
             "total_token_throughput": self.total_token_throughput,
             "max_output_tokens_per_s": self.max_output_tokens_per_s,
             "max_concurrent_requests": self.max_concurrent_requests,
+            "user_speed": self.user_speed,
         }
         if self.request_goodput is not None:
             found["request_goodput"] = self.request_goodput
@@ -141,7 +154,7 @@ class Summary:
 SCALARS = (
     *("duration", "completed", "failed", "cancelled", "error_rate", "total_input_tokens", "total_output_tokens"),
     *("request_throughput", "output_throughput", "total_token_throughput", "request_goodput"),
-    *("max_output_tokens_per_s", "max_concurrent_requests", "spec_decode_acceptance_rate"),
+    *("max_output_tokens_per_s", "max_concurrent_requests", "user_speed", "spec_decode_acceptance_rate"),
     "spec_decode_acceptance_length",
     *(f"{kind}_{name}_ms" for name in METRICS for kind in ("mean", "median", "std")),
 )
@@ -157,7 +170,8 @@ def measure(runs: Sequence[Seen], objectives: Sequence[Objective], percentiles: 
     samples["client_queue_time"] = _sampled(records, lambda record: [record.sent - record.intended])
     duration = sum(max(run.end - run.begin, 1e-9) for run in runs)
     inside = sum(count for run in runs for record in run.records for count in _counts_from(record, run.begin))
-    # What the streams could not tell apart (chunks of unknown size), usage did: throughput is of the tokens that were made.
+    # What the streams could not tell apart (chunks of unknown size), usage did: throughput is of the tokens that were
+    # made.
     streamed = sum(sum(record.tokens) for run in runs for record in run.records)
     made = sum(record.output_tokens for run in runs for record in run.records)
     output = inside * (made / streamed if streamed else 0.0)
@@ -201,8 +215,8 @@ def per_second(run: Seen, width_s: float = 1.0) -> tuple[Array, Array]:
     if not pairs:
         return np.zeros(0), np.zeros(0)
     at, count = np.asarray(pairs, np.float64).T
-    sums = np.bincount((at / width_s).astype(np.int64), count)
-    return np.arange(len(sums)) * width_s, sums / width_s
+    sums: Array = np.bincount((at / width_s).astype(np.int64), count).astype(np.float64)
+    return np.arange(len(sums), dtype=np.float64) * width_s, sums / width_s
 
 
 def peak_concurrency(records: Iterable[Record]) -> int:

@@ -1,4 +1,5 @@
-"""Options of `outpace loadtest`, and the one place where they become settings. Light: every `outpace` command imports this."""
+"""Options of `outpace loadtest`, and the one place where they become settings. Light: every `outpace` command imports
+this."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ def add_loadtest_options(parser: argparse.ArgumentParser) -> None:
     _target(parser)
     _load(parser)
     _asked(parser)
+    _modes(parser)
     _output(parser)
 
 
@@ -108,6 +110,22 @@ def _asked(parser: argparse.ArgumentParser) -> None:
     )
     add("--slow-share", type=float, default=0.0, metavar="P", help="share of requests read slowly [0]")
     add("--slow-bytes-per-s", type=float, default=200.0, metavar="B", help="how slowly [200]")
+
+
+def _modes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("several runs").add_argument
+    add("--sweep-rates", default="", metavar="LIST", help="one test at each rate, as in 1,2,4,8")
+    add("--sweep-concurrency", default="", metavar="LIST", help="one test at each concurrency, as in 1,8,64")
+    add(
+        "--find-highest",
+        action="append",
+        default=[],
+        metavar="TEST",
+        help="search from --rate or --concurrency for the highest one that keeps TEST, as in p95_ttft_ms<200",
+    )
+    add("--precision", type=float, default=0.05, metavar="P", help="of the highest load, relative [0.05]")
+    add("--compare", metavar="URL", help="measure a second server in turn with the first; ratios with intervals")
+    add("--twin", action="store_true", help="the same server without and with speculation, in turn (Outpace only)")
 
 
 def _output(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from loadtest.asserts import check_metrics, parse_assertion, parse_objective, pe
 from loadtest.distribution import parse_distribution
 from loadtest.errors import invalid
 from loadtest.measure import METRICS, SCALARS
-from loadtest.settings import Asked, Load, Output, Settings, Target
+from loadtest.settings import Asked, Load, Modes, Output, Settings, Target
 
 _OWN = ("model", "messages", "prompt", "stream", "stream_options", "n")
 """Fields of a body that the load test sets itself, or could not measure."""
@@ -23,9 +24,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
     target = Target(
         options.url, options.endpoint, options.model, _headers(options), options.timeout_s, options.token_counts
     )
+    modes = _modes(options, target)
+    rate, concurrency = options.rate, options.concurrency
+    if options.sweep_concurrency:
+        concurrency = round(max(modes.loads))
+    elif options.sweep_rates:
+        rate = modes.loads[0]
     load = Load(
-        rate=options.rate,
-        concurrency=options.concurrency,
+        rate=rate,
+        concurrency=concurrency,
         replay=options.replay,
         speed=options.speed,
         arrivals=options.arrivals if options.burstiness == 1 or options.arrivals != "poisson" else "gamma",
@@ -45,7 +52,21 @@ def settings_of(options: argparse.Namespace) -> Settings:
         repeats=options.repeat,
         seed=options.seed,
         processes=options.processes,
+        modes=modes,
     )
+
+
+def _modes(options: argparse.Namespace, target: Target) -> Modes:
+    loads = [
+        *_numbers("sweep_rates", options.sweep_rates),
+        *_numbers("sweep_concurrency", options.sweep_concurrency),
+    ]
+    if options.sweep_rates and options.sweep_concurrency:
+        raise invalid("sweep_rates", options.sweep_rates, "either --sweep-rates or --sweep-concurrency")
+    tests = tuple(parse_assertion(text) for text in options.find_highest)
+    check_metrics(tests, SCALARS, METRICS)
+    other = None if options.compare is None else replace(target, url=options.compare, model=None)
+    return Modes(tuple(loads), tests, options.precision, other, options.twin)
 
 
 def _headers(options: argparse.Namespace) -> dict[str, str]:
@@ -84,6 +105,7 @@ def _asked(options: argparse.Namespace) -> Asked:
 def _output(options: argparse.Namespace) -> Output:
     asserts = tuple(parse_assertion(text) for text in options.asserts)
     check_metrics(asserts, SCALARS, METRICS)
+    tests = [parse_assertion(text) for text in options.find_highest]
     percentiles = _numbers("percentiles", options.percentiles)
     if not percentiles or not all(0 < percent <= 100 for percent in percentiles):
         raise invalid("percentiles", options.percentiles, "a list of numbers above 0, at most 100")
@@ -95,7 +117,7 @@ def _output(options: argparse.Namespace) -> Output:
         objectives=tuple(parse_objective(text) for text in options.goodput),
         asserts=asserts,
         live=options.live,
-        percentiles=tuple(sorted({*percentiles, *percentiles_of(asserts)})),
+        percentiles=tuple(sorted({*percentiles, *percentiles_of(asserts), *percentiles_of(tests)})),
     )
 
 

@@ -24,7 +24,8 @@ DEFAULT_OUTPUT = 128
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What was found out of the target before the run: its model, how to count its tokens, the scale of its tokenizer."""
+    """What was found out of the target before the run: its model, how to count its tokens, the scale of its
+    tokenizer."""
 
     model: str
     way: str

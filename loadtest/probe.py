@@ -1,4 +1,5 @@
-"""What is found out of the target before the run, over HTTP: its model, how its chunks can be counted, its tokens a word."""
+"""What is found out of the target before the run, over HTTP: its model, how its chunks can be counted, its tokens a
+word."""
 
 from __future__ import annotations
 

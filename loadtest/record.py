@@ -13,7 +13,8 @@ class Record:
     """Times are seconds since the run began, on one monotonic clock for all processes.
 
     `times[i]` is when `tokens[i]` new tokens arrived together; events of one read are one arrival. `output_tokens` is
-    what the server's usage says, or the sum of `tokens`. `slow` readers held themselves up: their latency is not the server's.
+    what the server's usage says, or the sum of `tokens`. `slow` readers held themselves up: their latency is not the
+    server's.
     """
 
     intended: float

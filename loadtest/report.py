@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.asserts import Outcome
+from loadtest.asserts import Assertion, Outcome
 from loadtest.measure import METRICS, Summary
 from loadtest.settings import Settings
+from loadtest.sweep import Point, highest, knee, pareto
 
 _RUNS = ("request_throughput", "output_throughput", "median_ttft_ms", "median_itl_ms", "p99_ttft_ms")
 """Figures whose spread over repeated runs is told."""
@@ -15,7 +16,8 @@ _RUNS = ("request_throughput", "output_throughput", "median_ttft_ms", "median_it
 def lines(settings: Settings, summary: Summary, runs: Sequence[Summary], outcomes: Sequence[Outcome]) -> list[str]:
     """The report as plain lines: counts, rates, latencies with intervals, speculation, warnings, assertions."""
     found = [
-        f"{summary.completed} completed, {summary.failed} failed, {summary.cancelled} cancelled in {summary.duration:.1f} s"
+        f"{summary.completed} completed, {summary.failed} failed, {summary.cancelled} cancelled "
+        f"in {summary.duration:.1f} s"
         + (f"; {summary.slow} slow readers are not in the latencies" if summary.slow else ""),
         *(f"  {count} x {kind}" for kind, count in summary.errors.items()),
         f"requests/s {summary.request_throughput:.2f}   output tokens/s {summary.output_throughput:.1f} "
@@ -30,15 +32,48 @@ def lines(settings: Settings, summary: Summary, runs: Sequence[Summary], outcome
         spec = summary.speculation
         positions = " ".join(f"{rate:.2f}" for rate in spec.per_position)
         found.append(
-            f"speculation: acceptance {spec.acceptance_rate:.3f}, {spec.acceptance_length:.2f} tokens a verify step with drafts"
+            f"speculation: acceptance {spec.acceptance_rate:.3f}, "
+            f"{spec.acceptance_length:.2f} tokens a verify step with drafts"
             + (f"; by position {positions}" if positions else "")
         )
     if len(runs) > 1:
         found += _spread(runs, settings.output.percentiles)
     found += [f"warning: {warning}" for warning in summary.warnings]
-    for outcome in outcomes:
-        found.append(f"{'holds' if outcome.holds else 'FAILS'}: {outcome.assertion} ({outcome.value:.4g})")
+    return [*found, *outcome_lines(outcomes)]
+
+
+def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each assertion."""
+    return [f"{'holds' if o.holds else 'FAILS'}: {o.assertion} ({o.value:.4g})" for o in outcomes]
+
+
+def sweep_lines(points: Sequence[Point], tests: Sequence[Assertion], unit: str) -> list[str]:
+    """A table of the loads, then the highest one that keeps the tests, the knee and the Pareto front."""
+    found = aligned(sweep_table(points, unit))
+    if tests:
+        best, said = highest(points), " and ".join(map(str, tests))
+        found.append(f"highest load with {said}: " + (f"{best.load:.4g} {unit}" if best is not None else "none"))
+    bend = knee(points)
+    if bend is not None:
+        found.append(f"knee (most throughput over latency): {bend.load:.4g} {unit}")
+    front = ", ".join(f"{point.load:.4g}" for point in pareto(points))
+    found.append(f"Pareto front of user speed and throughput, fastest users first: {front} {unit}")
     return found
+
+
+def sweep_table(points: Sequence[Point], unit: str) -> list[list[str]]:
+    """A line for each load, in ascending order."""
+    rows = [
+        [unit, "done", "failed", "req/s", "tokens/s", "user tokens/s", "ttft p50", "p99", "tpot p50", "p99", "kept"]
+    ]
+    for point in sorted(points, key=lambda point: point.load):
+        of = point.summary
+        ttft, tpot = of.samples["ttft"], of.samples["tpot"]
+        figures = [of.request_throughput, of.output_throughput, of.user_speed]
+        figures += [ttft.percentile(50), ttft.percentile(99), tpot.percentile(50), tpot.percentile(99)]
+        counts = [f"{point.load:.4g}", str(of.completed), str(of.failed)]
+        rows.append([*counts, *(f"{value:.2f}" for value in figures), "yes" if point.holds else "no"])
+    return rows
 
 
 def _table(settings: Settings, summary: Summary) -> list[str]:
@@ -52,7 +87,12 @@ def _table(settings: Settings, summary: Summary) -> list[str]:
         interval = summary.intervals[name].get(f"p{percentiles[-1]:g}")
         told = f"{interval.low:.2f} - {interval.high:.2f}" if interval is not None else ""
         rows.append([name, f"{of.mean:.2f}", *(f"{of.percentile(percent):.2f}" for percent in percentiles), told])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of one width each, the first one flush left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
             cell.ljust(width) if not column else cell.rjust(width)

@@ -56,7 +56,8 @@ class Interval:
 def intervals(of: Sample, percents: Iterable[float], seed: int = 0) -> dict[str, Interval]:
     """Bootstrap percentile intervals (Efron 1979) of the mean and the percentiles: keys `mean` and `pN`.
 
-    Whole requests are drawn, not single values: the tokens of one answer are not independent (cluster bootstrap, Davison
+    Whole requests are drawn, not single values: the tokens of one answer are not independent (cluster bootstrap,
+    Davison
     and Hinkley 1997, section 3.8). Requests are taken as independent, which under queueing makes intervals optimistic.
     """
     percents = list(percents)

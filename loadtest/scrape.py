@@ -15,7 +15,8 @@ _POSITION = re.compile(r'position="(\d+)"')
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Counts since the server began, or between two moments. `drafts` are sequences' verify steps that had draft tokens."""
+    """Counts since the server began, or between two moments. `drafts` are sequences' verify steps that had draft
+    tokens."""
 
     drafts: float = 0.0
     draft_tokens: float = 0.0

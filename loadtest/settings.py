@@ -40,7 +40,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests arrive: a `rate`, a `concurrency` or a replay. `requests` counts sessions; either it or `duration_s` ends the run."""
+    """How requests arrive: a `rate`, a `concurrency` or a replay. `requests` counts sessions; either it or
+    `duration_s` ends the run."""
 
     rate: float | None = None
     concurrency: int | None = None
@@ -123,6 +124,33 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Modes:
+    """Several runs in place of one: at each of `loads`, a search for the highest that keeps `tests`, or two sides in
+    turn."""
+
+    loads: tuple[float, ...] = ()
+    tests: tuple[Assertion, ...] = ()
+    precision: float = 0.05
+    compare: Target | None = None
+    twin: bool = False
+
+    def __post_init__(self) -> None:
+        positive("precision", self.precision)
+        if [bool(self.loads), bool(self.tests), self.compare is not None, self.twin].count(True) > 1:
+            raise LoadTestError(
+                "sweep_rates: one of --sweep-rates, --sweep-concurrency, --find-highest, --compare and --twin; "
+                "use just one"
+            )
+        for load in self.loads:
+            positive("sweep_rates", load)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether two things are compared."""
+        return self.compare is not None or self.twin
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """A whole load test. `warmup_s` cuts what was meant to be sent before; `repeats` runs are measured alike."""
 
@@ -134,8 +162,11 @@ class Settings:
     repeats: int = 1
     seed: int = 0
     processes: int = 1
+    modes: Modes = Modes()
 
     def __post_init__(self) -> None:
+        if self.load.replay and (self.modes.loads or self.modes.tests):
+            raise invalid("replay", True, "a --rate or a --concurrency where several loads are measured")
         not_negative("warmup_s", self.warmup_s)
         not_negative("seed", self.seed)
         positive("repeats", self.repeats)

@@ -14,8 +14,8 @@ COUNTS: dict[str, dict[str, Any]] = {
 
 CAVEATS = {
     "chunks": (
-        "chunks-as-tokens: the server does not say how many tokens a chunk carries, so each chunk with text counts as one "
-        "in inter-token latency; totals and time per output token are exact where it reports usage"
+        "chunks-as-tokens: the server does not say how many tokens a chunk carries, so each chunk with text counts "
+        "as one in inter-token latency; totals and time per output token are exact where it reports usage"
     ),
     "logprobs": "logprobs-cost: log-probabilities are asked for in order to count tokens, which costs the server time",
 }

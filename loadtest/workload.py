@@ -10,7 +10,8 @@ from typing import Any
 class Turn:
     """One request of a session.
 
-    `messages` are added to the conversation so far; in a completion their contents are joined. `max_tokens` None leaves it to the server.
+    `messages` are added to the conversation so far; in a completion their contents are joined. `max_tokens` None
+    leaves it to the server.
     `delay_s` passes between the answer before and this turn. `fields` are further fields of the body.
     """
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import uvloop
 
+from loadtest.distribution import constant
 from loadtest.measure import Seen
 from loadtest.plan import Job, Server
 from loadtest.processes import generate
 from loadtest.settings import Asked, Load, Settings, Target
-from loadtest.distribution import constant
 
 SCRIPT = Path(__file__).with_name("reference_server.py")
 

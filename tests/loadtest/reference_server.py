@@ -4,7 +4,8 @@
 
 `POST /script` sets what is streamed: `{"ttft_s", "gap_s", "tokens"}`, each a number or a list to go through
 (request by request for `ttft_s`, chunk by chunk for the others). A `stall` of
-`[at_s, length_s]` sends nothing in that time after the first request; what comes after it is late by as much. `GET /log` gives the times of all chunks of all requests, on the machine's monotonic clock.
+`[at_s, length_s]` sends nothing in that time after the first request; what comes after it is late by as much. `GET
+/log` gives the times of all chunks of all requests, on the machine's monotonic clock.
 """
 
 from __future__ import annotations

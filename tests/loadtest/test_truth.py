@@ -61,7 +61,7 @@ def truth(sent: list[list[float]], intended: list[float], tokens: list[int]) -> 
         for gap, count in zip(np.diff(times), tokens[1:], strict=True):
             values["gap"].append(1e3 * float(gap))
             values["itl"] += [1e3 * float(gap) / count] * count
-    found = {}
+    found: dict[str, float] = {}
     for name, of in values.items():
         found |= {f"mean_{name}_ms": float(np.mean(of)), f"median_{name}_ms": float(np.median(of))}
         found |= {f"p{percent:g}_{name}_ms": float(np.percentile(of, percent)) for percent in PERCENTILES}
@@ -90,7 +90,8 @@ def test_every_percentile_is_within_one_percent_of_the_script(name: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_percentile_is_within_one_percent_of_the_servers_log(server: Reference, name: str) -> None:
-    """In real time, against the server's own log. A busy machine wakes the client late, so there are several attempts."""
+    """In real time, against the server's own log. A busy machine wakes the client late, so there are several
+    attempts."""
     found = []
     for _ in range(ATTEMPTS):
         server.script(**SCRIPTS[name])
