@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import aiohttp
 
 from loadtest.client import Client
-from loadtest.plan import Bodies, Job, session_source, start_times
+from loadtest.plan import Bodies, Job
 from loadtest.record import OK, Record
 from loadtest.workload import Session
 
@@ -42,13 +42,13 @@ class Health:
 
 
 class Generator:
-    """Runs a job; `tell` gets a Progress now and then."""
+    """Runs a job from `start` on `time.monotonic`, which all processes share; `tell` gets a Progress now and then."""
 
-    def __init__(self, job: Job, http: aiohttp.ClientSession, tell: Callable[[Progress], None]) -> None:
+    def __init__(self, job: Job, start: float, http: aiohttp.ClientSession, tell: Callable[[Progress], None]) -> None:
         settings = job.settings
         self._job, self._load, self._tell = job, settings.load, tell
         self._bodies = Bodies(settings.target, settings.asked, job.server, job.seed)
-        self._client = Client(http, self._bodies.url, job.server.way, settings.target.timeout_s, job.start)
+        self._client = Client(http, self._bodies.url, job.server.way, settings.target.timeout_s, start)
         self._progress = Progress()
         limit = settings.load.max_concurrency
         # Processes share the limit as evenly as it goes.
@@ -70,27 +70,17 @@ class Generator:
 
     # -- arrivals ------------------------------------------------------------------------------------------------
 
-    def _mine(self) -> Iterator[tuple[int, Session]]:
-        """This process's sessions with their numbers: every n-th of all."""
-        settings = self._job.settings
-        source = enumerate(session_source(settings.asked, self._job.server.scale, self._job.seed))
-        return itertools.islice(source, self._job.share, None, settings.processes)
-
     async def _open(self) -> None:
-        settings = self._job.settings
-        times = start_times(self._load, settings.asked, self._job.server.scale, self._job.seed)
         async with asyncio.TaskGroup() as group:
-            for at, (number, session) in zip(times[self._job.share :: settings.processes], self._mine(), strict=False):
-                wait = at - self._client.now()
-                if wait > 0:
-                    await asyncio.sleep(wait)
+            for at, (number, session) in zip(self._job.times, self._job.sessions, strict=False):
+                # Also where it is late already: what was begun must have its turn.
+                await asyncio.sleep(max(0.0, at - self._client.now()))
                 group.create_task(self._session(number, session, at))
 
     async def _closed(self) -> None:
         settings = self._job.settings
-        starts = start_times(self._load, settings.asked, self._job.server.scale, self._job.seed)
         left = None if self._load.requests is None else itertools.count(self._job.share, settings.processes)
-        sessions = self._mine()
+        sessions = self._job.sessions
 
         async def user(start: float) -> None:
             await asyncio.sleep(max(0.0, start - self._client.now()))
@@ -102,7 +92,7 @@ class Generator:
                 at = self._client.now()
 
         async with asyncio.TaskGroup() as group:
-            for start in starts[self._job.share :: settings.processes]:
+            for start in self._job.times:
                 group.create_task(user(start))
 
     async def _session(self, number: int, session: Session, at: float) -> None:

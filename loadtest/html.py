@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -33,6 +33,7 @@ svg{width:100%;height:auto;display:block}svg text{font-size:13px;fill:var(--ink)
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:4px 10px;text-align:right;border-bottom:1px solid var(--faint);white-space:nowrap}
 td:first-child,th:first-child{text-align:left}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px}dt{font-weight:600}dd{margin:0}
 .bad{color:#c0392b;font-weight:600}.good{color:#2a9d5c;font-weight:600}
 """
 
@@ -71,7 +72,7 @@ def page(report: Report) -> str:
         *(_latencies(name, summary, report.percentiles) for name, summary in report.parts.items()),
         *(table(rows) for rows in report.tables),
         _warnings(report.parts.values()),
-        "<h2>What was run</h2>" + table([[name, value] for name, value in report.facts.items()], head=False),
+        "<h2>What was run</h2>" + _facts(report.facts),
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -80,13 +81,17 @@ def page(report: Report) -> str:
     )
 
 
-def table(rows: Sequence[Sequence[str]], head: bool = True) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text; the first one is the head's."""
     lines = []
     for number, row in enumerate(rows):
-        cell = "th" if head and number == 0 else "td"
+        cell = "td" if number else "th"
         lines.append("<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in row) + "</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in facts.items()) + "</dl>"
 
 
 def _outcomes(outcomes: Sequence[Outcome]) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,10 +119,23 @@ def _content(message: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one generator process is to do; pickled to it. `start` is on `time.monotonic`, which all processes share."""
+    """One generator process's part of a run: every n-th session.
+
+    `times`: when they, or a closed loop's users, begin.
+    """
 
     settings: Settings
     server: Server
     seed: int
-    share: int
-    start: float
+    times: Sequence[float]
+    sessions: Iterator[tuple[int, Session]]
+    share: int = 0
+
+
+def job_of(settings: Settings, server: Server, seed: int, share: int = 0) -> Job:
+    """Decides all that can be decided before the start: reading a file later would make the first requests late."""
+    every = slice(share, None, settings.processes)
+    times = start_times(settings.load, settings.asked, server.scale, seed)[every]
+    source = enumerate(session_source(settings.asked, server.scale, seed))
+    mine = itertools.islice(source, every.start, None, every.step)
+    return Job(settings, server, seed, times, itertools.chain([next(mine)], mine), share)

@@ -76,7 +76,8 @@ def acceptance(summaries: dict[str, Summary]) -> list[str]:
         if rates:
             kind = "bars" if len(summaries) == 1 else "both"
             series.append(Series(name, list(range(1, len(rates) + 1)), rates, kind))
-    positions = Axis("position in the draft", least=0.0)
+    longest = max((len(one.xs) for one in series), default=0)
+    positions = Axis("position in the draft", least=0.0, most=longest + 1.0)
     return [plot("Accepted draft tokens by position", series, positions, Axis("share", least=0.0, most=1.0))]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from loadtest.generator import Generator, Health, Progress
-from loadtest.plan import Job, Server
+from loadtest.plan import Job, Server, job_of
 from loadtest.record import Record
 from loadtest.settings import Settings
 
@@ -26,14 +26,14 @@ class Run:
     health: list[Health] = field(default_factory=list)
 
 
-async def generate(job: Job, tell: Callable[[Progress], None]) -> tuple[list[Record], Health]:
+async def generate(job: Job, start: float, tell: Callable[[Progress], None]) -> tuple[list[Record], Health]:
     """One job in this process's event loop."""
     connector = aiohttp.TCPConnector(limit=0)
     headers = {"Content-Type": "application/json", **job.settings.target.headers}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as http:
-        generator = Generator(job, http, tell)
-        await asyncio.sleep(max(0.0, job.start - time.monotonic()))
+        generator = Generator(job, start, http, tell)
+        await asyncio.sleep(max(0.0, start - time.monotonic()))
         await generator.run()
     return generator.records, generator.health
 
@@ -48,10 +48,11 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def work(settings: Settings, server: Server, seed: int, share: int, pipe: Connection) -> None:
     """A generator process's life: says that it is ready, waits for the start, runs, hands over."""
+    job = job_of(settings, server, seed, share)
     pipe.send("ready")
-    job = Job(settings, server, seed, share, pipe.recv())
+    start = pipe.recv()
     with asyncio.Runner(loop_factory=_loop) as runner:
-        pipe.send(runner.run(generate(job, pipe.send)))
+        pipe.send(runner.run(generate(job, start, pipe.send)))
 
 
 def run_processes(settings: Settings, server: Server, seed: int, show: Callable[[int, Progress], None]) -> Run:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 62
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 22, 12, 62
 _COLOURS = 6
 """Classes c0 … c5 of the page's style sheet."""
 
@@ -52,12 +52,7 @@ def scale_of(values: Sequence[float], axis: Axis) -> Scale:
     """A scale that shows all values; without any it is 0 to 1 (logarithmic: 1 to 10)."""
     known = [v for v in values if math.isfinite(v) and (v > 0 or not axis.logarithmic)]
     if axis.logarithmic:
-        low, high = (min(known), max(known)) if known else (1.0, 10.0)
-        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
-        high = high if high > low else low * 10
-        decades = round(math.log10(high / low))
-        every = max(1, math.ceil(decades / 6))
-        return Scale(low, high, True, tuple(low * 10**n for n in range(0, decades + 1, every)))
+        return _logarithmic(*((min(known), max(known)) if known else (1.0, 10.0)))
     low = axis.least if axis.least is not None else min(known, default=0.0)
     high = axis.most if axis.most is not None else max(known, default=1.0)
     if not high > low:
@@ -66,6 +61,19 @@ def scale_of(values: Sequence[float], axis: Axis) -> Scale:
     first = low if axis.least is not None else math.floor(low / step) * step
     last = high if axis.most is not None else math.ceil(high / step - 1e-9) * step
     return Scale(first, last, False, tuple(first + step * n for n in range(int((last - first) / step + 1e-9) + 1)))
+
+
+def _logarithmic(least: float, most: float) -> Scale:
+    """From a round number to a round number, with marks at 1, 2 and 5 or, over a long range, at powers of ten."""
+    first, last = math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1
+    round_ones = [m * 10.0**power for power in range(first, last + 1) for m in (1, 2, 5)]
+    low = max(v for v in round_ones if v <= least * (1 + 1e-9))
+    high = min(v for v in round_ones if v >= most * (1 - 1e-9) and v > low)
+    ticks = [v for v in round_ones if low <= v <= high]
+    if len(ticks) > 6:
+        powers = [10.0**power for power in range(first, last + 1) if low <= 10.0**power <= high]
+        ticks = powers[:: max(1, math.ceil(len(powers) / 6))]
+    return Scale(low, high, True, tuple(ticks))
 
 
 def _step(about: float) -> float:
@@ -136,7 +144,7 @@ def _drawn(one: Series, across: Scale, up: Scale, place: int) -> str:
     ]
     colour = f"c{place % _COLOURS}"
     if one.kind == "bars":
-        width = 0.7 * (WIDTH - _LEFT - _RIGHT) / max(1, len(points))
+        width = 0.7 * (WIDTH - _LEFT - _RIGHT) / (across.high - across.low)  # bars stand at whole numbers
         bars = (f"M{a - width / 2:.1f} {_y(0):.1f}V{b:.1f}h{width:.1f}V{_y(0):.1f}z" for a, b in points)
         return f'<path class="bar {colour}" d="{"".join(bars)}"/>'
     drawn = ""

@@ -16,7 +16,7 @@ import uvloop
 
 from loadtest.distribution import constant
 from loadtest.measure import Seen
-from loadtest.plan import Job, Server
+from loadtest.plan import Server, job_of
 from loadtest.processes import generate
 from loadtest.settings import Asked, Load, Settings, Target
 
@@ -44,9 +44,9 @@ class Reference:
         """One run in this process; also when it began on the monotonic clock."""
         wanted = Asked(input_tokens=constant(20), output_tokens=constant(num_tokens), **asked)
         settings = Settings(Target(self.url, timeout_s=20.0), load, wanted)
+        job = job_of(settings, Server("reference", way), 0)
         start = time.monotonic() + 0.05
-        job = Job(settings, Server("reference", way), 0, 0, start)
-        records, health = uvloop.run(generate(job, lambda progress: None))
+        records, health = uvloop.run(generate(job, start, lambda progress: None))
         records.sort(key=lambda record: record.intended)
         return Seen(records, [health]), start
 

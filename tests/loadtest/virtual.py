@@ -12,7 +12,7 @@ from unittest import mock
 
 from loadtest.distribution import constant
 from loadtest.measure import Seen
-from loadtest.plan import Job, Server
+from loadtest.plan import Server, job_of
 from loadtest.processes import generate
 from loadtest.settings import Asked, Load, Settings, Target
 from tests.loadtest.reference_server import Connection, State
@@ -78,8 +78,8 @@ def run(script: dict[str, Any], load: Load, workload: Asked, *, way: str = "usag
         server = await loop.create_server(lambda: Connection(state), "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         settings = Settings(Target(url, timeout_s=60.0), load, workload, warmup_s=warmup_s)
-        job = Job(settings, Server("reference", way), 0, 0, time.monotonic() + 0.1)
-        records, health = await generate(job, lambda progress: None)
+        job = job_of(settings, Server("reference", way), 0)
+        records, health = await generate(job, time.monotonic() + 0.1, lambda progress: None)
         server.close()
         records.sort(key=lambda record: record.intended)
         return Seen(records, [health], warmup_s)
