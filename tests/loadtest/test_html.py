@@ -37,7 +37,8 @@ DRAWN = """Object.fromEntries([...document.querySelectorAll('figure')].map(figur
     figure.querySelector('figcaption').textContent,
     [...figure.querySelectorAll('.line, .dots, .bar')].every(mark => {
         const box = mark.getBBox();
-        return box.width + box.height > 1 && box.x >= 0 && box.x + box.width <= 420 && box.y >= 0 && box.y + box.height <= 280;
+        const right = box.x + box.width, low = box.y + box.height;
+        return box.width + box.height > 1 && box.x >= 0 && right <= 420 && box.y >= 0 && low <= 280;
     }) && figure.querySelectorAll('.line, .dots, .bar').length > 0]))"""
 SMALLEST_TEXT = (
     "Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height || 99))"
