@@ -13,16 +13,19 @@ from loadtest.errors import LoadTestError
 from loadtest.export import aiperf_result, vllm_result, write_json, write_requests
 from loadtest.facts import facts
 from loadtest.html import Report, write_page
-from loadtest.options import parse_settings
+from loadtest.parse import settings_of, soak_of
 from loadtest.report import lines
 from loadtest.runs import prepare, run_all
 from loadtest.settings import Settings
+from loadtest.soak.command import run_soak
 
 
 def run_loadtest(options: argparse.Namespace) -> int:
     """Exit status: 0, 1 if an assertion fails or no request ends well, 2 for a wrong command line or target."""
     try:
-        settings = parse_settings(options)
+        settings = settings_of(options)
+        if options.soak:
+            return run_soak(settings, soak_of(options))
         if settings.modes.two_sided:
             return run_comparison(settings)
         if settings.modes.loads or settings.modes.tests:

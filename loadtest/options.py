@@ -1,14 +1,9 @@
-"""Options of `outpace loadtest`, and the one place where they become settings. Light: every `outpace` command imports
-this."""
+"""Options of `outpace loadtest`. Light: every `outpace` command imports this."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from loadtest.settings import Settings
 
 
 def add_loadtest_options(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +13,7 @@ def add_loadtest_options(parser: argparse.ArgumentParser) -> None:
     _load(parser)
     _asked(parser)
     _modes(parser)
+    _soak(parser)
     _output(parser)
 
 
@@ -128,6 +124,23 @@ def _modes(parser: argparse.ArgumentParser) -> None:
     add("--twin", action="store_true", help="the same server without and with speculation, in turn (Outpace only)")
 
 
+def _soak(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "soak: mixed traffic with all that goes wrong, and what it leaves behind"
+    ).add_argument
+    add("--soak", action="store_true", help="--concurrency users for --duration-s [8 users, 1200 s]")
+    add(
+        "--server-pid",
+        type=int,
+        metavar="PID",
+        help="the server's process here: its memory and descriptors are watched",
+    )
+    add("--kill-engine-every-s", type=float, metavar="S", help="kill the engine below --server-pid [never]")
+    add("--burst", type=int, default=64, metavar="N", help="requests at once, more than the server queues [64]")
+    add("--burst-every-s", type=float, default=20.0, metavar="S", help="how often [20]")
+    add("--max-rss-growth", type=float, default=0.02, metavar="P", help="relative growth that is no leak [0.02]")
+
+
 def _output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("report").add_argument
     add(
@@ -151,10 +164,3 @@ def _output(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE", help="a line for each request")
     add("--html", type=Path, metavar="FILE", help="a report with plots, in one file")
     add("--live", action=argparse.BooleanOptionalAction, help="redraw the progress in place (default: on a terminal)")
-
-
-def parse_settings(options: argparse.Namespace) -> Settings:
-    """Raises LoadTestError naming field, value and what would be valid."""
-    from loadtest.parse import settings_of
-
-    return settings_of(options)

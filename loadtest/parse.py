@@ -14,6 +14,7 @@ from loadtest.distribution import parse_distribution
 from loadtest.errors import invalid
 from loadtest.measure import METRICS, SCALARS
 from loadtest.settings import Asked, Load, Modes, Output, Settings, Target
+from loadtest.soak.settings import SoakSettings
 
 _OWN = ("model", "messages", "prompt", "stream", "stream_options", "n")
 """Fields of a body that the load test sets itself, or could not measure."""
@@ -30,6 +31,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
         concurrency = round(max(modes.loads))
     elif options.sweep_rates:
         rate = modes.loads[0]
+    duration_s = options.duration_s
+    if options.soak and concurrency is None:
+        concurrency, duration_s = 8, duration_s or 1200.0
     load = Load(
         rate=rate,
         concurrency=concurrency,
@@ -41,7 +45,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         ramp_s=options.ramp_s,
         max_concurrency=options.max_concurrency,
         requests=options.requests,
-        duration_s=options.duration_s,
+        duration_s=duration_s,
     )
     return Settings(
         target,
@@ -53,6 +57,19 @@ def settings_of(options: argparse.Namespace) -> Settings:
         seed=options.seed,
         processes=options.processes,
         modes=modes,
+    )
+
+
+def soak_of(options: argparse.Namespace) -> SoakSettings:
+    """The soak's own settings. Raises LoadTestError."""
+    return SoakSettings(
+        users=options.concurrency or 8,
+        duration_s=options.duration_s or 1200.0,
+        burst=options.burst,
+        burst_every_s=options.burst_every_s,
+        server_pid=options.server_pid,
+        kill_every_s=options.kill_engine_every_s,
+        rss_growth=options.max_rss_growth,
     )
 
 
