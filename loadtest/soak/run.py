@@ -24,6 +24,8 @@ _ALONE = 7
 """Requests one after another that tell the latency of a server at rest."""
 _SAMPLE_S = 0.25
 _TELL_S = 5.0
+_GRACE_S = 1.0
+"""A server may say that it is ready before it has seen that its engine is dead."""
 
 
 @dataclass(slots=True)
@@ -150,7 +152,7 @@ class Soak:
         for span in self.seen.kills:
             while span[1] == float("inf") and self.now < deadline:
                 if await server.ready():
-                    span[1] = self.now
+                    span[1] = self.now + _GRACE_S
                 else:
                     await asyncio.sleep(_SAMPLE_S)
 

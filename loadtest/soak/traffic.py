@@ -28,8 +28,8 @@ SHARES = {
     "malformed": 0.12,
     "half": 0.04,
 }
-"""Kinds of requests: read to the end; not streamed; left at a token; left before any; read slowly; longer than any context
-or body; no request that makes sense; ended in the middle of its body."""
+"""Kinds of requests: read to the end; not streamed; left at a token; left before any; read slowly; longer than any
+context or body; no request that makes sense; ended in the middle of its body."""
 
 _HUGE_TOKENS = 100_000_000
 _HUGE_BYTES = 3_000_000
