@@ -113,12 +113,27 @@ class Connection(asyncio.Protocol):
         self.chunk += 1
         now = time.monotonic()
         last = not self.left
+        if not first and "breaks" in script:
+            self.break_off(script["breaks"])
+            return
         self.sent.append(now)
         self.transport.write((HEAD if first else b"") + self.event(last))
         if last:
             return
         self.due = self.due + pick(script.get("gap_s", 0.01), self.chunk - 1)
         self.schedule()
+
+    def break_off(self, how: str) -> None:
+        """Ends a stream in a way that none should: `close`, `drop` the connection, an `error` event, `nonsense`."""
+        if how == "drop":
+            self.transport.abort()
+            return
+        said = {
+            "close": b"",
+            "error": b'data: {"error":{"code":"engine_unavailable"}}\n\n',
+            "nonsense": b"data: {\n\n",
+        }[how]
+        self.transport.write((b"%x\r\n%s\r\n" % (len(said), said) if said else b"") + b"0\r\n\r\n")
 
     def event(self, last: bool) -> bytes:
         usage = b'{"prompt_tokens":%d,"completion_tokens":%d}' % (self.prompt_tokens(), self.made)
