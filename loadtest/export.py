@@ -51,14 +51,7 @@ def vllm_result(measured: Measured, outcomes: Sequence[Outcome]) -> dict[str, An
         "max_concurrency": settings.load.concurrency or settings.load.max_concurrency,
         "request_goodput": None,
         **summary.values(settings.output.percentiles),
-        "input_lens": [record.input_tokens for record in records],
-        "output_lens": [record.output_tokens for record in records],
-        "ttfts": [record.times[0] - record.sent if record.times else 0.0 for record in records],
-        "itls": [token_intervals(record) for record in records],
-        "latencies": [record.times[-1] - record.sent if record.times else 0.0 for record in records],
-        "start_times": [record.sent for record in records],
-        "queue_times": [record.sent - record.intended for record in records],
-        "errors": [f"{record.end}: {record.message}" if record.failed else "" for record in records],
+        **_lists(records),
     }
     if summary.speculation is not None:
         spec = summary.speculation
@@ -82,6 +75,20 @@ def vllm_result(measured: Measured, outcomes: Sequence[Outcome]) -> dict[str, An
         "asserts": [{"assert": str(o.assertion), "value": o.value, "holds": o.holds} for o in outcomes],
     }
     return found
+
+
+def _lists(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """What `--save-detailed` adds: a value for each request."""
+    return {
+        "input_lens": [record.input_tokens for record in records],
+        "output_lens": [record.output_tokens for record in records],
+        "ttfts": [record.times[0] - record.sent if record.times else 0.0 for record in records],
+        "itls": [token_intervals(record) for record in records],
+        "latencies": [record.times[-1] - record.sent if record.times else 0.0 for record in records],
+        "start_times": [record.sent for record in records],
+        "queue_times": [record.sent - record.intended for record in records],
+        "errors": [f"{record.end}: {record.message}" if record.failed else "" for record in records],
+    }
 
 
 def _block(values: Sample, unit: str) -> dict[str, Any]:

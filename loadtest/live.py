@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from typing import TextIO
 
 from loadtest.generator import PROGRESS_S, Progress
 
 _PLAIN_S = 5.0
+
+
+def _percentiles(values: list[float], digits: int = 0) -> str:
+    ordered = sorted(values)
+    middle, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95))
+    return f"p50 {1e3 * middle:.{digits}f} p95 {1e3 * high:.{digits}f}"
 
 
 class Live:
@@ -46,9 +51,9 @@ class Live:
             f"{(now.tokens - self._before.tokens) / passed:.0f} tok/s"
         )
         if self._ttfts:
-            line += f"  ttft p50 {1e3 * statistics.median(self._ttfts):.0f} max {1e3 * max(self._ttfts):.0f} ms"
+            line += f"  ttft {_percentiles(self._ttfts)} ms"
         if self._itls:
-            line += f"  tpot p50 {1e3 * statistics.median(self._itls):.1f} ms"
+            line += f"  tpot {_percentiles(self._itls, 1)} ms"
         if self._in_place:
             width = shutil.get_terminal_size().columns - 1
             self._out.write(f"\r\x1b[K{line[:width]}")

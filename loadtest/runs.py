@@ -73,5 +73,7 @@ def taken(settings: Settings, server: Server, seen: Sequence[Seen]) -> Measured:
 def at_load(settings: Settings, load: float) -> Settings:
     """The same test at another rate or, in a closed loop, concurrency."""
     if settings.load.concurrency is not None:
-        return replace(settings, load=replace(settings.load, concurrency=round(load)))
+        users = round(load)
+        own = min(settings.processes, users)  # a process without a user would have nothing to do
+        return replace(settings, load=replace(settings.load, concurrency=users), processes=own)
     return replace(settings, load=replace(settings.load, rate=load))
