@@ -187,6 +187,8 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--widened", action="store_true", help="speed: model and head in the shape of --shape")
     parser.add_argument("--shape", default="llama-3.1-8b", help="a named shape or a directory with a config.json")
+    parser.add_argument("--quantise", default="bf16", help="speed: format of the model's layers (quantised.py)")
+    parser.add_argument("--quantise-head", default="bf16", help="speed: format of the EAGLE-3 head's layers")
     return parser
 
 

@@ -40,6 +40,18 @@ SPECULATIVE = (
 EXACT = (*LATENCY, "--deterministic", "--only", "latency", "--repeats", "3", "--label")
 TEXT = ("--model", "MODEL", "--prompts", "PROMPTS", "--draft-model", "HEAD")
 WIDENED = ("--speed", "--widened", "--label", "8b", "--drafters", "eagle3", "--fixed", "3,5", "--passes", "2")
+LOW = (
+    *(*BIG, "--batch", "1,8,64", "--input", "128", "--output", "256", "--repeats", "3", "--prefill", "16x2048"),
+    *("--only", "latency,prefill,memory"),
+)
+LOW_DRAFTED = (
+    *(*BIG, "--drafter", "eagle3", "--draft-model", "random-head", "--batch", "1,8", "--input", "128"),
+    *("--output", "256", "--max-draft-tokens", "4", "--accept", "3", "--no-adaptive"),
+)
+WIDENED_INT4 = (
+    *("--speed", "--widened", "--label", "8b-int4", "--drafters", "eagle3", "--fixed", "3,5", "--passes", "2"),
+    *("--quantise", "int4", "--quantise-head", "fp8-weights", "--name", "h100_widened_int4_speed"),
+)
 PROFILE = ("--batch", "1,64", "--only", "profile", "--profile", "{profile}")
 
 
@@ -64,12 +76,27 @@ def script(seconds: float, name: str, *arguments: str) -> Part:
     return Part(seconds, (f"benchmarks/{name}.py", *arguments))
 
 
+def low(name: str, seconds: float, form: str, *arguments: str) -> Part:
+    """`outpace bench` with weights rounded on the device (benchmarks/quantised.py); cases are called `name`."""
+    named = ("--label", name, "--name", f"h100_{name}", "--json", "{json}")
+    return script(seconds, "quantised", form, *arguments, *named)
+
+
 PARTS = {
     "8b": bench(150, *BIG, *LATENCY),
     "135m": bench(60, *SMALL, *LATENCY),
     "8b-eagle3": bench(60, *BIG, "--drafter", "eagle3", *SPECULATIVE),
     "8b-draft1b": bench(75, *BIG, "--draft-random-weights", "llama-3.2-1b", *SPECULATIVE),
     "135m-eagle3": bench(45, "--random-weights", "smollm2-135m", "--drafter", "eagle3", *SPECULATIVE),
+    "8b-fp8": low("8b-fp8", 100, "fp8", *LOW),
+    "8b-int8": low("8b-int8", 100, "int8", *LOW),
+    "8b-int4": low("8b-int4", 110, "int4", *LOW),
+    "8b-w4a8": low("8b-w4a8", 110, "w4a8", *LOW),
+    "8b-fp8-head8": low("8b-fp8-head8", 90, "fp8", "--lm-head", "fp8", *LOW),
+    "8b-int4-eagle3": low("8b-int4-eagle3", 80, "int4", "--head", "fp8-weights", *LOW_DRAFTED),
+    "8b-fp8-eagle3": low("8b-fp8-eagle3", 80, "fp8", "--head", "fp8-weights", *LOW_DRAFTED),
+    "headline": script(260, "headline", "--budget", "280"),
+    "kernels-8bit": script(150, "kernels_8bit"),
     "kernels-attention": script(120, "kernels_attention"),
     "kernels-prefill": script(30, "kernels_prefill"),
     "kernels-linear": script(120, "kernels_linear"),
@@ -89,12 +116,16 @@ PARTS = {
     "emitted": script(240, "emitted", *TEXT, "--small-lm", "SMALL-LM", "--budget", "210"),
     "speed": script(75, "emitted", *TEXT, "--speed", "--drafters", "eagle3,suffix", "--limit", "2", "--budget", "90"),
     "widened-speed": script(120, "emitted", *TEXT, *WIDENED, "--budget", "140"),
+    "widened-int4": script(120, "emitted", *TEXT, *WIDENED_INT4, "--budget", "140"),
     "break-even": script(75, "break_even"),
     "sweep": script(200, "load_sweep", *TEXT, "--budget", "190"),
     "http-135m": script(180, "gpu_http", "--case", "135m", "--model", "MODEL"),
     "http-8b": script(180, "gpu_http", "--case", "8b"),
 }
-GROUPS = {"kernels": tuple(name for name in PARTS if name.startswith("kernels-"))}
+GROUPS = {
+    "kernels": tuple(name for name in PARTS if name.startswith("kernels-") and name != "kernels-8bit"),
+    "low": ("kernels-8bit", "8b-fp8", "8b-int8", "8b-int4", "8b-fp8-eagle3", "8b-int4-eagle3"),
+}
 TABLE = ("8b", "135m", "8b-eagle3", "8b-draft1b", "135m-eagle3", "kernels", "start")
 """What is measured unless told otherwise."""
 

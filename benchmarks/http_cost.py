@@ -40,7 +40,7 @@ MESSAGE = "What is the capital of France? Answer in one word, please."
 def run_server(port: int, workers: int, step_ms: float, profile: str | None, model: str) -> None:
     """`outpace serve` with the scripted engine; `profile` names the file for this process's profile."""
     from server.api.event_loop import loop_factory
-    from server.api.lifecycle import Server
+    from server.api.lifecycle import Backend, Server
     from server.api.load_text import load_text
     from server.api.pool.owner import Pool
     from server.config import EngineConfig, ServerConfig
@@ -55,7 +55,8 @@ def run_server(port: int, workers: int, step_ms: float, profile: str | None, mod
             await Pool(config, "benchmark", print, program).run()
         else:
             load = lambda: load_text(config.engine.model)  # noqa: E731
-            await Server(config, EngineClient(config.engine, program), load, "benchmark", print).run()
+            backend = Backend(config.engine, EngineClient(config.engine, program), load)
+            await Server(config, [backend], "benchmark", print).run()
 
     profiler = cProfile.Profile()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -29,8 +29,9 @@ from server.kernels.quantize import (
 )
 from server.kernels.skinny_qkv import Heads
 from server.kernels.skinny_tiles import Kind
-from server.models.llama_kernels_8bit import LowLayer, LowLinear, LowPlan, LowStep, LowWay
+from server.models.llama_kernels_8bit import LowLayer, LowPlan, LowStep, LowWay, kernel_key
 from server.models.norm import RMSNorm
+from server.quant.low import LowLinear
 
 PEAK, EPS, DTYPE = 3.02e12, 1e-5, torch.bfloat16
 DEVICE, PDL = "cuda", True
@@ -178,8 +179,11 @@ def chain(model: str, kind: str, num_tokens: int, buffer: Tensor, best: dict[str
     """All layers of a model and its head in one graph, attention left out."""
     hidden, _, heads, _, num_layers = MODELS[model]
     tiles = {s.name: best.get(f"{model}/{kind}/{s.name}/m{num_tokens}") for s in shapes_of(model)}
-    plan = LowPlan(tiles["qkv"], tiles["out"], tiles["gate_up"], tiles["down"], tiles["head"])
     layers, head = layers_of(model, kind, buffer)
+    first = layers[0]
+    linears = {"qkv": first.qkv, "out": first.out, "gate_up": first.gate_up, "down": first.down, "head": head}
+    chosen = {(role, kernel_key(low)): tile for role, low in linears.items() if (tile := tiles[role]) is not None}
+    plan = LowPlan(chosen)
     places = torch.arange(num_tokens, device=buffer.device)
     pool = torch.zeros(num_tokens, 2 * heads.num_kv_heads, heads.head_dim, dtype=DTYPE, device=buffer.device)
     rotations = torch.zeros(max(128, num_tokens), heads.head_dim // 2, 2, device=buffer.device)

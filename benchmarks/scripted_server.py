@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from server.api.event_loop import loop_factory
-from server.api.lifecycle import Server
+from server.api.lifecycle import Backend, Server
 from server.api.load_text import load_text
 from server.api.pool.owner import Pool
 from server.cli_options import add_options, parse_config
@@ -28,7 +28,8 @@ async def serve(config: ServerConfig, step_ms: str) -> None:
         await Pool(config, "scripted", print, program).run()
         return
     engine = EngineClient(config.engine, program)
-    await Server(config, engine, lambda: load_text(config.engine.model), "scripted", print).run()
+    backend = Backend(config.engine, engine, lambda: load_text(config.engine.model))
+    await Server(config, [backend], "scripted", print).run()
 
 
 def main() -> None:

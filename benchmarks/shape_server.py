@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from server.api.event_loop import loop_factory
-from server.api.lifecycle import Server
+from server.api.lifecycle import Backend, Server
 from server.api.load_text import load_text
 from server.api.pool.owner import Pool
 from server.cli_options import add_options, parse_config
@@ -58,7 +58,8 @@ async def serve(config: ServerConfig) -> None:
         await Pool(config, "benchmark", print, program).run()
         return
     engine = EngineClient(config.engine, program)
-    await Server(config, engine, lambda: load_text(config.engine.model), "benchmark", print).run()
+    backend = Backend(config.engine, engine, lambda: load_text(config.engine.model))
+    await Server(config, [backend], "benchmark", print).run()
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ only has to be remembered costs one projection.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,15 @@ from draft_models.eagle3_ops import Eagle3Ops, TorchOps
 from draft_models.eagle3_weights import Eagle3Weights
 from server.kernels.paged import PagedRows
 from server.models.rope import interleave_rows, rotation_table
+from server.quant.build import linear_of
 from server.quant.dense import Linear
+from server.quant.formats import QuantizedWeight, can_join, join
+from server.quant.layer import LinearLayer
 
 if TYPE_CHECKING:
     from draft_models.eagle1 import Eagle1Weights
+
+W = TypeVar("W", Tensor, QuantizedWeight)
 
 
 class Eagle3Network:
@@ -45,9 +51,9 @@ class Eagle3Network:
     ) -> None:
         self._set_up(config, weights, embedding, max_positions, ops)
         own = self._own
-        self._fc = Linear(own(weights.fc), None if weights.fc_bias is None else own(weights.fc_bias))
+        self._fc = self._linear(weights, ["fc"], None if weights.fc_bias is None else own(weights.fc_bias))
         self._input_norm, self._hidden_norm = own(weights.input_layernorm), own(weights.hidden_norm)
-        self._norm, self._head = own(weights.norm), Linear(own(weights.lm_head))
+        self._norm, self._head = own(weights.norm), self._linear(weights, ["lm_head"])
 
     def _set_up(
         self,
@@ -64,18 +70,37 @@ class Eagle3Network:
             raise ValueError(f"embedding: {found} is not valid; the head needs {(c.vocab_size, c.hidden_size)}")
         self.config, self.embedding, self.ops = config, embedding, ops or TorchOps()
         self.device, self.dtype = embedding.device, embedding.dtype
-        own = self._own
-        turned = [interleave_rows(w.q_proj, c.head_dim), interleave_rows(w.k_proj, c.head_dim)]
-        self._qkv = Linear(own(torch.cat([*turned, w.v_proj])))
-        self._out, self._down = Linear(own(w.o_proj)), Linear(own(w.down_proj))
-        self._gate_up = Linear(own(torch.cat([w.gate_proj, w.up_proj])))
-        self._post_norm = own(w.post_attention_layernorm)
+        self._qkv = self._linear(w, ["q_proj", "k_proj", "v_proj"])
+        self._out, self._down = self._linear(w, ["o_proj"]), self._linear(w, ["down_proj"])
+        self._gate_up = self._linear(w, ["gate_proj", "up_proj"])
+        self._post_norm = self._own(w.post_attention_layernorm)
         self.target_ids = w.target_ids.to(self.device)
         table = rotation_table(c.rope, c.head_dim, max_positions, self.device)
         self._rotations = torch.view_as_real(table).contiguous()
 
     def _own(self, weight: Tensor) -> Tensor:
         return weight.to(self.device, self.dtype)
+
+    def _linear(self, w: Eagle3Weights | Eagle1Weights, fields: list[str], bias: Tensor | None = None) -> LinearLayer:
+        """One layer of the outputs of all `fields`; in low precision where all of them are, in one format."""
+        stored: Mapping[str, QuantizedWeight] = getattr(w, "quantised", {})
+        parts = [stored[name] for name in fields if name in stored]
+        if len(parts) == len(fields) and can_join(parts):
+            return linear_of(
+                join([self._turned(name, part).to(self.device) for name, part in zip(fields, parts, strict=True)]),
+                bias,
+                dtype=self.dtype,
+            )
+        return Linear(self._own(torch.cat([self._turned(name, getattr(w, name)) for name in fields])), bias)
+
+    def _turned(self, name: str, weight: W) -> W:
+        """Queries' and keys' rotary pairs side by side."""
+        if name not in ("q_proj", "k_proj"):
+            return weight
+        dim = self.config.head_dim
+        if isinstance(weight, Tensor):
+            return interleave_rows(weight, dim)
+        return weight.rows(interleave_rows(torch.arange(weight.shape[0], device=weight.device), dim))
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [N, F] -> [N, H]."""
@@ -114,7 +139,8 @@ class Eagle3Network:
         eps = self.config.rms_norm_eps
         mixed = self.ops.attention(queries, pool, rows, first)
         normed = self.ops.add_rms_norm_(residual, self._out(mixed), self._post_norm, eps)
-        inner = self.ops.silu_mul(self._gate_up(normed))
+        gated: Callable[[Tensor], Tensor] | None = getattr(self._gate_up, "gated", None)  # of kernels in low precision
+        inner = self.ops.silu_mul(self._gate_up(normed)) if gated is None else gated(normed)
         return residual, self._leave(residual, self._down(inner))
 
     def _leave(self, residual: Tensor, delta: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from draft_models.eagle3_checks import Checks
 from draft_models.eagle3_config import Eagle3Config
 from server.models.config import UnsupportedModelError
+from server.quant.formats import QuantizedWeight
 
 TENSOR_NAMES = {
     "fc": "fc.weight",
@@ -42,7 +44,7 @@ class Eagle3Weights:
     V target vocabulary. `fc` [H, F], `fc_bias` [H] in few; norms [H]; `q_proj`
     [heads * D, 2 H], `k_proj` and `v_proj` [kv_heads * D, 2 H], `o_proj` [H, heads * D]; `gate_proj` and `up_proj`
     [I, H], `down_proj` [H, I]; `lm_head` [C, H]. `d2t` [C] int64 is an *offset*: draft id c is target id c + d2t[c].
-    `t2d` [V] bool says which target tokens can be drafted.
+    `t2d` [V] bool says which target tokens can be drafted. `quantised`: fields whose plain tensors were made of these.
     """
 
     fc: Tensor
@@ -61,6 +63,7 @@ class Eagle3Weights:
     d2t: Tensor
     t2d: Tensor
     fc_bias: Tensor | None = None
+    quantised: dict[str, QuantizedWeight] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def target_ids(self) -> Tensor:

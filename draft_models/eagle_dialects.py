@@ -5,7 +5,7 @@
     modelopt    the same (modelopt/torch/export/plugins/hf_spec_export.py)
     speculators `speculators_model_type`, the layer's shape under `transformer_layer_config` (speculators/models)
     vLLM        its own conversions: architecture EAGLEModel, the shape under `model` (transformers_utils/configs/eagle)
-    Outpace     as SpecForge, and `feature_layers`
+    Outpace     as SpecForge, and `feature_layers`; quantised layers as server/quant/checkpoint.py says
 
 What would change a head's output and is not computed here is refused by name.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.models.config import UnsupportedModelError
+from server.quant.checkpoint import QUANT_METHOD
 
 _ONE_LAYER: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
@@ -90,6 +91,8 @@ def check_supported(settings: dict[str, Any], version: int) -> None:
         for name, supported in allowed.items():
             value = values.get(name)
             if name == "sliding_window" and settings.get("use_sliding_window") is False:
+                continue
+            if name == "quantization_config" and isinstance(value, dict) and value.get("quant_method") == QUANT_METHOD:
                 continue
             if value is None or value in supported or (value == [] and supported[0] is False):
                 continue

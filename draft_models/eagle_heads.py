@@ -48,6 +48,8 @@ def load_head(
     if not files.has(TENSOR_NAMES["lm_head"]) and config.draft_vocab_size == config.vocab_size:
         config = replace(config, share_lm_head=True)  # as SGLang and vLLM do
     eagle3 = load_weights(files.get, files.has, config, target.output_rows, files.file_of)
+    if not _on_cpu(embedding, ops, on_cpu):  # a CPU's networks have kernels of their own, which read plain weights
+        eagle3.quantised = {f: w for f, name in TENSOR_NAMES.items() if (w := files.quantised(name)) is not None}
     return eagle3_network(config, eagle3, embedding, max_positions, ops, on_cpu=on_cpu, fast=fast)
 
 

@@ -21,6 +21,7 @@ from draft_models.eagle3_config import Eagle3Config
 from draft_models.eagle3_weights import FC_BIAS, TENSOR_NAMES
 from server.models.config import UnsupportedModelError
 from server.models.loader import Tensors
+from server.quant.formats import QuantizedWeight
 
 EMBEDDING = "embed_tokens.weight"
 EAGLE1_FIELDS = (
@@ -84,6 +85,13 @@ class HeadTensors:
                 f"EAGLE head: {self._stored(fused)} has {whole.shape[0]} rows, config.json says {sum(sizes)}"
             )
         return whole.narrow(0, sum(sizes[:index]), sizes[index])
+
+    def quantised(self, name: str) -> QuantizedWeight | None:
+        """A matrix as it is stored, None for one that is plain or a part of another."""
+        stored: Callable[[str], Tensor | QuantizedWeight] | None = getattr(self._tensors, "stored", None)
+        inside = self._where is not None and name not in self._where
+        found = None if stored is None or inside or not self.has(name) else stored(self._stored(name))
+        return found if isinstance(found, QuantizedWeight) else None
 
     def file_of(self, name: str) -> object:
         """Where the tensor lies, for messages."""

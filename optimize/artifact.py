@@ -100,12 +100,11 @@ class Build:
 
     def finish(self, manifest: Mapping[str, Any], file_hash: Callable[[Path], str]) -> Artifact:
         """Moves the content into place, all at once."""
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": file_hash(path)}
-            for path in sorted(self.content.iterdir())
-            if path.name != MANIFEST
+        whole = {
+            **manifest,
+            "files": described(self.content, file_hash),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        whole = {**manifest, "files": files, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         write_json(self.content / MANIFEST, whole)
         sync(self.content)
         if self.destination.exists():  # damaged, or rebuilt on request
@@ -208,6 +207,15 @@ class ArtifactStore:
             except BlockingIOError:
                 return True
         return False
+
+
+def described(directory: Path, file_hash: Callable[[Path], str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the other files."""
+    return {
+        path.name: {"size": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
 
 
 def sha256(path: Path) -> str:

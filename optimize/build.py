@@ -7,15 +7,25 @@ Every arrow is a stage that is recorded once its files are on disk; after a kill
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from optimize.artifact import MANIFEST, Artifact, ArtifactKey, ArtifactStore, Build, DamagedError, sync, write_json
+from optimize.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactKey,
+    ArtifactStore,
+    Build,
+    DamagedError,
+    described,
+    sync,
+    write_json,
+)
 from optimize.errors import OptimizeError, RefusedError
 from optimize.options import OptimizeOptions
 from optimize.plan import plan_layers
@@ -30,6 +40,8 @@ from server.models.source import ModelSource, load_index, resolve
 BUILDER_VERSION = 1
 """Part of every key: raised when the same recipe is to give other bytes."""
 LOG = "log.txt"
+PAGE = "report.html"
+"""What the gate writes beside the weights (and `report.json`)."""
 
 
 class Builder:
@@ -62,8 +74,8 @@ class Builder:
                 found = self._find(key)  # whoever held the lock may have built it
                 if found is None:
                     found = self._build(build, key)
-        if not self.options.skip_gate and found.manifest.get("gate") is None:
-            found = self._gate_late(found)
+        if not self.options.skip_gate and not self._is_judged(found.manifest.get("gate")):
+            found = self._gate_late(key)
         if self.options.out is not None:
             copy_artifact(found, self.options.out)
         return found
@@ -80,7 +92,6 @@ class Builder:
             "config": source.config,
             "files": {path.name: self.store.file_hash(path) for path in files},
             "recipe": fields,
-            "gate": recipe_fields(self.recipe).get("gate"),
             "text": None if text is None else self.store.file_hash(text),
             "calibrated_in": [self.options.device, self.options.dtype] if self.recipe.needs_text else None,
             "versions": {
@@ -108,23 +119,8 @@ class Builder:
         if self.options.rebuild:
             build.restart()
         job = self._job(build)
-        run = self._stages or ChildStages(build.directory / LOG, self.options.nice)
-
-        def show(what: str, fraction: float) -> None:
-            self._show(what, fraction)
-            build.show(what, fraction)
-
-        def stage(name: str) -> Any:
-            done = build.done(name)
-            if done is None:
-                done = run(name, job, show, self.say)
-                if name == "choose":
-                    write_json(Path(job.work) / CHOICE, done)
-                build.record(name, done)
-            return done
-
         try:
-            results = {name: stage(name) for name in self._stage_names()}
+            results = {name: self._stage(build, job, name) for name in self._stage_names()}
         except OSError:
             _give_back(build)
             raise
@@ -132,12 +128,42 @@ class Builder:
             if build.done("quantize") is None:
                 _give_back(build)
             raise
-        verdict = None if self.options.skip_gate else stage("gate")
+        if not self._is_judged(build.done("gate")):
+            build.stages.pop("gate", None)
+        verdict = None if self.options.skip_gate else self._stage(build, job, "gate")
         if verdict is not None and not verdict["passed"]:
-            raise refused(verdict, "was refused; --rebuild tries again, another recipe is not bound by it")
+            raise self._refused(verdict, build.content)
         manifest: dict[str, Any] = {"name": key.name, "model": self.options.model, "recipe": recipe_fields(self.recipe)}
         manifest |= {"key": key.parts, "stages": results, "gate": verdict}
         return build.finish(manifest, lambda path: self.store.file_hash(path))
+
+    @property
+    def _thresholds(self) -> dict[str, Any]:
+        """No part of an artifact's key: other ones judge the same weights."""
+        return dict(recipe_fields(self.recipe)["gate"])
+
+    def _is_judged(self, verdict: dict[str, Any] | None) -> bool:
+        """Whether that is a verdict by this recipe's thresholds."""
+        return verdict is not None and verdict.get("thresholds") == self._thresholds
+
+    def _stage(self, build: Build, job: Job, name: str) -> Any:
+        """What the stage recorded, or records now."""
+        done = build.done(name)
+        if done is not None:
+            return done
+
+        def show(what: str, fraction: float) -> None:
+            self._show(what, fraction)
+            build.show(what, fraction)
+
+        run = self._stages or ChildStages(build.directory / LOG, self.options.nice)
+        done = run(name, job, show, self.say)
+        if name == "choose":
+            write_json(Path(job.work) / CHOICE, done)
+        if name == "gate":
+            done = {**done, "thresholds": self._thresholds}
+        build.record(name, done)
+        return done
 
     def _stage_names(self) -> list[str]:
         names = ["texts"] if self.recipe.needs_text else []
@@ -149,17 +175,33 @@ class Builder:
         fields, content, work = recipe_fields(self.recipe), str(build.content), str(build.directory)
         return Job(o.model, fields, content, work, text, o.device, o.device_map, o.dtype)
 
-    def _gate_late(self, found: Artifact) -> Artifact:
-        """An artifact that was built without the gate meets it before it is used."""
-        o, directory = self.options, str(found.directory)
-        job = Job(o.model, recipe_fields(self.recipe), directory, directory, None, o.device, o.device_map, o.dtype)
-        run = self._stages or ChildStages(self.store.root / f".{LOG}", o.nice)
-        verdict = run("gate", job, self._show, self.say)
+    def _gate_late(self, key: ArtifactKey) -> Artifact:
+        """An artifact that was built without the gate, or met another one, meets it before it is used."""
+        with self.store.building(key, self._show) as build:
+            found = self.store.load(self.store.path(key))
+            if not self._is_judged(found.manifest.get("gate")):  # whoever held the lock may have done it
+                found = self._gated(found, build)
+            shutil.rmtree(build.directory)
+        return found
+
+    def _gated(self, found: Artifact, build: Build) -> Artifact:
+        run = self._stages or ChildStages(build.directory / LOG, self.options.nice)
+        verdict = run("gate", replace(self._job(build), content=str(found.directory)), self._show, self.say)
         if not verdict["passed"]:
-            raise refused(verdict, "is refused")
-        manifest = {**found.manifest, "gate": verdict}
+            raise self._refused(verdict, found.directory)
+        manifest = {**found.manifest, "gate": {**verdict, "thresholds": self._thresholds}}
+        manifest["files"] = described(found.directory, self.store.file_hash)
         write_json(found.directory / MANIFEST, manifest)
         return Artifact(found.directory, manifest)
+
+    def _refused(self, verdict: dict[str, Any], directory: Path) -> RefusedError:
+        """Tells what to try and where the report is; the error says which number failed."""
+        for line in verdict.get("advice", ()):
+            self.say(f"to try: {line}")
+        report = directory / PAGE
+        where = f"; report: {report}" if report.is_file() else ""
+        again = "" if self.options.rebuild else "; --rebuild measures again"
+        return RefusedError(f"the quantised model is refused: {'; '.join(verdict['reasons'])}{where}{again}")
 
     def _check_calibration(self) -> None:
         recipe, text = self.recipe, self.options.calibration
@@ -171,12 +213,6 @@ class Builder:
             raise ConfigError(f"calibration: {str(text)!r} is not valid: recipe {recipe.name} {why}")
         if text is not None:
             check_file(text)
-
-
-def refused(verdict: dict[str, Any], what: str) -> RefusedError:
-    """The gate's reasons in one line."""
-    reasons = "; ".join(verdict.get("reasons") or ["no reason given"])
-    return RefusedError(f"the quantised model {what}: {reasons}")
 
 
 def copy_artifact(artifact: Artifact, out: Path) -> None:
@@ -223,8 +259,19 @@ def _version(name: str) -> str:
 
 def describe(artifact: Artifact) -> str:
     """One line for people."""
-    check = artifact.manifest["stages"].get("check", {})
     formats = ", ".join(artifact.manifest["stages"]["quantize"].get("formats", []))
-    ratio = f", perplexity ratio {check['perplexity_ratio']:.4f}" if "perplexity_ratio" in check else ""
-    gate = "passed the gate" if artifact.manifest.get("gate") else "not gated"
-    return json.dumps(artifact.directory.name)[1:-1] + f": {formats}, {artifact.size / 1e6:,.1f} MB{ratio}, {gate}"
+    words = [f"{formats}, {artifact.size / 1e6:,.1f} MB", *_judged(artifact.manifest)]
+    return f"{artifact.directory.name}: {', '.join(words)}"
+
+
+def _judged(manifest: dict[str, Any]) -> list[str]:
+    gate, check = manifest.get("gate"), manifest["stages"].get("check", {})
+    if gate is None:
+        ratio = check.get("perplexity_ratio")
+        return [*([] if ratio is None else [f"perplexity ratio {ratio:.4f} on a sample"]), "not gated"]
+    numbers = [
+        f"{name} at worst {value:.4f}"
+        for name, value in gate.get("numbers", {}).items()
+        if name in ("perplexity ratio", "top-1 agreement") and value is not None
+    ]
+    return ["passed the gate", *numbers]

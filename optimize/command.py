@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 
 from optimize.artifact import Artifact, ArtifactStore, DamagedError
-from optimize.build import Builder, describe
+from optimize.build import PAGE, Builder, describe
 from optimize.errors import OptimizeError, RefusedError
 from optimize.options import OptimizeOptions, parse_optimize
+from optimize.progress import Bar
 from optimize.recipe_file import load_recipe, recipe_names, recipe_text
 from server.config import ConfigError
 from server.models.errors import ModelSourceError
@@ -33,6 +34,8 @@ def run_optimize(namespace: argparse.Namespace) -> int:
         options = parse_optimize(namespace)
         artifact = make(options)
         _say(describe(artifact))
+        if (artifact.directory / PAGE).is_file():
+            _say(f"report: {artifact.directory / PAGE}")
         print(options.out or artifact.directory)
         return 0
 
@@ -50,7 +53,8 @@ def make(options: OptimizeOptions) -> Artifact:
     """The artifact, built if need be. A SIGTERM ends the build as Ctrl-C does. Raises what Builder.artifact raises."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
-        return Builder(options, _say).artifact()
+        bar = Bar()
+        return Builder(options, bar.line, show=bar).artifact()
     finally:
         signal.signal(signal.SIGTERM, before)
 

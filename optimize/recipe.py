@@ -129,7 +129,7 @@ class AutoSearch:
     """
 
     bits: float = 6.0
-    candidates: tuple[LayerFormat, ...] = (LayerFormat("int4", group_size=32), LayerFormat("int8"))
+    candidates: tuple[LayerFormat, ...] = (LayerFormat("int4", group_size=32, minimum=True), LayerFormat("int8"))
     search: str = "gradient"
     score_steps: int = 16
 
@@ -147,12 +147,12 @@ class AutoSearch:
 class CalibrationSettings:
     """Text to calibrate on: written by the target itself, a file's, or both; rows of `sequence` tokens.
 
-    `tokens` in all, of which `held_out_share` only judge. `batch` rows go through the network at once; where memory
-    runs out, half as many.
+    `tokens` in all (None: 16,384, on a CPU 4,096, where it writes slowly), of which `held_out_share` only judge.
+    `batch` rows go through the network at once; where memory runs out, half as many.
     """
 
     source: str = "self"
-    tokens: int = 16_384
+    tokens: int | None = None
     sequence: int = 256
     held_out_share: float = 0.125
     batch: int = 8
@@ -161,27 +161,53 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         one_of("source", self.source, SOURCES)
         within("sequence", self.sequence, 32, 131_072)
-        within("tokens", self.tokens, 2 * self.sequence, 1 << 40)
+        if self.tokens is not None:
+            within("tokens", self.tokens, 2 * self.sequence, 1 << 40)
         within("batch", self.batch, 1, 4096)
         within("seed", self.seed, -(2**62), 2**62)
         if not 0 < self.held_out_share < 1:
             raise ConfigError(f"held_out_share: {self.held_out_share!r} is not valid; use more than 0, less than 1")
 
+    def num_tokens(self, on_gpu: bool) -> int:
+        """`tokens`, or what suits the device."""
+        usual = 16_384 if on_gpu else 4_096
+        return self.tokens if self.tokens is not None else max(usual, 2 * self.sequence)
+
 
 @dataclass(frozen=True, slots=True)
 class GateThresholds:
-    """What an artifact must pass. `faster_at`: numbers of sequences at which it may not be slower than the original."""
+    """What a candidate must pass to take its original's place.
+
+    Numbers that text decides are judged by the unfavourable end of their one-sided interval at `confidence`, over at
+    least `min_tokens` tokens. `faster_at`: numbers of sequences at which a decoding step must take less time than the
+    original's; a recipe claims none unless it says so. `faster_at_cpu` is what it claims on CPUs (None: the same).
+    `min_acceptance_ratio`: share of drafts accepted, as a multiple of the original's, where there is a drafter.
+    """
 
     max_perplexity_ratio: float = 1.03
     min_top1_agreement: float = 0.95
-    faster_at: tuple[int, ...] = (1,)
+    faster_at: tuple[int, ...] = ()
+    faster_at_cpu: tuple[int, ...] | None = None
+    min_acceptance_ratio: float = 0.9
+    min_tokens: int = 50_000
+    confidence: float = 0.95
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_perplexity_ratio) and self.max_perplexity_ratio > 0):
             raise ConfigError(f"max_perplexity_ratio: {self.max_perplexity_ratio!r} is not valid; use more than 0")
         within("min_top1_agreement", self.min_top1_agreement, 0.0, 1.0)
-        for tier in self.faster_at:
-            within("faster_at", tier, 1, 65_536)
+        within("min_acceptance_ratio", self.min_acceptance_ratio, 0.0, 1e3)
+        within("min_tokens", self.min_tokens, 1, 1 << 40)
+        if not 0.5 <= self.confidence < 1:
+            raise ConfigError(f"confidence: {self.confidence!r} is not valid; use 0.5 or more and less than 1")
+        for name, tiers in (("faster_at", self.faster_at), ("faster_at_cpu", self.faster_at_cpu or ())):
+            for tier in tiers:
+                within(name, tier, 1, 65_536)
+
+    def on(self, device_type: str) -> GateThresholds:
+        """As they are on a device: `faster_at` is what is claimed there."""
+        claimed = self.faster_at if device_type != "cpu" or self.faster_at_cpu is None else self.faster_at_cpu
+        return replace(self, faster_at=claimed, faster_at_cpu=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from draft_models.packaged import packaged_head
 from optimize.command import guarded, make
 from optimize.options import OptimizeOptions
 from optimize.recipe_file import load_recipe
@@ -29,11 +30,15 @@ def optimized(config: ServerConfig, recipe: str) -> ServerConfig | int:
 
 
 def with_artifact(config: ServerConfig, recipe: str, directory: str) -> ServerConfig:
-    """`config` for an artifact: the API goes on calling the model what it is called."""
-    engine = replace(config.engine, model=directory)
+    """`config` for an artifact: the API goes on calling the model what it is called, and the head that comes with the
+    original goes on drafting, as the gate has measured it."""
+    engine, source = replace(config.engine, model=directory), resolve(config.engine.model)
+    head = packaged_head(source.name) if source.kind == "embedded" else None
+    if head is not None and engine.drafter in ("auto", "eagle3", "hybrid") and engine.draft_model is None:
+        engine = replace(engine, draft_model=str(head))
     if load_recipe(recipe).kv_cache == "fp8" and engine.kv_cache_dtype == "auto":
         engine = replace(engine, kv_cache_dtype="fp8")
-    name = config.served_model_name or resolve(config.engine.model).name
+    name = config.served_model_name or source.name
     return replace(config, engine=engine, served_model_name=name)
 
 

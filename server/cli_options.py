@@ -19,6 +19,7 @@ from server.config import (
     EngineConfig,
     ServerConfig,
 )
+from server.config_file import SettingsFile, read_settings
 
 HELP = {
     "model": "the model: smollm2-135m (embedded), a Hugging Face directory, a hub id or a GGUF file",
@@ -81,6 +82,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `serve`. Absent ones leave no attribute, so that defaults live in the settings only."""
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="outpace.toml: settings and arms")
     add_engine_options(parser)
     _add_group(parser, "server", ServerConfig)
 
@@ -94,24 +96,23 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_config(options: argparse.Namespace) -> ServerConfig:
-    """Raises ConfigError naming field, value and what would be valid."""
+    """The settings' file, then what the command line says. Raises ConfigError naming field, value and what is valid."""
     given = dict(vars(options))
+    path = given.pop("config", None)
+    file = SettingsFile() if path is None else read_settings(path)
     positional = given.pop("model_argument", None)
     if positional is not None:
         if given.get("model", positional) != positional:
             raise ConfigError(f"model: given twice, as {positional!r} and as {given['model']!r}; use one")
         given["model"] = positional
-    engine_names = {field.name for field in fields(EngineConfig)}
-    server_names = {field.name for field in fields(ServerConfig)}
-    engine = EngineConfig(**{name: value for name, value in given.items() if name in engine_names})
-    return ServerConfig(engine=engine, **{name: value for name, value in given.items() if name in server_names})
+    return file.settings(given)
 
 
 def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[EngineConfig] | type[ServerConfig]) -> None:
     group = parser.add_argument_group(title)
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if field.name != "engine":
+        if field.name not in ("engine", "arms", "routing"):
             _add_option(group, field, hints[field.name])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,48 @@ class EngineConfig:
             raise ConfigError("draft_model: missing; drafter 'small-lm' needs the model to draft with")
 
 
+CONTROL = "control"
+"""The arm of `ServerConfig.engine`: what is served where no settings name arms."""
+ASSIGNMENT_KEYS = ("user", "api_key", "request")
+_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class ArmConfig:
+    """A further model that is served beside the control, which is `ServerConfig.engine`.
+
+    `weight` is its share of the traffic in percent.
+    """
+
+    name: str
+    engine: EngineConfig
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not _ARM_NAME.fullmatch(self.name):
+            raise ConfigError(f"name: {self.name!r} is not valid; use up to 64 letters, digits, dots, dashes and _")
+        if not 0 <= self.weight <= 100:
+            raise ConfigError(f"weight: {self.weight!r} is not valid; use 0 to 100 (percent of the traffic)")
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingConfig:
+    """How requests are shared between arms. Another `salt` is another split.
+
+    `key` says whose requests stay together, the first that a request has: `user` (the body's `user` or
+    `safety_identifier`), `api_key`, `header:NAME`, and `request`, which every one has.
+    """
+
+    salt: str = ""
+    key: tuple[str, ...] = ASSIGNMENT_KEYS
+
+    def __post_init__(self) -> None:
+        for part in self.key:
+            if part not in ASSIGNMENT_KEYS and not re.fullmatch(r"header:[A-Za-z0-9-]+", part):
+                valid = ", ".join(ASSIGNMENT_KEYS)
+                raise ConfigError(f"key: {part!r} is not valid; use any of {valid}, header:NAME")
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Settings of the API processes. `served_model_name` None means the model's own short name.
@@ -126,6 +169,8 @@ class ServerConfig:
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
+    arms: tuple[ArmConfig, ...] = ()
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
@@ -146,6 +191,12 @@ class ServerConfig:
     access_log: str = "stderr"
     log_level: str = "info"
 
+    @property
+    def all_arms(self) -> tuple[ArmConfig, ...]:
+        """Every model that is served, the control first."""
+        rest = 100.0 - sum(arm.weight for arm in self.arms)
+        return (ArmConfig(CONTROL, self.engine, max(0.0, rest)), *self.arms)
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port!r} is not valid; use 0 to 65535 (0: any free port)")
@@ -160,6 +211,7 @@ class ServerConfig:
             ("drain_timeout_s", 0),
         ):
             _at_least(name, getattr(self, name), low)
+        self._check_arms()
         if self.request_timeout_s is not None:
             _at_least("request_timeout_s", self.request_timeout_s, 0.001)
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -167,3 +219,12 @@ class ServerConfig:
             raise ConfigError(f"{missing}: missing; TLS needs both tls_certificate and tls_key")
         _one_of("spec_metrics", self.spec_metrics, SPEC_METRICS)
         _one_of("log_level", self.log_level, ("debug", "info", "warning", "error"))
+
+    def _check_arms(self) -> None:
+        names = [CONTROL, *(arm.name for arm in self.arms)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"arms: two are called {name!r}; use different names (control is the server's own)")
+        total = sum(arm.weight for arm in self.arms)
+        if total > 100:
+            raise ConfigError(f"arms: their weights are {total:g} percent together; use 100 or less")

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.common import Prompt, Row, median_row, write_result
 from benchmarks.engine import CANNOT_BUILD, Prompter, build, device_name
+from benchmarks.quantised import FORMATS, Quantised
 from benchmarks.text.closed_loop import Answer, closed_loop
 from benchmarks.text.conversations import Conversation, by_category, interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
@@ -130,9 +131,11 @@ def _build(args: argparse.Namespace, drafter: str, draft_model: str | None, max_
     prefix = PREFIX if args.widened else ""
     longest = args.max_prompt + max_tokens
     name = resolve(draft_model).directory if draft_model is not None and prefix else draft_model
+    find = Widened(args.shape, args.model) if args.widened else resolve
+    forms = FORMATS[args.quantise], FORMATS[args.quantise_head]
     return build(
         drafter,
-        find=Widened(args.shape, args.model) if args.widened else resolve,
+        find=Quantised(find, forms[0], None, forms[1], prefix + args.model) if any(forms) else find,
         model=prefix + args.model,
         draft_model=None if name is None else f"{prefix}{name}",
         device=args.device,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from optimize.evaluate.errors import EvaluateError
 from optimize.evaluate.options import EvaluateOptions, parse_evaluate
-from optimize.evaluate.thresholds import RecipeFacts
+from optimize.progress import Bar
+from optimize.recipe import Recipe
 from server.bench.report import BenchError
 from server.config import ConfigError
 from server.engine.environment import engine_environment
@@ -23,9 +24,9 @@ def run_evaluate(namespace: argparse.Namespace, arguments: Sequence[str], versio
     """Exit status: 0, 3 where the candidate is refused, 1 where they cannot be compared, 2 for a wrong option, 130
     after Ctrl-C. Errors are one line."""
     try:
-        options, facts = parse_evaluate(namespace)
+        options, recipe = parse_evaluate(namespace)
         os.environ.update(engine_environment())  # before torch is loaded, as in the engine's own process
-        return _run(options, facts, arguments, version)
+        return _run(options, recipe, arguments, version)
     except ConfigError as error:
         return _failed(str(error), 2)
     except (EvaluateError, BenchError, ModelSourceError, ChatTemplateError, TokenizerError, OSError) as error:
@@ -34,28 +35,24 @@ def run_evaluate(namespace: argparse.Namespace, arguments: Sequence[str], versio
         return INTERRUPTED
 
 
-def _run(options: EvaluateOptions, facts: RecipeFacts, arguments: Sequence[str], version: str) -> int:
+def _run(options: EvaluateOptions, recipe: Recipe | None, arguments: Sequence[str], version: str) -> int:
     from optimize.evaluate.report import summary_text, write_report
     from optimize.evaluate.run import evaluate  # loads torch
     from server.models.config import UnsupportedModelError
     from server.models.loader import WeightsError
 
+    bar = Bar()
     try:
-        measured, verdict = evaluate(options, facts, _say)
+        measured, verdict = evaluate(options, recipe, bar.line, bar)
     except (UnsupportedModelError, WeightsError) as error:
         return _failed(str(error), 1)
     print(summary_text(measured, verdict))
     if options.out is not None:
-        for path in write_report(options, facts, measured, verdict, arguments, version):
+        for path in write_report(options, recipe, measured, verdict, ["evaluate", *arguments], version):
             print(path)
     if verdict.passed or options.report_only:
         return 0
     return _failed(f"the candidate is refused: {'; '.join(verdict.reasons)}", REFUSED)
-
-
-def _say(text: str) -> None:
-    """Progress, apart from the results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _failed(reason: str, status: int) -> int:

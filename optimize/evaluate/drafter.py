@@ -59,37 +59,56 @@ def find_drafter(options: EvaluateOptions, base: ModelSource) -> Path | None:
 
 
 def drafting(
-    options: EvaluateOptions, head: Path, prompts: Sequence[Sequence[int]], max_tokens: int, say: Callable[[str], None]
+    options: EvaluateOptions,
+    head: Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    say: Callable[[str], None],
+    show: Callable[[str, float], None],
 ) -> Drafting:
     """Both models answer the prompts greedily with drafts, one engine after the other.
 
     Greedy answers of two models differ, so each is measured on what it writes itself, as in serving.
     """
-    found = []
+    found: list[Acceptance] = []
     for spec, weights in ((options.base, options.base_weights), (options.candidate, options.candidate_weights)):
-        config = EngineConfig(
-            model=spec,
-            weights=weights,
-            device=options.device,
-            dtype=options.dtype,
-            drafter=_kind(head),
-            draft_model=str(head),
-            max_draft_tokens=options.max_draft_tokens,
-            adaptive=False,
-            prefix_cache=False,
-        )
-        load = Load(len(prompts), max(map(len, prompts)), max_tokens)
-        bench = start_drafting(options, config, [load], say)
-        got = answers(bench.core, prompts, max_tokens)
-        steps = max(1, got.num_steps)
-        rate = got.num_accepted / max(1, got.num_drafted)
-        emitted = (sum(map(len, got.tokens)) - len(prompts)) / steps
-        found.append(Acceptance(got.num_steps, got.num_drafted, rate, emitted))
-        del bench
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        show(f"drafter {head.name}", len(found) / 2)
+        found.append(acceptance(options, spec, weights, head, prompts, max_tokens, say))
+    show(f"drafter {head.name}", 1.0)
     return Drafting(head.name, options.max_draft_tokens, *found)
+
+
+def acceptance(
+    options: EvaluateOptions,
+    spec: str,
+    weights: str,
+    head: Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    say: Callable[[str], None],
+) -> Acceptance:
+    """Of one model, by name and form of its weights."""
+    config = EngineConfig(
+        model=spec,
+        weights=weights,
+        device=options.device,
+        dtype=options.dtype,
+        drafter=_kind(head),
+        draft_model=str(head),
+        max_draft_tokens=options.max_draft_tokens,
+        adaptive=False,
+        prefix_cache=False,
+    )
+    bench = start_drafting(options, config, [Load(len(prompts), max(map(len, prompts)), max_tokens)], say)
+    got = answers(bench.core, prompts, max_tokens)
+    steps = max(1, got.num_steps)
+    rate = got.num_accepted / max(1, got.num_drafted)
+    emitted = (sum(map(len, got.tokens)) - len(prompts)) / steps
+    del bench
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Acceptance(got.num_steps, got.num_drafted, rate, emitted)
 
 
 def _kind(head: Path) -> str:

@@ -100,7 +100,7 @@ class LlamaSwap:
 
     def _places(self, name: str) -> list[tuple[Any, Any, str]]:
         if name in ("lm_head", "model.embed_tokens"):
-            return [(self._base, self._candidate, "head" if name == "lm_head" else "embedding")]
+            return [(self._base, self._candidate, "head" if name == "lm_head" else "_table")]
         number, _, part = name.removeprefix("model.layers.").partition(".")
         mine, theirs = self._base.layers[int(number)], self._candidate.layers[int(number)]
         fields = [field for field, pattern in _LLAMA_PARTS.items() if part in ("", pattern)]

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimize.evaluate.thresholds import RecipeFacts, read_recipe
+from optimize.recipe import Recipe
+from optimize.recipe_file import load_recipe
 from server.config import DEFAULT_WEIGHTS, DTYPES, WEIGHTS, ConfigError
 
 PARTS = ("quality", "greedy", "speed", "drafter", "layers", "tasks")
@@ -21,11 +22,13 @@ class EvaluateOptions:
     `text` None is the documentation of Python's topics. `window` is how much text a network sees at most, tokens.
     `weights` are the forms in which GGUF models run (`server.config`). `out` gets the report (None: nowhere). `drafter`
     is a directory, `auto` (the head that comes with the base model, if one does) or `none`. `layer_seconds` bounds the
-    search for the layers that cost most. `tasks` are names that lm-eval knows, or finds in `task_dir`.
+    search for the layers that cost most; with `layers_if_worse` there is one only where quality failed. `tasks` are
+    names that lm-eval knows, or finds in `task_dir`. `candidate_name` is what reports call it (None: its directory's).
     """
 
     base: str
     candidate: str
+    candidate_name: str | None = None
     out: Path | None = None
     text: Path | None = None
     tokens: int = 50_000
@@ -41,6 +44,7 @@ class EvaluateOptions:
     drafter: str = "auto"
     max_draft_tokens: int = 4
     layer_seconds: float = 60.0
+    layers_if_worse: bool = False
     tasks: tuple[str, ...] = ()
     task_dir: Path | None = None
     task_limit: int | None = None
@@ -103,16 +107,16 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--report-only", action="store_true", help="measure and report; exit 0 whatever the numbers are")
 
 
-def parse_evaluate(namespace: argparse.Namespace) -> tuple[EvaluateOptions, RecipeFacts]:
-    """Settings, and what the recipe says. Raises ConfigError naming field, value and what would be valid."""
+def parse_evaluate(namespace: argparse.Namespace) -> tuple[EvaluateOptions, Recipe | None]:
+    """Settings, and the recipe that was named. Raises ConfigError naming field, value and what would be valid."""
     values = {"out": Path("evaluation"), **vars(namespace)}
     values.pop("command", None)
-    recipe = values.pop("recipe", None)
-    facts = RecipeFacts() if recipe is None else read_recipe(recipe)
+    name = values.pop("recipe", None)
+    recipe = None if name is None else load_recipe(name)
     if values.get("tasks") and "parts" not in values:
         values["parts"] = PARTS
     options = EvaluateOptions(**values)
-    return options, facts
+    return options, recipe
 
 
 def _at_least(name: str, value: int | None, low: int) -> None:

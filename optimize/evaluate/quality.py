@@ -61,19 +61,32 @@ def read_both(base: Reader, candidate: Reader, windows: Sequence[Window], tokens
 
     Raises EvaluateError where the base's logits are not finite.
     """
-    found: list[tuple[Tensor, ...]] = []
+    return read_all(base, [candidate], windows, tokens, progress)[0]
+
+
+def read_all(
+    base: Reader, candidates: Sequence[Reader], windows: Sequence[Window], tokens: int, progress: Progress
+) -> list[Positions]:
+    """`read_both` for several candidates in one pass of the base."""
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in candidates]
     clusters: list[NDArray[np.int64]] = []
     total, done = sum(w.num_tokens for w in windows), 0
     for step in steps(windows, tokens):
         read = [(windows[i].cluster, windows[i].ids[1:][step.start : step.end]) for i in step.group]
         targets = torch.from_numpy(np.concatenate([ids for _, ids in read]))
         clusters += [np.full(len(ids), cluster, dtype=np.int64) for cluster, ids in read]
-        mine, theirs = base.logits(windows, step), candidate.logits(windows, step)
-        found.append(compared(mine, theirs.to(mine.device), targets.to(mine.device)))
+        mine = base.logits(windows, step)
+        for parts, candidate in zip(found, candidates, strict=True):
+            theirs = candidate.logits(windows, step)
+            parts.append(compared(mine, theirs.to(mine.device), targets.to(mine.device)))
         done += len(targets)
         progress(done, total)
-    ours, others, divergence, same, broken = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-    return Positions(ours, others, divergence, same, broken, np.concatenate(clusters))
+    return [_positions(parts, np.concatenate(clusters)) for parts in found]
+
+
+def _positions(parts: Sequence[tuple[Tensor, ...]], clusters: NDArray[np.int64]) -> Positions:
+    ours, others, divergence, same, broken = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return Positions(ours, others, divergence, same, broken, clusters)
 
 
 @torch.inference_mode()

@@ -15,8 +15,9 @@ from optimize.evaluate.page import page
 from optimize.evaluate.run import Measured
 from optimize.evaluate.tables import tables
 from optimize.evaluate.texts import DEFAULT_TEXT
-from optimize.evaluate.thresholds import RecipeFacts
 from optimize.evaluate.verdict import Verdict
+from optimize.recipe import GateThresholds, Recipe
+from optimize.recipe_file import recipe_fields
 from server.bench.machine import head as machine_head
 from server.bench.machine import num_cores, short_gpu_name
 
@@ -25,7 +26,7 @@ PAGE, DATA = "report.html", "report.json"
 
 def write_report(
     options: EvaluateOptions,
-    facts: RecipeFacts,
+    recipe: Recipe | None,
     measured: Measured,
     verdict: Verdict,
     arguments: Sequence[str] = (),
@@ -34,7 +35,7 @@ def write_report(
     """Writes `report.json` and `report.html` in `options.out` and returns their paths. Raises OSError."""
     assert options.out is not None
     head = _head(options, measured, arguments, version)
-    content = report(options, facts, measured, verdict, head)
+    content = report(options, recipe, measured, verdict, head)
     options.out.mkdir(parents=True, exist_ok=True)
     written = []
     texts = (
@@ -54,7 +55,7 @@ def summary_text(measured: Measured, verdict: Verdict) -> str:
 
 
 def report(
-    options: EvaluateOptions, facts: RecipeFacts, measured: Measured, verdict: Verdict, head: dict[str, Any]
+    options: EvaluateOptions, recipe: Recipe | None, measured: Measured, verdict: Verdict, head: dict[str, Any]
 ) -> dict[str, Any]:
     """What `report.json` holds; numbers that are not finite are null."""
     m = measured
@@ -66,7 +67,8 @@ def report(
         "reasons": verdict.reasons,
         "numbers": [{**asdict(n), "passed": n.passed} for n in verdict.numbers],
         "rows": rows(m),
-        "recipe": asdict(facts),
+        "recipe": recipe and recipe_fields(recipe),
+        "gate": asdict((recipe.gate if recipe else GateThresholds()).on(m.device.type)),
         "text": {"name": options.text.name if options.text else DEFAULT_TEXT, "documents": m.num_documents},
         "window": options.window,
         "device": str(m.device),
@@ -150,7 +152,7 @@ def notes(options: EvaluateOptions, measured: Measured) -> list[str]:
 def _head(options: EvaluateOptions, measured: Measured, arguments: Sequence[str], version: str) -> dict[str, Any]:
     gpu = (measured.device.index or 0) if measured.device.type == "cuda" else None
     shown = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
-    command = shlex.join(["outpace", "evaluate", *shown]) if arguments else "optimize.evaluate.gate.check"
+    command = shlex.join(["outpace", *shown])
     return {**machine_head("evaluate", (), version, gpu), "command": command}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -20,17 +21,18 @@ from optimize.evaluate.reader import Reader, tokens_a_step
 from optimize.evaluate.sides import Pair, Side, Size, find_pair, size, start
 from optimize.evaluate.speed import TierSpeed, speeds
 from optimize.evaluate.texts import Window, encode, read_texts, shortened, windows
-from optimize.evaluate.thresholds import RecipeFacts, Thresholds
 from optimize.evaluate.verdict import Verdict, judged
+from optimize.recipe import GateThresholds, Recipe
 from server.bench.options import Load
 from server.config import ConfigError
 from server.models.loader import pick_device
 
 Say = Callable[[str], None]
+Show = Callable[[str, float], None]
+"""Called with what is being done and which fraction of it is done."""
 
 GREEDY_TOKENS = 64
 TASK_ROWS, TASK_TOKENS = 8, 4096
-_SAY_EVERY_S = 15.0
 
 
 @dataclass(slots=True)
@@ -53,21 +55,25 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate(options: EvaluateOptions, facts: RecipeFacts, say: Say) -> tuple[Measured, Verdict]:
-    """Raises ConfigError, EvaluateError, and what finding and loading models raises."""
-    gate = facts.gate
+def evaluate(
+    options: EvaluateOptions, recipe: Recipe | None, say: Say, show: Show = lambda what, fraction: None
+) -> tuple[Measured, Verdict]:
+    """By the recipe's thresholds (None: the defaults). Raises ConfigError, EvaluateError, and what finding and loading
+    models raises."""
+    gate = (recipe.gate if recipe is not None else GateThresholds()).on(pick_device(options.device).type)
+    recipe = None if recipe is None else replace(recipe, gate=gate)
     if options.tokens < gate.min_tokens and not options.report_only:
         raise ConfigError(
             f"tokens: {options.tokens} is not valid; the gate asks for {gate.min_tokens}; --report-only does without"
         )
-    measured = _measure(options, gate, say)
+    measured = _measure(options, gate, say, show)
     numbers = judged(measured.quality, measured.speeds, measured.drafting, gate)
     failed = [number for number in numbers if not number.passed]
     head = measured.drafting.name if measured.drafting is not None else None
-    return measured, Verdict(numbers, tuple(advice(failed, facts, measured.layers, head)))
+    return measured, Verdict(numbers, tuple(advice(failed, recipe, measured.layers, head)))
 
 
-def _measure(options: EvaluateOptions, gate: Thresholds, say: Say) -> Measured:
+def _measure(options: EvaluateOptions, gate: GateThresholds, say: Say, show: Show) -> Measured:
     texts = read_texts(options.text)
     pair = find_pair(options, [text for _, text in texts[:: max(1, len(texts) // 16)]])
     head = find_drafter(options, pair.base) if "drafter" in options.parts else None
@@ -87,15 +93,14 @@ def _measure(options: EvaluateOptions, gate: Thresholds, say: Say) -> Measured:
         (size(base), size(candidate)),
         num_documents=len(documents),
     )
-    _with_both(options, gate, found, base, candidate, read, prompts, timed, say)
+    _with_both(options, gate, found, base, candidate, read, prompts, timed, say, show)
     del base, candidate
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if head is not None:
-        say(f"drafter: {head.name}")
         with _Clock(found, "drafter"):
-            found.drafting = drafting(options, head, prompts, GREEDY_TOKENS, say)
+            found.drafting = drafting(options, head, prompts, GREEDY_TOKENS, say, show)
     return found
 
 
@@ -107,7 +112,7 @@ def _task_load(pair: Pair) -> Load:
 
 def _with_both(
     options: EvaluateOptions,
-    gate: Thresholds,
+    gate: GateThresholds,
     found: Measured,
     base: Side,
     candidate: Side,
@@ -115,35 +120,46 @@ def _with_both(
     prompts: Sequence[Sequence[int]],
     timed: Sequence[Load],
     say: Say,
+    show: Show,
 ) -> None:
     """What needs both networks at once."""
     if "quality" in options.parts:
         with _Clock(found, "quality"):
-            found.positions = read_text(base, candidate, read, options.window, say)
+            found.positions = read_text(base, candidate, read, options.window, show)
         found.quality = summary(found.positions, gate.confidence)
     if "greedy" in options.parts:
         with _Clock(found, "greedy"):
-            mine, theirs = (answers(side.bench.core, prompts, GREEDY_TOKENS).tokens for side in (base, candidate))
+            show("greedy answers", 0.0)
+            mine = answers(base.bench.core, prompts, GREEDY_TOKENS).tokens
+            show("greedy answers", 0.5)
+            theirs = answers(candidate.bench.core, prompts, GREEDY_TOKENS).tokens
+            show("greedy answers", 1.0)
         found.greedy = agreement(mine, theirs, GREEDY_TOKENS)
     if timed:
         with _Clock(found, "speed"):
-            found.speeds = speeds(base.bench, candidate.bench, timed, options.repeats, say)
+            found.speeds = speeds(base.bench, candidate.bench, timed, options.repeats, show)
     if "tasks" in options.parts:
         from optimize.evaluate.tasks import run_tasks  # needs lm-eval
 
         with _Clock(found, "tasks"):
             found.tasks = run_tasks(options, (base, candidate), found.pair.tokenizer, say)
-    if "layers" in options.parts:
+    if "layers" in options.parts and not (options.layers_if_worse and _is_good(found.quality, gate)):
         with _Clock(found, "layers"):
-            shown = _Progress("layers", say)
+            shown = partial(_share, show, "layers one by one")
             found.layers = sensitivity(base.model, candidate.model, read, options.layer_seconds, shown)
 
 
-def read_text(base: Side, candidate: Side, read: Sequence[Window], longest: int, say: Say) -> Positions:
+def read_text(base: Side, candidate: Side, read: Sequence[Window], longest: int, show: Show) -> Positions:
     """Both on the same windows."""
     tokens = tokens_a_step(base.model.vocab_size, base.model.device)
     readers = [Reader(side.model, longest, tokens, side.forward, side.kv_dtype) for side in (base, candidate)]
-    return read_both(readers[0], readers[1], read, tokens, _Progress("text", say))
+    return read_both(readers[0], readers[1], read, tokens, partial(_share, show, "reading text"))
+
+
+def _is_good(quality: Quality | None, gate: GateThresholds) -> bool:
+    return quality is not None and all(
+        number.passed for number in judged(quality, [], None, replace(gate, faster_at=()))
+    )
 
 
 class _Clock:
@@ -159,16 +175,5 @@ class _Clock:
         self._found.seconds[self._part] = round(time.perf_counter() - self._started, 2)
 
 
-class _Progress:
-    """Says how far a part is, now and then."""
-
-    def __init__(self, part: str, say: Say) -> None:
-        self._part, self._say = part, say
-        self._started = self._said = time.perf_counter()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self._said >= _SAY_EVERY_S or done == total:
-            self._said = now
-            left = (now - self._started) / done * (total - done)
-            self._say(f"{self._part}: {done:,} of {total:,}, {left:.0f} s left")
+def _share(show: Show, what: str, done: int, total: int) -> None:
+    show(what, done / total)

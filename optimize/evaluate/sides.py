@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,6 +76,7 @@ def find_pair(options: EvaluateOptions, texts: Sequence[str]) -> Pair:
     """Raises ModelSourceError, TokenizerError, or EvaluateError where the two do not read `texts` alike."""
     base = find(options.base, options.base_weights)
     candidate = find(options.candidate, options.candidate_weights)
+    candidate = replace(candidate, name=options.candidate_name or candidate.name)
     tokenizer = Tokenizer.from_directory(base.directory)
     try:
         other = Tokenizer.from_directory(candidate.directory)

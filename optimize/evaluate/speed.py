@@ -29,14 +29,15 @@ class TierSpeed:
 
 
 def speeds(
-    base: Bench, candidate: Bench, loads: Sequence[Load], repeats: int, say: Callable[[str], None]
+    base: Bench, candidate: Bench, loads: Sequence[Load], repeats: int, show: Callable[[str, float], None]
 ) -> list[TierSpeed]:
     """Every load on both, alternating who goes first. Raises BenchError, or EvaluateError for a load without steps."""
-    return [_tier(base, candidate, load, repeats, say) for load in loads]
+    return [_tier(base, candidate, load, repeats, show) for load in loads]
 
 
-def _tier(base: Bench, candidate: Bench, load: Load, repeats: int, say: Callable[[str], None]) -> TierSpeed:
-    say(f"speed: {load.rows} sequences, {load.input} tokens in, {load.output} out")
+def _tier(base: Bench, candidate: Bench, load: Load, repeats: int, show: Callable[[str, float], None]) -> TierSpeed:
+    what = f"timing {load.rows} sequence{'s' if load.rows > 1 else ''}"
+    show(what, 0.0)
     for bench in (base, candidate):
         warm_up(bench, load)
     runs: list[tuple[Run, Run]] = []
@@ -47,6 +48,7 @@ def _tier(base: Bench, candidate: Bench, load: Load, repeats: int, say: Callable
         else:
             theirs = run(candidate, load, seed)
             runs.append((run(base, load, seed), theirs))
+        show(what, len(runs) / repeats)
     times = [(_step_ms(mine), _step_ms(theirs)) for mine, theirs in runs]
     return TierSpeed(
         batch=load.rows,

@@ -10,7 +10,7 @@ from typing import Literal
 from optimize.evaluate.drafter import Drafting
 from optimize.evaluate.quality import Quality
 from optimize.evaluate.speed import TierSpeed
-from optimize.evaluate.thresholds import Thresholds
+from optimize.recipe import GateThresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def judged(
-    quality: Quality | None, speeds: Sequence[TierSpeed], drafting: Drafting | None, thresholds: Thresholds
+    quality: Quality | None, speeds: Sequence[TierSpeed], drafting: Drafting | None, thresholds: GateThresholds
 ) -> tuple[Number, ...]:
     """The numbers, each beside its threshold. A drafter counts where there is one."""
     numbers = [*_quality(quality, thresholds)]
@@ -92,7 +92,7 @@ def judged(
     return tuple(numbers)
 
 
-def _quality(quality: Quality | None, thresholds: Thresholds) -> list[Number]:
+def _quality(quality: Quality | None, thresholds: GateThresholds) -> list[Number]:
     tokens = broken = None
     ratio = worst_ratio = agreement = worst_agreement = None
     if quality is not None:

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from optimize.plan import Plan
 from optimize.ptq.assemble import Calibrated
-from optimize.ptq.network import Batches, Report
+from optimize.ptq.network import Batches, Report, column_moments
 from optimize.recipe import LayerFormat, Recipe
 
 _BITS: dict[str, Any] = {"int4": 4, "int8": 8, "fp8": (4, 3)}
 AWQ_ALPHA_STEP = 0.1
+PASSES = {"awq": 3, "auto": 3, "smoothquant": 1}
+"""How often a method runs the text through the network: AWQ for our moments, for its statistics and for its search."""
 
 
 def weight_attributes(form: LayerFormat) -> dict[str, Any]:
@@ -67,13 +69,14 @@ def calibrate(network: Any, recipe: Recipe, plan: Plan, batches: Batches) -> Cal
     layers = {n: f for n, f in forms.items() if f.weights == "int4" and n != "lm_head"}
     if not layers:
         return Calibrated()
+    moments = column_moments(network, layers, batches)
     mtq.quantize(network, configuration(layers, {"method": "awq_lite", "alpha_step": AWQ_ALPHA_STEP}), batches.run)
     factors = {}
     for name in layers:
         found_here = getattr(network.get_submodule(name).input_quantizer, "_pre_quant_scale", None)
         if found_here is not None:
             factors[name] = found_here.float().flatten().cpu()
-    return Calibrated(factors=factors)
+    return Calibrated(factors=factors, moments={name: found.cpu() for name, found in moments.items()})
 
 
 def choose(network: Any, recipe: Recipe, plan: Plan, batches: Batches, report: Report) -> dict[str, int]:

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from optimize.errors import OptimizeError
 from optimize.ptq.assemble import Item
 from server.models.safetensors_index import INDEX_NAME, SINGLE_NAME, load_index
 from server.models.source import ModelSource
@@ -131,7 +132,11 @@ class _Shards:
     def _flush(self) -> None:
         if not self._held:
             return
-        save_file(self._held, self._part(len(self._written)), metadata={"format": "pt"})
+        path = self._part(len(self._written))
+        try:
+            save_file(self._held, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # of the system, in its own class and words
+            raise OptimizeError(f"{path}: cannot be written: {error}; is the disk full?") from error
         self._written.append(list(self._held))
         self._held, self._size = {}, 0
 

@@ -27,11 +27,15 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
 
 
 class Batches:
-    """Rows [n, L] through a network, `size` at a time; half as many from the moment that memory runs out."""
+    """Rows [n, L] through a network, `size` at a time; half as many from the moment that memory runs out.
 
-    def __init__(self, rows: Tensor, size: int, report: Report, what: str) -> None:
+    `passes` is how often that will happen: `report` hears the share of all of them.
+    """
+
+    def __init__(self, rows: Tensor, size: int, report: Report, what: str, passes: int = 1) -> None:
         self.rows, self.size = rows, size
         self._report, self._what = report, what
+        self._passes, self._passed = passes, 0
 
     def run(self, network: Any, use: Callable[[Tensor, Any], None] | None = None) -> None:
         """Calls `use(rows [b, L], output)` after each pass. Raises what one row alone raises.
@@ -55,7 +59,8 @@ class Batches:
                     torch.cuda.empty_cache()
                 continue
             start += len(part)
-            self._report(self._what, start / len(self.rows))
+            self._report(self._what, min(1.0, (self._passed + start / len(self.rows)) / self._passes))
+        self._passed += 1
 
     def halves(self) -> Iterator[dict[str, Tensor]]:
         """The rows as batches that a transformers network takes by name."""
@@ -87,6 +92,29 @@ def mean_loss(network: Any, batches: Batches) -> float:
     batches.run(network, add)
     result = total / (batches.rows.shape[0] * (batches.rows.shape[1] - 1))
     return result if math.isfinite(result) else math.inf
+
+
+@torch.no_grad()
+def column_moments(network: Any, names: Iterable[str], batches: Batches) -> dict[str, Tensor]:
+    """Mean squares of what linear layers read, by layer: [K] float32."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            sums[name] = sums.get(name, 0.0) + x.square().sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return hook
+
+    hooks = [network.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    try:
+        batches.run(network)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 class SimulatedLinear(nn.Module):

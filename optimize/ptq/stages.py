@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import math
+import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from optimize.errors import OptimizeError
-from optimize.gate import Gate
 from optimize.plan import Plan, plan_layers
 from optimize.ptq import texts as text_rows
 from optimize.ptq.assemble import Calibrated, Original, assemble
@@ -32,8 +31,7 @@ MAX_LOSS_INCREASE = 1.0
 
 def texts(job: Job, report: Report) -> dict[str, Any]:
     """Writes the rows of calibration text."""
-    report.progress("calibration text", 0.0)
-    result: dict[str, Any] = text_rows.prepare(job, resolve(job.model), report.say)
+    result: dict[str, Any] = text_rows.prepare(job, resolve(job.model), _to_log, report.progress)
     report.progress("calibration text", 1.0)
     return result
 
@@ -64,7 +62,8 @@ def quantize(job: Job, report: Report) -> dict[str, Any]:
     calibrated = Calibrated()
     if recipe.needs_text:
         rows, held_out = text_rows.load(job.texts)
-        batches = Batches(rows, recipe.calibration.batch, report.progress, f"calibrating ({recipe.method})")
+        what, passes = f"calibrating ({recipe.method})", calibrate.PASSES[recipe.method]
+        batches = Batches(rows, recipe.calibration.batch, report.progress, what, passes)
         calibrated = calibrate.calibrate(_network(job, source), recipe, plan, batches)
         gc.collect()
         calibrated = _best_alpha(job, source, plan, calibrated, held_out, report)
@@ -99,12 +98,28 @@ def check(job: Job, report: Report) -> dict[str, Any]:
 
 
 def gate(job: Job, report: Report) -> dict[str, Any]:
-    """Whether it may be served: what `optimize.evaluate.gate.check(base, candidate, recipe)` says."""
-    report.progress("holding it against the original", 0.0)
-    judge: Gate = import_module("optimize.evaluate.gate")
-    verdict = judge.check(job.model, Path(job.content), job.recipe)
-    report.progress("holding it against the original", 1.0)
-    return {"passed": bool(verdict.passed), "reasons": [str(reason) for reason in verdict.reasons]}
+    """Whether it may be served. The report is written beside the weights."""
+    from optimize.evaluate.gate import check, gate_options
+
+    recipe, content = job.recipe, Path(job.content)
+    options = replace(
+        gate_options(job.model, content, recipe.gate, job.device),
+        out=content,
+        candidate_name=f"{resolve(job.model).name}-{recipe.name}",
+        dtype=job.dtype,
+    )
+    verdict = check(job.model, content, recipe, options, say=_to_log, show=report.progress)
+    return {
+        "passed": verdict.passed,
+        "reasons": [number.reason for number in verdict.failed],
+        "advice": list(verdict.advice),
+        "numbers": {number.name: number.value if number.bound is None else number.bound for number in verdict.numbers},
+    }
+
+
+def _to_log(text: str) -> None:
+    """What engines say of themselves while they are built."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _network(job: Job, source: ModelSource) -> Any:

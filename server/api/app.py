@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from server.api import chat, completions, openapi, routes, tokenize
+from server.api import chat, completions, openapi, page, routes, tokenize
 from server.api.access.access_log import AccessLog
 from server.api.access.admin import admin_routes
 from server.api.access.auth import add_rate_limit_headers, auth_middleware
@@ -18,7 +18,9 @@ from server.api.access.control import ACCESS
 from server.api.access.cors import Cors, parse_origins
 from server.api.access.request_id import add_request_id, request_id_middleware
 from server.api.access.route import route_of
+from server.api.arms import ARMS, add_arm
 from server.api.errors import Handler, error_middleware
+from server.api.page import PAGE_ROUTE
 from server.api.state import STATE, ServerState
 
 
@@ -50,10 +52,10 @@ async def _in_progress(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.Application:
-    """`state.text` may still be None: until it is set and the engine is ready, generation answers 503."""
+    """An arm's `text` may still be None: until it is set and its engine is ready, generation answers 503."""
     log = access_log or AccessLog(None)
     middlewares = [_in_progress, request_id_middleware, log.middleware]
-    signals = [add_request_id, add_rate_limit_headers]
+    signals = [add_request_id, add_rate_limit_headers, add_arm]
     if state.config.cors_origins is not None:
         cors = Cors(parse_origins(state.config.cors_origins))
         middlewares.append(cors.middleware)
@@ -63,8 +65,10 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     app[STATE] = state
     app[ACCESS] = state.access
     app.on_response_prepare.extend(signals)
-    state.engine.on_stats = state.metrics.on_stats
-    state.metrics.watch_engine(lambda: state.engine.ready, lambda: state.engine.num_restarts)
+    app[ARMS] = state.arms
+    engine = state.control.engine
+    engine.on_stats = state.metrics.on_stats
+    state.metrics.watch_engine(lambda: engine.ready, lambda: engine.num_restarts)
 
     async def reload() -> Sequence[str]:
         return [] if state.reload is None else await state.reload()
@@ -72,6 +76,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
     app.add_routes(
         [
             web.get("/", routes.index),
+            web.get(PAGE_ROUTE, page.file),
             web.get("/health", routes.health),
             web.get("/ready", routes.ready),
             web.get("/version", routes.version),

@@ -11,19 +11,26 @@ from server.engine.messages import EngineInfo
 
 def banner(config: ServerConfig, info: EngineInfo, model: str, url: str) -> str:
     """What is served, with what, and a command to try."""
-    plural = "" if info.num_threads == 1 else "s"
-    threads = f", {info.num_threads} thread{plural}" if info.device.startswith("cpu") else ""
     kv_mib = info.kv_cache_bytes / 2**20
     return "\n".join(
         (
-            f"Serving {model} ({info.architecture}, {quantity(info.num_parameters)} parameters, {info.dtype} on "
-            f"{info.device}{threads}, linear layers: {info.linear_path}); loaded in {info.load_s:.1f} s",
+            f"Serving {model} ({summary(info)}); loaded in {info.load_s:.1f} s",
             f"  context {info.max_model_len:,} tokens, KV cache {info.kv_cache_tokens:,} tokens ({kv_mib:,.0f} MiB), "
             f"up to {info.max_num_seqs} sequences at once",
             f"  {drafting(config, info)}",
             f"Ready at {url}/v1 - try:",
             f"  {curl(model, url)}",
         )
+    )
+
+
+def summary(info: EngineInfo) -> str:
+    """What an engine runs, and where."""
+    plural = "" if info.num_threads == 1 else "s"
+    threads = f", {info.num_threads} thread{plural}" if info.device.startswith("cpu") else ""
+    return (
+        f"{info.architecture}, {quantity(info.num_parameters)} parameters, {info.dtype} on {info.device}{threads}, "
+        f"linear layers: {info.linear_path}"
     )
 
 

@@ -27,8 +27,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     options = chat_options(body, request.headers, defaults_for(caller, state), state.limits)
     messages = plain_messages(body.messages)
     priority = check_priority(caller, options.priority)
-    state.require_model(body.model)
-    info, text = state.require_ready()
+    arm = state.route(request, body.model, body.user or body.safety_identifier)
+    info, text = arm.require_ready()
     prompt = await encode_chat(text, messages, info=info)
     request_id = new_id("chatcmpl")
     requests = engine_requests(
@@ -42,5 +42,5 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         tenant=caller.tenant,
         priority=priority,
     )
-    style = ChatFormat(head(request_id, state), text, wording_of(options, [prompt]))
-    return await respond(request, state, text, job_of(request_id, requests, options, style, arrival))
+    style = ChatFormat(head(request_id, arm, state.version), text, wording_of(options, [prompt]))
+    return await respond(request, state, arm, job_of(request_id, requests, options, style, arrival))

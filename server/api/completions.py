@@ -35,16 +35,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = prompt_list(body.prompt)
     options = completion_options(body, request.headers, defaults_for(caller, state), state.limits, len(prompts))
     priority = check_priority(caller, options.priority)
-    state.require_model(body.model)
-    info, text = state.require_ready()
+    arm = state.route(request, body.model, body.user or body.safety_identifier)
+    info, text = arm.require_ready()
     prompt_ids = [await _token_ids(prompt, text, info) for prompt in prompts]
     request_id = new_id("cmpl")
     requests = engine_requests(
         request_id, body, options, info, prompt_ids, param="prompt", tenant=caller.tenant, priority=priority
     )
     echoes = [Echo(text, *pair) for pair in zip(prompts, prompt_ids, strict=True)] if options.echo else []
-    style = CompletionFormat(head(request_id, state), text, wording_of(options, prompt_ids, echoes))
-    return await respond(request, state, text, job_of(request_id, requests, options, style, arrival, echoes))
+    style = CompletionFormat(head(request_id, arm, state.version), text, wording_of(options, prompt_ids, echoes))
+    return await respond(request, state, arm, job_of(request_id, requests, options, style, arrival, echoes))
 
 
 def prompt_list(prompt: Any) -> list[Prompt]:

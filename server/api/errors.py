@@ -66,6 +66,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def bad_header(name: str, value: str, valid: str) -> ApiError:
+    """A header's value is wrong: 400."""
+    return invalid(f"Invalid value for the header {name}: {value[:100]!r}; use {valid}.", name, "invalid_value")
+
+
 def unsupported(message: str, param: str | None = None) -> ApiError:
     """OpenAI has it and this server does not yet: 400, so that it is never silently ignored."""
     return invalid(message, param, "unsupported_parameter")

@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Any
 
-from server.api.state import ServerState
+from server.api.arm import Arm
 
 
 def new_id(prefix: str) -> str:
@@ -14,12 +14,12 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
-def head(request_id: str, state: ServerState) -> dict[str, Any]:
+def head(request_id: str, arm: Arm, version: str) -> dict[str, Any]:
     """What all chunks of an answer share; `object` is a place that the format fills."""
     return {
         "id": request_id,
         "object": "",
         "created": int(time.time()),
-        "model": state.model_name,
-        "system_fingerprint": state.fingerprint,
+        "model": arm.model_name,
+        "system_fingerprint": arm.fingerprint(version),
     }

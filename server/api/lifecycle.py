@@ -12,18 +12,22 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from server.api import sockets
 from server.api.access.control import AccessControl
 from server.api.access.keys import KeyFileError
-from server.api.banner import banner
+from server.api.arm import Arm
+from server.api.arms import Arms
+from server.api.banner import banner, summary
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
 from server.api.state import ServerState
-from server.config import ConfigError, ServerConfig
+from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
+from server.engine.messages import EngineInfo
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,19 @@ T = TypeVar("T")
 
 class StartError(RuntimeError):
     """The server could not start; the message is one line for the person who typed the command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """An arm to be served. `load_text` (called on a thread) gives the text layer and the model's short name.
+
+    It raises ValueError with what is wrong with the model.
+    """
+
+    config: EngineConfig
+    engine: EngineClientLike
+    load_text: LoadText
+    name: str = CONTROL
 
 
 class Signals:
@@ -59,25 +76,28 @@ class Signals:
 
 
 class Server:
-    """Runs until a signal. `load_text` (called on a thread) gives the text layer and the model's short name.
+    """Runs until a signal. The first backend is the control: without it nothing is served, without another one less.
 
-    `load_text` raises ValueError with what is wrong with the model. `url` is empty until the socket is bound.
+    `url` is empty until the socket is bound.
     """
 
-    def __init__(
-        self, config: ServerConfig, engine: EngineClientLike, load_text: LoadText, version: str, say: Say
-    ) -> None:
+    def __init__(self, config: ServerConfig, backends: Sequence[Backend], version: str, say: Say) -> None:
         self._config = config
-        self._load_text = load_text
+        self._backends = backends
         self._say = say
         self.url = ""
         self.signals = Signals(self._on_stop, self._on_reload)
         try:
             access = AccessControl.from_file(config.api_keys)
-            name = config.served_model_name or config.engine.model
             limits = Limits(max_body_bytes=config.max_body_bytes)
             metrics = Metrics(version)
-            self.state = ServerState(config, engine, metrics, version, name, limits=limits, access=access)
+            arms = [
+                Arm(b.name, b.config, b.engine, config.served_model_name or b.config.model, metrics.clock)
+                for b in backends
+            ]
+            self.state = ServerState(
+                config, Arms.of_config(config, arms), metrics, version, limits=limits, access=access
+            )
             self.state.reload = self.reload
             self._front = Front(self.state)
         except (KeyFileError, ConfigError) as error:
@@ -88,6 +108,7 @@ class Server:
         try:
             self.url = await self._listen()
             if await until_stopped(self._start(), self.signals.stop):
+                await until_stopped(self._start_others(), self.signals.stop)
                 await self.signals.stop.wait()
                 await self._drain()
         finally:
@@ -117,21 +138,36 @@ class Server:
         )
 
     async def _start(self) -> None:
-        state = self.state
-        self._say(f"Loading {self._config.engine.model}; {self.url}/ready says when it serves")
-        state.progress = "The model is being loaded."
+        arm = self.state.control
+        self._say(f"Loading {arm.config.model}; {self.url}/ready says when it serves")
+        info = await self._start_arm(arm, self._backends[0])
+        self.state.metrics.on_ready(info)
+        self._say(banner(self._config, info, arm.model_name, self.url))
+
+    async def _start_others(self) -> None:
+        """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
+        for arm, backend in zip(self.state.arms.every[1:], self._backends[1:], strict=True):
+            self._say(f"Loading arm {arm.name}: {arm.config.model}")
+            try:
+                info = await self._start_arm(arm, backend)
+            except StartError as error:
+                arm.progress = str(error)
+                self._say(f"Arm {arm.name} does not start: {error}; the control arm takes its share")
+                continue
+            self._say(f"Arm {arm.name} serves: {summary(info)}")
+
+    async def _start_arm(self, arm: Arm, backend: Backend) -> EngineInfo:
+        arm.progress = "The model is being loaded."
         # The engine's process imports its libraries while the model is looked up here.
-        await state.engine.start()
+        await arm.engine.start()
         try:
-            state.text, name = await on_daemon_thread(self._load_text)
-            state.model_name = self._config.served_model_name or name
-            info = await state.engine.wait_ready()
+            arm.text, name = await on_daemon_thread(backend.load_text)
+            arm.model_name = self._config.served_model_name or name
+            return await arm.engine.wait_ready()
         except ValueError as error:
             raise StartError(str(error)) from error
         except EngineUnavailable as error:
             raise StartError(f"the engine failed to start: {error}") from error
-        state.metrics.on_ready(info)
-        self._say(banner(self._config, info, state.model_name, self.url))
 
     async def _drain(self) -> None:
         state, timeout_s = self.state, self._config.drain_timeout_s
@@ -141,12 +177,14 @@ class Server:
 
     async def _wait_until_idle(self) -> None:
         await self.state.idle.wait()
-        await self.state.engine.drain(self._config.drain_timeout_s)
+        timeout_s = self._config.drain_timeout_s
+        await asyncio.gather(*(arm.engine.drain(timeout_s) for arm in self.state.arms.every))
 
     async def _close(self) -> None:
         """The engine goes first: handlers still at work learn it and can tell their clients."""
         try:
-            await asyncio.wait_for(self.state.engine.close(), _ENGINE_CLOSE_S)
+            closing = asyncio.gather(*(arm.engine.close() for arm in self.state.arms.every))
+            await asyncio.wait_for(closing, _ENGINE_CLOSE_S)
         except TimeoutError:
             logger.warning("the engine did not close within %g s", _ENGINE_CLOSE_S)
         await self._front.close(at_once=self.signals.quit.is_set())

@@ -202,7 +202,7 @@ def _probes() -> dict[str, Any]:
     paths: dict[str, Any] = {
         path: {"get": _operation(name, summary, answers, (), keyed=False)}
         for path, name, summary, answers in (
-            ("/", "index", "What this is", {200: {"text/plain": STRING}}),
+            ("/", "index", "What this is; for browsers the page", {200: {"text/plain": STRING, "text/html": STRING}}),
             ("/health", "health", "The API process lives", {200: {JSON: ref("Health")}}),
             ("/ready", "ready", "Requests are served", ready),
             ("/version", "version", "The version", {200: {JSON: ref("Version")}}),
@@ -210,6 +210,9 @@ def _probes() -> dict[str, Any]:
             ("/openapi.json", "openapi", "This document", {200: {JSON: {"type": "object"}}}),
         )
     }
+    file = _operation("pageFile", "A file of the page", {200: {"text/plain": STRING}}, (404,), keyed=False)
+    parameter = {"name": "file", "in": "path", "required": True, "schema": STRING}
+    paths["/page/{file}"] = {"get": {**file, "parameters": [parameter]}}
     info = _operation("serverInfo", "Settings and counters", {200: {JSON: ref("ServerInfo")}}, ())
     return {**paths, "/server_info": {"get": info}}
 

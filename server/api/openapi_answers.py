@@ -150,6 +150,18 @@ def _completion() -> dict[str, Schema]:
 
 
 def _others() -> dict[str, Schema]:
+    engine: dict[str, Any] = {
+        "engine": {"type": ["object", "null"], "description": "What the engine says of itself."},
+        "stats": {"type": "object", "description": "The engine's counters and gauges."},
+        "speculation": struct(
+            paused=BOOLEAN,
+            since=nullable(COUNT),
+            reason=nullable(STRING),
+            predicted_speedup=nullable({"type": "number", "minimum": 0}),
+            realised_speedup=nullable({"type": "number", "minimum": 0}),
+        ),
+        "num_engine_restarts": COUNT,
+    }
     state = {"avg_spec_accept_length": nullable({"type": "number", "minimum": 1})}
     return {
         "Tokens": struct({"token_strs": array(STRING)}, count=COUNT, max_model_len=COUNT, tokens=array(COUNT)),
@@ -173,16 +185,12 @@ def _others() -> dict[str, Schema]:
             model=STRING,
             ready=BOOLEAN,
             config={"type": "object", "description": "The settings that the server runs with."},
-            engine={"type": ["object", "null"], "description": "What the engine says of itself."},
-            stats={"type": "object", "description": "The engine's counters and gauges."},
-            speculation=struct(
-                paused=BOOLEAN,
-                since=nullable(COUNT),
-                reason=nullable(STRING),
-                predicted_speedup=nullable({"type": "number", "minimum": 0}),
-                realised_speedup=nullable({"type": "number", "minimum": 0}),
-            ),
-            num_engine_restarts=COUNT,
+            **engine,
+            arms={
+                "type": "object",
+                "description": "The arms beside the control, whose engine is told of above.",
+                "additionalProperties": struct(model=STRING, ready=BOOLEAN, reason=nullable(STRING), **engine),
+            },
             process=struct(pid=COUNT, num_tasks=COUNT, num_fds=INTEGER),
             internal_states=array(struct(**state)),
         ),

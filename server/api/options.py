@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.api import params
-from server.api.errors import ApiError, invalid
+from server.api.errors import bad_header
 from server.api.params import Limits
 from server.api.schemas import MAX_TIMEOUT_S, ChatRequest, Common, CompletionRequest
 from server.core import SpeculationParams
@@ -122,7 +122,7 @@ def timeout_s(body: Common, headers: Mapping[str, str], default: float | None = 
     if value is not None:
         seconds = float(value) if _SECONDS.fullmatch(value.strip()) else 0.0
         if not 0 < seconds <= MAX_TIMEOUT_S:
-            raise _bad_header(TIMEOUT_HEADER, value, "a number of seconds above 0, such as 2.5")
+            raise bad_header(TIMEOUT_HEADER, value, "a number of seconds above 0, such as 2.5")
         default = seconds
     return default if body.timeout is None else body.timeout
 
@@ -134,7 +134,7 @@ def speculation_params(body: Common, headers: Mapping[str, str], default_enabled
     if value is not None:
         word = value.strip().lower()
         if word not in ("on", "off") and not _COUNT.fullmatch(word):
-            raise _bad_header(SPECULATION_HEADER, value, "on, off or the most draft tokens a step")
+            raise bad_header(SPECULATION_HEADER, value, "on, off or the most draft tokens a step")
         enabled = word != "off"
         most = int(word) if enabled and word != "on" else None
     wish = body.speculative
@@ -142,7 +142,3 @@ def speculation_params(body: Common, headers: Mapping[str, str], default_enabled
         enabled = enabled if wish.enabled is None else wish.enabled
         most = most if wish.max_draft_tokens is None else wish.max_draft_tokens
     return SpeculationParams(enabled=enabled, max_draft_tokens=most)
-
-
-def _bad_header(name: str, value: str, valid: str) -> ApiError:
-    return invalid(f"Invalid value for the header {name}: {value[:100]!r}; use {valid}.", name, "invalid_value")

@@ -13,13 +13,13 @@ from aiohttp import web
 from server.api.access import body
 from server.api.access.access_log import Record, record_of
 from server.api.access.auth import caller_of
+from server.api.arm import Arm
 from server.api.choice_text import ChoiceText, Delta
 from server.api.chunks import ChunkWriter
 from server.api.echo import Echo
 from server.api.errors import as_api_error, request_timeout
 from server.api.formats import Choice, Format, Json, usage_of
 from server.api.generation import Generation, Part
-from server.api.interfaces import TextLayerLike
 from server.api.spec_metrics import spec_decoding_metrics
 from server.api.sse import DONE, EventStream, Flow, event
 from server.api.state import ServerState
@@ -57,23 +57,23 @@ async def read_body(request: web.Request, state: ServerState) -> bytes:
     return await body.read_body(request, state.limits.max_body_bytes, state.config.body_timeout_s)
 
 
-async def respond(request: web.Request, state: ServerState, text: TextLayerLike, job: Job) -> web.StreamResponse:
+async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) -> web.StreamResponse:
     """Admits the job, runs it and answers. However this is left, no request stays behind in the engine."""
     key = caller_of(request).key
     num_prompt = _num_prompt(job)
-    state.admit(job.requests)
-    place = _Place(state, job.requests)
+    arm.admit(job.requests)
+    place = _Place(arm, job.requests)
     parts: list[Part] = []
     try:
         state.access.limiter.reserve(key, num_prompt)
-        parts = _parts(state, text, job)
+        parts = _parts(state, arm, job)
         state.metrics.prompt_tokens.inc(num_prompt)
-        answer = _Streamed(request, state, job, parts) if job.stream else _Whole(state, job, parts)
-        return await _run(state, job, parts, answer, place)
+        answer = _Streamed(request, state, arm, job, parts) if job.stream else _Whole(arm, job, parts)
+        return await _run(state, arm, job, parts, answer, place)
     finally:
         place.give_back()
         state.access.limiter.charge(key, sum(part.text.tally.num_completion for part in parts))
-        _note(record_of(request), state.model_name, job, parts)
+        _note(record_of(request), arm.model_name, job, parts)
 
 
 def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
@@ -87,7 +87,8 @@ def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
     record.ttft_ms = None if ttft_s is None else ttft_s * 1e3
 
 
-def _parts(state: ServerState, text: TextLayerLike, job: Job) -> list[Part]:
+def _parts(state: ServerState, arm: Arm, job: Job) -> list[Part]:
+    _, text = arm.require_ready()
     return [
         Part(
             request,
@@ -110,21 +111,21 @@ def _parts(state: ServerState, text: TextLayerLike, job: Job) -> list[Part]:
 class _Place:
     """What a job holds of the queue: until the engine has done with it, however long its client then takes to read."""
 
-    def __init__(self, state: ServerState, requests: list[Request]) -> None:
-        self._state = state
+    def __init__(self, arm: Arm, requests: list[Request]) -> None:
+        self._arm = arm
         self._requests: list[Request] | None = requests
 
     def give_back(self) -> None:
         if self._requests is not None:
-            self._state.leave(self._requests)
+            self._arm.leave(self._requests)
             self._requests = None
 
 
 async def _run(
-    state: ServerState, job: Job, parts: list[Part], answer: _Whole | _Streamed, place: _Place
+    state: ServerState, arm: Arm, job: Job, parts: list[Part], answer: _Whole | _Streamed, place: _Place
 ) -> web.StreamResponse:
     """Generates and answers, under the job's deadline."""
-    generation = Generation(state.engine, parts, answer.take)
+    generation = Generation(arm.engine, parts, answer.take)
     generation.on_end(place.give_back)
     deadline: asyncio.TimerHandle | None = None
     if job.timeout_s is not None:
@@ -149,11 +150,11 @@ def _usage(job: Job, parts: list[Part]) -> Json:
     return usage_of(_num_prompt(job), [part.text.tally for part in parts], num_cached)
 
 
-def _metrics(state: ServerState, job: Job, parts: list[Part]) -> Json:
+def _metrics(arm: Arm, job: Job, parts: list[Part]) -> Json:
     """`metrics`, where asked for. They describe one sequence: null for several choices, as vLLM has it."""
     if job.spec_metrics == "none":
         return {}
-    info = state.engine.info
+    info = arm.engine.info
     if len(parts) != 1 or info is None:
         return {"metrics": None}
     detailed = job.spec_metrics == "detailed"
@@ -164,8 +165,8 @@ def _metrics(state: ServerState, job: Job, parts: list[Part]) -> Json:
 class _Whole:
     """Collects everything, then answers."""
 
-    def __init__(self, state: ServerState, job: Job, parts: list[Part]) -> None:
-        self._state = state
+    def __init__(self, arm: Arm, job: Job, parts: list[Part]) -> None:
+        self._arm = arm
         self._job = job
         self._parts = parts
         self._choices = [Choice() for _ in parts]
@@ -183,7 +184,7 @@ class _Whole:
             choice.text = "".join(texts)
         job = self._job
         answer = job.format.whole(self._returned(), _usage(job, self._parts))
-        answer |= _metrics(self._state, job, self._parts)
+        answer |= _metrics(self._arm, job, self._parts)
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
     def _returned(self) -> list[Choice]:
@@ -206,9 +207,10 @@ def _mean_logprob(choice: Choice) -> float:
 class _Streamed:
     """Sends deltas as they come. The answer begins with the first one: an earlier failure has its own status."""
 
-    def __init__(self, request: web.Request, state: ServerState, job: Job, parts: list[Part]) -> None:
+    def __init__(self, request: web.Request, state: ServerState, arm: Arm, job: Job, parts: list[Part]) -> None:
         self._job = job
         self._state = state
+        self._arm = arm
         self._parts = parts
         self._writer = ChunkWriter(job.format)
         self._request = request
@@ -237,7 +239,7 @@ class _Streamed:
 
     def _last_chunk(self, delta: Delta) -> bytes:
         chunks = self._job.format.chunk(delta)
-        chunks[-1] |= _metrics(self._state, self._job, self._parts)
+        chunks[-1] |= _metrics(self._arm, self._job, self._parts)
         return b"".join(map(event, chunks))
 
     def _begin(self) -> None:
@@ -281,5 +283,5 @@ class _Streamed:
             return event(told.body())
         if not job.include_usage:
             return self._last + DONE
-        usage = job.format.usage_chunk(_usage(job, self._parts)) | _metrics(self._state, job, self._parts)
+        usage = job.format.usage_chunk(_usage(job, self._parts)) | _metrics(self._arm, job, self._parts)
         return self._last + event(usage) + DONE

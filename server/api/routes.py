@@ -11,12 +11,15 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from server.api.arm import Arm
 from server.api.errors import RETRY_AFTER_S, model_not_found
+from server.api.page import page, wants_page
 from server.api.state import STATE, ServerState
 from server.engine.messages import EngineStats
 from server.telemetry import metrics
 
 INDEX = """Outpace {version}: an OpenAI-compatible server with lossless speculative decoding.
+Open this address in a browser for a page with charts and a playground.
 
 POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{{id}}
@@ -31,7 +34,9 @@ def json_response(payload: Any, status: int = 200, headers: dict[str, str] | Non
 
 
 async def index(request: web.Request) -> web.Response:
-    """What this is and where its routes are."""
+    """The page for browsers; for others what this is and where its routes are."""
+    if wants_page(request):
+        return page()
     return web.Response(text=INDEX.format(version=request.app[STATE].version))
 
 
@@ -57,21 +62,37 @@ async def version(request: web.Request) -> web.Response:
 async def server_info(request: web.Request) -> web.Response:
     """Settings, what the engine says of itself (null until it is ready) and its counters."""
     state = request.app[STATE]
-    info = state.engine.info
     return json_response(
         {
             "version": state.version,
-            "model": state.model_name,
+            "model": state.control.model_name,
             "ready": state.not_ready is None,
             "config": asdict(state.config),
-            "engine": None if info is None else asdict(info),
-            "stats": asdict(state.engine.stats),
-            "speculation": speculation_state(state.engine.stats),
-            "num_engine_restarts": state.engine.num_restarts,
+            **_engine_info(state.control),
+            "arms": {
+                arm.name: {"model": arm.config.model, **_arm_readiness(arm), **_engine_info(arm)}
+                for arm in state.arms.every[1:]
+            },
             "process": process_info(),
-            "internal_states": [{"avg_spec_accept_length": accept_length(state.engine.stats)}],
+            "internal_states": [{"avg_spec_accept_length": accept_length(state.control.engine.stats)}],
         }
     )
+
+
+def _engine_info(arm: Arm) -> dict[str, Any]:
+    """What an arm's engine says of itself."""
+    engine, info = arm.engine, arm.engine.info
+    return {
+        "engine": None if info is None else asdict(info),
+        "stats": asdict(engine.stats),
+        "speculation": speculation_state(engine.stats),
+        "num_engine_restarts": engine.num_restarts,
+    }
+
+
+def _arm_readiness(arm: Arm) -> dict[str, Any]:
+    reason = arm.not_ready
+    return {"ready": reason is None, "reason": None if reason is None else f"{reason[0]}: {reason[1]}"}
 
 
 def speculation_state(stats: EngineStats) -> dict[str, Any]:
@@ -110,26 +131,35 @@ async def scrape(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The one model that this server serves."""
-    return json_response({"object": "list", "data": [_model(request.app[STATE])]})
+    """The model that this server serves, and its arms where there are several."""
+    state = request.app[STATE]
+    return json_response({"object": "list", "data": [_model(state, name, arm) for name, arm in _models(state).items()]})
 
 
 async def get_model(request: web.Request) -> web.Response:
     """That model by its id, 404 for any other."""
     state = request.app[STATE]
-    if request.match_info["model"] != state.model_name:
-        raise model_not_found(request.match_info["model"])
-    return json_response(_model(state))
+    name = request.match_info["model"]
+    arm = _models(state).get(name)
+    if arm is None:
+        raise model_not_found(name)
+    return json_response(_model(state, name, arm))
 
 
-def _model(state: ServerState) -> dict[str, Any]:
-    info = state.engine.info
+def _models(state: ServerState) -> dict[str, Arm]:
+    """What `model` in a request may be: the public name, which arms share, and arms by their own."""
+    arms = {arm.name: arm for arm in state.arms.every} if len(state.arms.every) > 1 else {}
+    return {state.control.model_name: state.control, **arms}
+
+
+def _model(state: ServerState, name: str, arm: Arm) -> dict[str, Any]:
+    info = arm.engine.info
     return {
-        "id": state.model_name,
+        "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "outpace",
-        "root": state.config.engine.model,
+        "root": arm.config.model,
         "parent": None,
         "max_model_len": None if info is None else info.max_model_len,
     }

@@ -68,6 +68,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 _EMPTY = Meta(extra_json_schema={"maxLength": 0, "maxItems": 0, "maxProperties": 0})
 _NO_EFFECT = Meta(description="Accepted: it cannot change the answer.")
+_WHO = Meta(description="Whose request it is: where several arms share the traffic, one person's come from one arm.")
 
 
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -165,11 +166,11 @@ class Common(Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)] | None,
         Meta(description="Seconds from the request's arrival to its end; then it fails with 408."),
     ] = None
-    user: Annotated[str | None, _NO_EFFECT] = None
+    user: Annotated[str | None, _WHO] = None
     metadata: Annotated[Annotated[dict[str, Any], Meta(max_length=MAX_METADATA)] | None, _NO_EFFECT] = None
     store: Annotated[bool | None, _NO_EFFECT] = None
     service_tier: Annotated[str | None, _NO_EFFECT] = None
-    safety_identifier: Annotated[str | None, _NO_EFFECT] = None
+    safety_identifier: Annotated[str | None, _WHO] = None
     prompt_cache_key: Annotated[str | None, _NO_EFFECT] = None
     prompt_cache_retention: Annotated[str | None, _NO_EFFECT] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, _NO_EFFECT] = None

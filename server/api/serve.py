@@ -6,12 +6,12 @@ import asyncio
 import sys
 
 from server.api.event_loop import loop_factory
-from server.api.interfaces import TextLayerLike
-from server.api.lifecycle import Server, StartError
+from server.api.interfaces import EngineClientLike
+from server.api.lifecycle import Backend, Server, StartError
 from server.api.load_text import load_text
 from server.api.pool.owner import Pool
 from server.api.successor import EngineRelay, Successor, succeeding
-from server.config import ServerConfig
+from server.config import ArmConfig, ServerConfig
 from server.engine.client import EngineClient
 
 
@@ -31,15 +31,18 @@ async def _run(config: ServerConfig, version: str, successor: Successor | None) 
         await Pool(config, version, _say).run()
         return
 
-    def text() -> tuple[TextLayerLike, str]:
-        return load_text(config.engine.model, config.engine.weights)
-
+    control, *others = config.all_arms
+    backends = [_backend(arm, EngineClient(arm.engine)) for arm in others]
     if successor is None:
-        await Server(config, EngineClient(config.engine), text, version, _say).run()
+        await Server(config, [_backend(control, EngineClient(control.engine)), *backends], version, _say).run()
         return
-    relay = EngineRelay(EngineClient(config.engine))
+    relay = EngineRelay(EngineClient(control.engine))
     async with succeeding(relay, successor, EngineClient, _say):
-        await Server(config, relay, text, version, _say).run()
+        await Server(config, [_backend(control, relay), *backends], version, _say).run()
+
+
+def _backend(arm: ArmConfig, engine: EngineClientLike) -> Backend:
+    return Backend(arm.engine, engine, lambda: load_text(arm.engine.model, arm.engine.weights), arm.name)
 
 
 def _say(line: str) -> None:

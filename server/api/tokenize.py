@@ -31,8 +31,7 @@ async def tokenize(request: web.Request) -> web.Response:
     body = parse_body(await _body(request, state), TokenizeRequest)
     _check_form(body)
     messages = None if body.messages is None else plain_messages(body.messages)
-    state.require_model(body.model)
-    info, text = state.require_ready()
+    info, text = state.route(request, body.model).require_ready()
     if messages is not None:
         with_prompt = body.add_generation_prompt is not False
         tokens = await encode_chat(text, messages, add_generation_prompt=with_prompt)
@@ -65,8 +64,7 @@ async def detokenize(request: web.Request) -> web.Response:
     """The text of token ids, special tokens included."""
     state = request.app[STATE]
     body = parse_body(await _body(request, state), DetokenizeRequest)
-    state.require_model(body.model)
-    info, text = state.require_ready()
+    info, text = state.route(request, body.model).require_ready()
     check_token_ids(body.tokens, info.vocab_size, "tokens")
     if len(body.tokens) <= INLINE_CHARS:
         return json_response({"prompt": _text_of(text, body.tokens)})

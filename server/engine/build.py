@@ -14,7 +14,7 @@ import torch
 
 from server.config import EngineConfig
 from server.engine.core import EngineCore
-from server.engine.costs import load_or_measure
+from server.engine.costs import load_or_measure, warm_up
 from server.engine.defaults import max_positions
 from server.engine.drafters import load_draft_network, make_device_drafter, make_drafter
 from server.engine.gpu.graphs import GraphStats
@@ -85,6 +85,8 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
         with explained(limits.kv_tokens):  # it runs the largest steps there are
             costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
+    if isinstance(runner, Runner):
+        warm_up(runner)
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
     layers = linear_layers(model, runner.linear_path)
     if layers:

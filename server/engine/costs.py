@@ -23,6 +23,7 @@ from server.spec.cost_measure import measure
 from server.spec.cost_table import CostGrid, CostTable, cache_key, machine_identity
 
 BUDGET_S = 4.0
+_WARM_PROMPT = 32
 
 
 def load_or_measure(
@@ -61,6 +62,18 @@ def load_or_measure(
     partial.write_text(table.to_json())
     partial.replace(file)
     return table
+
+
+def warm_up(runner: Runner) -> None:
+    """Runs a prompt, steps with and without drafts and a chain: the first request is not to wait for what is compiled,
+    packed or allocated when it first runs."""
+    k = runner.shape.max_draft_tokens
+    verify, draft = _verify_timer(runner), _draft_timer(runner)
+    for num_drafts in {0, k, min(_WARM_PROMPT, runner.shape.max_model_len) - 1}:
+        verify(1, num_drafts, 0)
+    if draft is not None and k:
+        draft(1, k)
+    _clear(runner)
 
 
 def _read(file: Path) -> CostTable | None:

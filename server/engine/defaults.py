@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from draft_models.packaged import WEIGHTS as PACKAGED
 from draft_models.packaged import packaged_head
 from server.config import ConfigError, EngineConfig
 from server.models.source import ModelSource
@@ -45,11 +47,10 @@ def _drafter(config: EngineConfig, device: torch.device, source: ModelSource) ->
     On a GPU that head drafts by itself: there eagle3 was measured to be faster than suffix, hybrid not yet.
     """
     drafter, draft_model = config.drafter, config.draft_model
-    packaged = False
     if drafter in ("auto", "eagle3", "hybrid") and draft_model is None and source.kind == "embedded":
         head = packaged_head(source.name)
-        packaged = head is not None
         draft_model = None if head is None else str(head)
+    packaged = draft_model is not None and Path(draft_model).is_relative_to(PACKAGED)
     if drafter == "auto" and draft_model is None:
         drafter = "suffix"
     elif drafter == "auto":

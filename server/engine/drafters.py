@@ -19,6 +19,7 @@ from server.config import ConfigError, EngineConfig
 from server.engine.step_runner import RunnerShape
 from server.models.base import KVLayer, OwnNetwork, TargetModel
 from server.models.loader import load_source, tensors_of
+from server.models.quantized import formats_of
 from server.models.safetensors_index import load_index
 from server.models.source import ModelSource
 
@@ -142,7 +143,8 @@ def _eagle3(
     head = parse_config(source.config, target.config.num_layers)
     say(f"loading the EAGLE-{head.version} head {source.name}")
     _check_target(head, target, source)
-    if source.kind == "made" and target.device.type == "meta":  # the shapes are enough
+    if source.kind == "made" and target.device.type == "meta" and formats_of(source.config) is None:
+        # the shapes are enough
         weights = random_weights(head, 0, target.device, target.dtype)
         return eagle3_network(head, weights, target.embedding, max_positions, ops, on_cpu=on_cpu, fast=True)
     tensors = tensors_of(source, target.device, target.dtype)

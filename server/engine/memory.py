@@ -14,6 +14,8 @@ from server.config import ConfigError, EngineConfig
 from server.engine.drafters import DraftNeeds
 from server.engine.working_memory import StepSizes, hidden_size, working_bytes
 from server.models.base import KVLayer, TargetModel
+from server.quant.build import parts_of
+from server.quant.layer import LinearLayer
 
 SMALLER_STEPS = "max_num_seqs, max_draft_tokens or max_num_batched_tokens"
 CUDA_CONTEXT_BYTES = 560 << 20
@@ -84,7 +86,8 @@ def plan_memory(
     on_gpu = device_type == "cuda"
     sizes = step_sizes(config, model)
     smallest = replace(sizes, num_rows=1, num_drafts=0, num_tokens=config.block_size)
-    steps, least = (working_bytes(sizes), working_bytes(smallest)) if on_gpu else (0, 0)
+    widened = _widened_bytes(model)
+    steps, least = (working_bytes(sizes) + widened, working_bytes(smallest) + widened) if on_gpu else (0, 0)
     num_slots = (config.max_num_seqs or 1) + (1 if on_gpu else 0)  # padding has one
     slots = num_slots * draft.values_per_slot * item
     if config.kv_cache_tokens is not None:
@@ -97,6 +100,12 @@ def plan_memory(
     )
     num_blocks = max(0, min(shared, free // block.total - 1, useful))
     return Memory(1 + num_blocks, block, steps, least, slots)
+
+
+def _widened_bytes(model: TargetModel) -> int:
+    """The most that a quantised layer needs for itself in a step of many tokens (`server.quant.cuda`)."""
+    linears: dict[str, LinearLayer] = getattr(model, "linears", dict)()
+    return max((getattr(part, "widened_bytes", 0) for one in linears.values() for part in parts_of(one)), default=0)
 
 
 def _kv_values(layers: Sequence[KVLayer]) -> int:

@@ -41,7 +41,7 @@ class EightTile:
     """One way to cut a product into programs: as skinny_tiles.TileConfig, and
 
     `parts` programs share K; `swap`: transposed (eightbit_product.py says why), then `split` is 1. With 4-bit weights
-    `block_k` is two groups whatever it says.
+    `block_k` is two groups whatever it says. `rows` is the least height of the tile of x.
     """
 
     block_n: int
@@ -52,12 +52,13 @@ class EightTile:
     num_warps: int = 4
     num_stages: int = 4
     prefetch: int = 2048
+    rows: int = 0
 
     @property
     def name(self) -> str:
         """Says all of it, for a table or a cache of measurements."""
         way = "swap" if self.swap else f"split{self.split}"
-        shape = f"n{self.block_n} k{self.block_k} parts{self.parts} {way}"
+        shape = f"n{self.block_n} k{self.block_k} parts{self.parts} {way}" + (f" rows{self.rows}" if self.rows else "")
         return f"{shape} warps{self.num_warps} stages{self.num_stages} prefetch{self.prefetch}"
 
 
@@ -178,7 +179,7 @@ def constants(tile: EightTile, x: Tensor, weight: Weight, num_tokens: int, pdl: 
         "K": k,
         "STRIDE": stride,
         "GROUP": weight.group,
-        "BLOCK_M": block_m(num_tokens),
+        "BLOCK_M": max(tile.rows, block_m(num_tokens)),
         "BLOCK_N": tile.block_n,
         "BLOCK_K": block,
         "TAIL": tail,

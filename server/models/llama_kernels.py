@@ -6,8 +6,7 @@ Two ways through a layer, chosen by the number of tokens. Fused, for up to 64 to
 
 each overlapping the end of the one before; who writes the residual stream prepares the next norm. Else cuBLAS with
 small kernels between: norms (with the residual's sum), rotary embedding, SiLU. Deterministic mode takes the second way
-with a matrix product whose rows do not depend on how many there are; so do networks with quantised layers, each by the
-kernel of its format (`server.quant`).
+with a matrix product whose rows do not depend on how many there are. Networks with quantised layers: llama_low.py.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from server.kernels.skinny_tiles import MAX_TOKENS, Kind, TileConfig, block_m, c
 from server.models.kernel_attention import KernelAttention
 from server.models.llama import Layer, LlamaModel
 from server.models.norm import RMSNorm
-from server.quant.dense import Linear, as_dense
+from server.quant.dense import as_dense
 from server.quant.layer import LinearLayer
 
 TIERS = (4, 8, 16, 32, 64)
@@ -79,17 +78,13 @@ class LlamaKernels:
     """Implements server.models.paged_forward.PagedForward for a LlamaModel, whose weights it shares.
 
     Everything can be captured in a CUDA graph after one call of the same shape. Raises ValueError for weights that
-    are packed for another device.
+    are quantised or packed for another device.
     """
 
     def __init__(self, model: LlamaModel, *, deterministic: bool = False, pdl: bool | None = None) -> None:
-        if "onednn" in model.linear_path:
-            raise ValueError(
-                f"linear layers are {model.linear_path!r}: kernels need plain weights, or quantised on CUDA"
-            )
-        self.quantised = not all(isinstance(layer, Linear) for layer in model.linears().values())
-        if self.quantised and deterministic:
-            raise ValueError("deterministic: there are no such kernels for quantised layers")
+        if model.linear_path != "torch" or model.head.path != "torch":
+            paths = f"{model.linear_path!r} and {model.head.path!r}"
+            raise ValueError(f"linear layers are {paths}: these kernels need plain ones, not packed")
         c = model.config
         self.model = model
         self.deterministic = deterministic
@@ -99,7 +94,7 @@ class LlamaKernels:
         self.attention = KernelAttention(
             c.num_heads, c.num_kv_heads, c.head_dim, deterministic=deterministic, pdl=self.pdl
         )
-        self.plans = {} if deterministic or self.quantised else dict.fromkeys(TIERS, Plan())
+        self.plans = {} if deterministic else dict.fromkeys(TIERS, Plan())
 
     def plan(self, num_tokens: int) -> Plan:
         """The plan of a step of `num_tokens`: that of the smallest tier that holds it, else cuBLAS."""
@@ -221,12 +216,13 @@ class LlamaKernels:
 
         The product itself adds to x: with the sum in the norm, large steps move 4 units of N * H there instead of 2.
         """
-        if self.deterministic or not isinstance(linear, Linear):
+        if self.deterministic:
             normed = add_rms_norm_(x, self._linear(inner, linear), norm.weight, norm.eps)
             return normed if out is None else out.copy_(normed)
-        x.addmm_(inner, linear.weight.t())
-        if linear.bias is not None:
-            x.add_(linear.bias)
+        dense = as_dense(linear)
+        x.addmm_(inner, dense.weight.t())
+        if dense.bias is not None:
+            x.add_(dense.bias)
         return rms_norm(x, norm.weight, norm.eps, out)
 
     def _rotated(self, layer: Layer, qkv: Tensor, pool: Tensor, positions: Tensor, places: Tensor) -> Tensor:
@@ -242,10 +238,9 @@ class LlamaKernels:
         return qkv.view(len(qkv), -1, h.head_dim)[:, : h.num_heads]
 
     def _linear(self, x: Tensor, linear: LinearLayer) -> Tensor:
-        if not isinstance(linear, Linear):
-            return linear(x)
+        dense = as_dense(linear)
         run = invariant_linear if self.deterministic else F.linear
-        return run(x, linear.weight, linear.bias)
+        return run(x, dense.weight, dense.bias)
 
     def logits(self, x: Tensor, ready: Scaled | Tensor, logits_at: Tensor | None, plan: Plan) -> Tensor:
         """[T, V] at tokens `logits_at` [T] (None: all) of x [N, H]; `ready`: x prepared for the last norm or normed."""

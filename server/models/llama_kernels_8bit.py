@@ -13,161 +13,20 @@ between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels.eightbit_large import large_parts, total
-from server.kernels.eightbit_linear import gate_up8, linear8, linear8_parts
-from server.kernels.eightbit_product import pack_groups
-from server.kernels.eightbit_qkv import qkv_rope8
-from server.kernels.eightbit_tiles import EightTile, Weight, weight8
-from server.kernels.quantize import (
-    Precision,
-    Quantized,
-    Sums,
-    add_norm_quantize_,
-    norm_quantize,
-    quantize,
-    silu_mul_quantize,
-)
+from server.kernels.quantize import Quantized, Sums, add_norm_quantize_, norm_quantize, quantize, silu_mul_quantize
 from server.kernels.rope import rope_write
 from server.kernels.skinny_qkv import Heads
-from server.kernels.skinny_tiles import MAX_TOKENS
 from server.models.norm import RMSNorm
-from server.quant.formats import LinearFormat, QuantizedWeight
+from server.quant.low import Choice, Low, Target, rows_of
 
 _PART_BYTES, _PART_TOKENS = 256 << 20, 1024
 """The MLP of large prompt chunks is computed in parts, as in llama_kernels."""
-
-
-class Low(Protocol):
-    """A linear layer of the low-precision way: what it wants its input as, and its product."""
-
-    @property
-    def precision(self) -> Precision:
-        """What rows of its input are quantised to."""
-
-    @property
-    def smooth(self) -> Tensor | None:
-        """Factors [K] of its input's columns."""
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-
-    @property
-    def path(self) -> str:
-        """Which kernel runs."""
-
-    def parts(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums:
-        """Its result for a residual stream of `dtype`."""
-
-    def whole(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Tensor:
-        """Its result [M, N] rounded to `dtype`."""
-
-    def mixed(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums | Tensor:
-        """Of gate and up: SiLU(gate) * up [M, N / 2] of `dtype`, or what silu_mul_quantize makes it of."""
-
-
-def supported(format: LinearFormat) -> bool:
-    """Whether these kernels compute the format: 8 bits a row, or 4 bits in groups with a scale a token."""
-    if format.minimum or format.activations == "int8-group":
-        return False
-    if format.weights == "int4":
-        return format.activations != "none" and format.group_size in (32, 64, 128)
-    return format.group_size is None and format.activations in ("none", format.weights)
-
-
-@dataclass(frozen=True, slots=True)
-class LowLinear:
-    """Implements Low for a stored weight; `path` names the kernel."""
-
-    weight: Weight
-    bias: Tensor | None
-    precision: Precision
-    smooth: Tensor | None
-    path: str
-
-    @classmethod
-    def of(cls, stored: QuantizedWeight, bias: Tensor | None = None) -> LowLinear:
-        """Repacks what has to be. Raises ValueError for a format that is not `supported`."""
-        form = stored.format
-        if not supported(form) or form.activations == "int8-group":
-            raise ValueError(f"format {form.name} has no kernel here")
-        if form.group_size is None:
-            weight = weight8(stored.values, stored.scales)
-        else:
-            packed, scales = pack_groups(stored.numbers(), stored.scales, form.group_size, form.activations)
-            weight = Weight(packed, scales, stored.shape[1], form.group_size)
-        smooth = None if stored.input_scales is None else stored.input_scales.float()
-        return cls(weight, bias, form.activations, smooth, f"triton-{form.name}")
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.weight.columns
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.weight.rows
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Maps x [N, K] to [N, O] in its dtype, by itself."""
-        if len(x) == 0:
-            return x.new_empty(0, self.out_features)
-        return self.whole(quantize(x, self.precision, self.smooth), x.dtype, None, False)
-
-    def parts(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums:
-        """See Low."""
-        if len(x.values) <= MAX_TOKENS:
-            return linear8_parts(x, self.weight, self.bias, tile=tile, pdl=pdl)
-        return large_parts(x, self.weight, dtype, self.bias)
-
-    def whole(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Tensor:
-        """See Low."""
-        if len(x.values) <= MAX_TOKENS:
-            return linear8(x, self.weight, dtype, self.bias, tile=tile, pdl=pdl)
-        return total(large_parts(x, self.weight, dtype, self.bias), dtype)
-
-    def mixed(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums | Tensor:
-        """See Low."""
-        if len(x.values) <= MAX_TOKENS:
-            return gate_up8(x, self.weight, dtype, self.bias, tile=tile, pdl=pdl)
-        return large_parts(x, self.weight, dtype, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLinear:
-    """Implements Low for a layer that stays in the model's dtype."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    precision: Precision = "none"
-    smooth: Tensor | None = None
-    path: str = "torch"
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return len(self.weight)
-
-    def parts(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums:
-        """See Low."""
-        return Sums(F.linear(x.values, self.weight)[None], bias=self.bias)
-
-    def whole(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Tensor:
-        """See Low."""
-        return F.linear(x.values, self.weight, self.bias)
-
-    def mixed(self, x: Quantized, dtype: torch.dtype, tile: EightTile | None, pdl: bool) -> Sums | Tensor:
-        """See Low."""
-        return self.parts(x, dtype, tile, pdl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +45,27 @@ class LowLayer:
     rotates: bool
 
 
+Role = str
+"""Which linear layer of a decoder: a field of LowLayer, or `head`."""
+
+
 @dataclass(frozen=True, slots=True)
 class LowPlan:
-    """Tiles of a step of up to 64 tokens; None: the first candidate."""
+    """How steps of up to 64 tokens compute each product: by role and what `kernel_key` says of the layer.
 
-    qkv: EightTile | None = None
-    out: EightTile | None = None
-    gate_up: EightTile | None = None
-    down: EightTile | None = None
-    head: EightTile | None = None
+    What is not in it is computed by the first candidate.
+    """
+
+    choices: Mapping[tuple[Role, str], Choice] = field(default_factory=dict)
+
+    def of(self, role: Role, low: Low) -> Choice | None:
+        """How `low` is computed in that role."""
+        return self.choices.get((role, kernel_key(low))) if self.choices else None
+
+
+def kernel_key(low: Low) -> str:
+    """Layers of one key are computed alike: their kernel and their shape."""
+    return f"{low.path}:{low.out_features}x{low.in_features}"
 
 
 Attend = Callable[[Tensor, Tensor, int | None], Tensor]
@@ -246,14 +117,13 @@ class LowWay:
 
     def queries(self, layer: LowLayer, ready: Quantized, pool: Tensor, step: LowStep) -> Tensor:
         """Rotated queries [N, heads, head_dim] of the layer's normed input; keys and values go to the pool."""
-        h, num_tokens = self.heads, len(ready.values)
-        if num_tokens <= MAX_TOKENS and isinstance(layer.qkv, LowLinear) and layer.q_norm is None:
-            q = qkv_rope8(
-                ready, layer.qkv.weight, layer.qkv.bias, pool, step.positions, step.places, self.rotations, h,
-                self.dtype, rotate=layer.rotates, tile=step.plan.qkv, pdl=self.pdl, settled=self.pdl,
-            )  # fmt: skip
-            return q.view(num_tokens, h.num_heads, h.head_dim)
-        qkv = layer.qkv.whole(ready, self.dtype, step.plan.qkv, self.pdl)
+        h, num_tokens, tile = self.heads, len(ready.values), step.plan.of("qkv", layer.qkv)
+        if layer.q_norm is None:
+            target = Target(pool, step.positions, step.places, self.rotations, h, self.dtype, layer.rotates)
+            q = layer.qkv.queries(ready, target, tile, self.pdl)
+            if q is not None:
+                return q.view(num_tokens, h.num_heads, h.head_dim)
+        qkv = layer.qkv.whole(ready, self.dtype, tile, self.pdl)
         rope_write(
             qkv, pool, step.positions, step.places, self.rotations, h.num_heads, h.num_kv_heads, h.head_dim,
             q_norm=None if layer.q_norm is None else layer.q_norm.weight,
@@ -269,12 +139,14 @@ class LowWay:
         Returns x as what comes `after` it, a norm and its linear layer, wants it.
         """
         inner = self._plain(mixed, layer.out)
-        ready = self._added(x, layer.out.parts(inner, self.dtype, plan.out, self.pdl), layer.post_norm, layer.gate_up)
+        ready = self._added(
+            x, layer.out.parts(inner, self.dtype, plan.of("out", layer.out), self.pdl), layer.post_norm, layer.gate_up
+        )
         part = max(1, _PART_BYTES // (layer.gate_up.out_features * x.element_size() * _PART_TOKENS)) * _PART_TOKENS
         if len(x) <= part:
             return self._added(x, self._mlp(layer, ready, plan), *after)
         found = [
-            self._added(x[begin : begin + part], self._mlp(layer, _rows(ready, begin, part), plan), *after)
+            self._added(x[begin : begin + part], self._mlp(layer, rows_of(ready, begin, part), plan), *after)
             for begin in range(0, len(x), part)
         ]
         scales = [rows.scales for rows in found if rows.scales is not None]
@@ -287,16 +159,16 @@ class LowWay:
         """[T, V] at tokens `logits_at` [T] (None: all) of x [N, H], which `layers` left and made `ready`."""
         if logits_at is not None:
             ready = norm_quantize(x, norm.weight, norm.eps, head.precision, head.smooth, rows=logits_at, pdl=self.pdl)
-        return head.whole(ready, self.dtype, plan.head, self.pdl)
+        return head.whole(ready, self.dtype, plan.of("head", head), self.pdl)
 
     def _mlp(self, layer: LowLayer, ready: Quantized, plan: LowPlan) -> Sums:
         down = layer.down
-        hidden = layer.gate_up.mixed(ready, self.dtype, plan.gate_up, self.pdl)
+        hidden = layer.gate_up.mixed(ready, self.dtype, plan.of("gate_up", layer.gate_up), self.pdl)
         if isinstance(hidden, Sums):
             inner = silu_mul_quantize(hidden, down.precision, self.dtype, down.smooth, pdl=self.pdl)
         else:
             inner = self._plain(hidden, down)
-        return down.parts(inner, self.dtype, plan.down, self.pdl)
+        return down.parts(inner, self.dtype, plan.of("down", down), self.pdl)
 
     def _plain(self, x: Tensor, linear: Low) -> Quantized:
         if linear.precision == "none" and linear.smooth is None:
@@ -305,7 +177,3 @@ class LowWay:
 
     def _added(self, x: Tensor, delta: Sums, norm: RMSNorm, linear: Low) -> Quantized:
         return add_norm_quantize_(x, delta, norm.weight, norm.eps, linear.precision, linear.smooth, pdl=self.pdl)
-
-
-def _rows(x: Quantized, begin: int, count: int) -> Quantized:
-    return Quantized(x.values[begin : begin + count], None if x.scales is None else x.scales[begin : begin + count])

@@ -16,6 +16,8 @@ from torch import Tensor
 from server.kernels.skinny_scaled import empty_scaled
 from server.kernels.skinny_tiles import Kind, TileConfig, configs_for
 from server.models.llama_kernels import TIERS, LlamaKernels, Path, Plan
+from server.models.llama_low import LlamaLowKernels
+from server.models.llama_tuning_8bit import tuned_low_plan
 from server.quant.dense import as_dense
 
 Choose = Callable[[str, Sequence[tuple[str, Callable[[], object]]]], str]
@@ -25,12 +27,16 @@ TUNED_BYTES = 64 << 20
 """Layers of so many bytes are run through: enough of them that what happens between launches counts."""
 
 
-def tune(kernels: LlamaKernels, choose: Choose, tiers: Sequence[int] = TIERS) -> None:
-    """Sets the plan of every tier to the fastest that `choose` finds. Without fused layers nothing is to choose."""
-    if kernels.deterministic or kernels.quantised:
+def tune(kernels: LlamaKernels | LlamaLowKernels, choose: Choose, tiers: Sequence[int] = TIERS) -> None:
+    """Sets the plan of every tier to the fastest that `choose` finds. In deterministic mode nothing is to choose."""
+    if kernels.deterministic:
         return
     for tier in tiers:
-        kernels.plans[tier] = tuned_plan(kernels, choose, tier)
+        if isinstance(kernels, LlamaKernels):
+            kernels.plans[tier] = tuned_plan(kernels, choose, tier)
+        else:
+            k = kernels
+            k.plans[tier] = tuned_low_plan(k.way, k.layers, k.model.norm, k.head, tier, choose)
 
 
 def tuned_plan(kernels: LlamaKernels, choose: Choose, num_tokens: int) -> Plan:

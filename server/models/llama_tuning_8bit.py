@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from server.kernels.eightbit_tiles import EightTile, candidates
 from server.kernels.skinny_tiles import Kind
-from server.models.llama_kernels_8bit import Low, LowLayer, LowLinear, LowPlan, LowStep, LowWay
+from server.models.llama_kernels_8bit import LowLayer, LowPlan, LowStep, LowWay, Role, kernel_key
 from server.models.norm import RMSNorm
+from server.quant.low import Low
 
 Choose = Callable[[str, Sequence[tuple[str, Callable[[], object]]]], str]
 """`Tuner.choose` of server/kernels/tuning.py: (question, (name, what to time) ...) -> name of the fastest."""
@@ -19,34 +17,41 @@ Choose = Callable[[str, Sequence[tuple[str, Callable[[], object]]]], str]
 TUNED_BYTES = 64 << 20
 """Layers of so many bytes are run through."""
 
+_KINDS = {"qkv": Kind.QKV, "out": Kind.RESIDUAL, "gate_up": Kind.GATE_UP, "down": Kind.RESIDUAL, "head": Kind.HEAD}
+
 
 def tuned_low_plan(
     way: LowWay, layers: Sequence[LowLayer], norm: RMSNorm, head: Low, num_tokens: int, choose: Choose
 ) -> LowPlan:
-    """The fastest tiles of a step of `num_tokens` <= 64; layers are taken to be like the first."""
-    first = layers[0]
-    fields = [
-        ("qkv", Kind.QKV, first.qkv),
-        ("out", Kind.RESIDUAL, first.out),
-        ("gate_up", Kind.GATE_UP, first.gate_up),
-        ("down", Kind.RESIDUAL, first.down),
-        ("head", Kind.HEAD, head),
-    ]
-    used = layers[: max(1, -(-TUNED_BYTES // _bytes(first)))]
+    """The fastest way to compute each product in a step of `num_tokens` <= 64, layers alike asked for once."""
     plan = LowPlan()
-    shapes = ",".join(f"{low.path}:{low.out_features}" for _, _, low in fields)
-    for field, kind, low in fields:
-        if not isinstance(low, LowLinear):
+    for role, low, used in _different(layers, head):
+        key = role, kernel_key(low)
+        found = {c.name: c for c in low.candidates(_KINDS[role], num_tokens, way.dtype)}
+        if not found:
             continue
-        weight = low.weight
-        columns = weight.rows // (2 if kind is Kind.GATE_UP else 1)
-        size = 1 if low.precision != "none" else way.dtype.itemsize
-        tiles = {t.name: t for t in candidates(kind, num_tokens, columns, weight.columns, size, weight.group)}
-        plans = {name: _with(plan, field, tile) for name, tile in tiles.items()}
+        plans = {name: LowPlan({**plan.choices, key: choice}) for name, choice in found.items()}
         run = _Run(way, used, norm, head, num_tokens)
-        question = f"llama-low/{field}/m{num_tokens}/{shapes}x{weight.columns}/{str(way.dtype)[6:]}/pdl{int(way.pdl)}"
+        around = ",".join(kernel_key(item) for item in _linears(used[0], head).values())
+        dtype = str(way.dtype).removeprefix("torch.")
+        question = f"llama-low/{role}/m{num_tokens}/{key[1]}/{around}/{dtype}/pdl{int(way.pdl)}"
         plan = plans[choose(question, [(name, _bound(run, p)) for name, p in plans.items()])]
     return plan
+
+
+def _different(layers: Sequence[LowLayer], head: Low) -> Iterator[tuple[Role, Low, Sequence[LowLayer]]]:
+    """(role, the first of each kind of linear layer, layers to run from it on)."""
+    seen: set[tuple[Role, str]] = set()
+    for i, layer in enumerate(layers):
+        for role, low in _linears(layer, head).items():
+            key = role, kernel_key(low)
+            if key not in seen:
+                seen.add(key)
+                yield role, low, layers[i : i + max(1, -(-TUNED_BYTES // _bytes(layer)))]
+
+
+def _linears(layer: LowLayer, head: Low) -> dict[Role, Low]:
+    return {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": head}
 
 
 class _Run:
@@ -70,11 +75,5 @@ def _bound(run: _Run, plan: LowPlan) -> Callable[[], object]:
     return lambda: run(plan)
 
 
-def _with(plan: LowPlan, field: str, tile: EightTile) -> LowPlan:
-    changes: dict[str, Any] = {field: tile}
-    return replace(plan, **changes)
-
-
 def _bytes(layer: LowLayer) -> int:
-    lows = (layer.qkv, layer.out, layer.gate_up, layer.down)
-    return 1 + sum(low.weight.values.nbytes for low in lows if isinstance(low, LowLinear))
+    return 1 + layer.qkv.weight_bytes + layer.out.weight_bytes + layer.gate_up.weight_bytes + layer.down.weight_bytes

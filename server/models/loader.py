@@ -128,7 +128,8 @@ def load_source(source: ModelSource, device: torch.device, dtype: torch.dtype, m
     shapeless = source.tensors is None or architecture_of(source.config) not in LLAMA_FAMILY
     if source.kind not in ("random", "made") and shapeless:
         return load_model(source.directory, source.config, device, dtype, max_positions)
-    drawn = source.kind == "random" or (source.kind == "made" and device.type == "meta")
+    quantised = formats_of(source.config) is not None  # then what is made has its shapes, on the `meta` device too
+    drawn = source.kind == "random" or (source.kind == "made" and device.type == "meta" and not quantised)
     if drawn:
         config = parse_config(source.config)
         made = llama_weights(config, dtype, device)

@@ -43,6 +43,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_scaling": {**_LLAMA_3_ROPE, "factor": 8.0},
         "tie_word_embeddings": False,
     },
+    "llama-2-7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    },
     "llama-3.2-1b": {
         **_LLAMA_3,
         "hidden_size": 2048,
@@ -89,7 +105,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """By name. `tiny` is for tests on a CPU."""
 
-SHORT_NAMES = {"llama-3.1-8b": "8b", "llama-3.2-1b": "1b", "smollm2-135m": "135m"}
+SHORT_NAMES = {"llama-3.1-8b": "8b", "llama-2-7b": "7b", "llama-3.2-1b": "1b", "smollm2-135m": "135m"}
 """How result cases call a model."""
 
 

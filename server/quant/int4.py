@@ -7,6 +7,8 @@ CPU:
 
 torch's `_weight_int4pack_mm_for_cpu` is not taken: it computes in bfloat16 and rounds scales and minimums to it, which
 changes the weights.
+
+GPU: no kernel of these formats yet, so they are dequantised (`cuda`).
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor
 
 from server.quant import groups, integer
+from server.quant.cuda import on_cuda
 from server.quant.dequantized import DequantizedLinear
 from server.quant.formats import QuantizedWeight
 from server.quant.layer import LinearLayer
+
+__all__ = ["on_cpu", "on_cuda"]
 
 
 def on_cpu(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearLayer:
@@ -26,8 +31,3 @@ def on_cpu(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> 
         return integer.IntegerLinear(weight, bias)
     grouped = groups.on_cpu(weight, bias) if dtype == torch.float32 else None
     return grouped or DequantizedLinear(weight, bias, dtype)
-
-
-def on_cuda(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearLayer:
-    """The layer for activations of `dtype`."""
-    return DequantizedLinear(weight, bias, dtype)

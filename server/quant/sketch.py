@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.quant import integer
+from server.quant import cuda, integer
 from server.quant.formats import QuantizedWeight
 
 
@@ -20,6 +20,7 @@ class LinearSketch:
         self._weight: QuantizedWeight | None = weight
         self._dtype = dtype
         self.tensors: list[Tensor] = []
+        self.widened_bytes = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError("a sketch of a layer computes nothing")
@@ -34,6 +35,8 @@ class LinearSketch:
         if weight is None:
             return
         self._weight, self.tensors = None, held(weight, device.type, self._dtype)
+        if device.type == "cuda":
+            self.widened_bytes = cuda.widened_bytes(weight)
 
 
 def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[Tensor]:
@@ -49,6 +52,8 @@ def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[
             # The layer has tiles of 16 outputs, scales in float16, and the stored tensors for who wants them plain.
             tiles = sum((2 if t.dtype.is_floating_point else 1) * t.shape[1] * -(-rows // 16) * 16 for t in tensors)
             return [*tensors, _like(tiles, dtype=torch.uint8)]
+    if device_type == "cuda":
+        return cuda.held(weight, dtype)
     return [*(smooth if form.activations != "none" else []), _like(rows, columns, dtype=dtype)]
 
 

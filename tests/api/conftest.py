@@ -13,10 +13,12 @@ import pytest
 
 from server.api import sockets
 from server.api.access.control import AccessControl
+from server.api.arm import Arm
+from server.api.arms import Arms
 from server.api.front import Front
 from server.api.params import Limits
 from server.api.state import ServerState
-from server.config import EngineConfig, ServerConfig
+from server.config import CONTROL, EngineConfig, ServerConfig
 from server.telemetry.metrics import Metrics
 from tests.api.fakes import ByteText, FakeEngine
 
@@ -60,7 +62,10 @@ Serve = Callable[..., Awaitable[Live]]
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """Starts a server on any free port. `server` are settings of ServerConfig, other keywords those of EngineConfig."""
+    """Starts a server on any free port. `server` are settings of ServerConfig, other keywords those of EngineConfig.
+
+    `others` are the engines of further arms.
+    """
     closers: list[Callable[[], Awaitable[None]]] = []
 
     async def start(
@@ -69,6 +74,7 @@ async def serve() -> AsyncIterator[Serve]:
         ready: bool = True,
         limits: Limits | None = None,
         server: dict[str, Any] | None = None,
+        others: dict[str, FakeEngine] | None = None,
         **config: Any,
     ) -> Live:
         engine = engine or FakeEngine()
@@ -76,15 +82,19 @@ async def serve() -> AsyncIterator[Serve]:
             engine=EngineConfig(model="fake-dir", **config), port=0, **{"access_log": "off"} | (server or {})
         )
         access = AccessControl.from_file(settings.api_keys)
+        metrics = Metrics("1.2.3")
+        engines = {CONTROL: engine, **(others or {})}
+        arms = [Arm(name, settings.engine, one, "fake", metrics.clock) for name, one in engines.items()]
         state = ServerState(
-            settings, engine, Metrics("1.2.3"), "1.2.3", "fake", limits=limits or Limits(), access=access
+            settings, Arms.of_config(settings, arms), metrics, "1.2.3", limits=limits or Limits(), access=access
         )
         front = Front(state)
         (listener,) = sockets.bind("127.0.0.1", 0)
         await front.listen([listener])
         if ready:
-            state.text = ByteText()
-            await engine.wait_ready()
+            for arm, one in zip(arms, engines.values(), strict=True):
+                arm.text = ByteText()
+                await one.wait_ready()
         live = Live(f"http://127.0.0.1:{sockets.port_of(listener)}", engine, state, aiohttp.ClientSession())
         closers.extend([lambda: front.close(at_once=True), live.close])
         return live

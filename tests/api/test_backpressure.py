@@ -107,8 +107,9 @@ async def test_a_whole_answer_that_nobody_reads_is_dropped_and_holds_no_place_me
     info = replace(INFO, max_model_len=400_000, kv_cache_tokens=400_000)
     live = await serve(FakeEngine(info=info), server={"stall_timeout_s": 0.3})
     with closing(connect(live, prompt="x" * 300_000, echo=True, stream=False)):
-        await live.engine.until(lambda: live.state.num_in_flight == 1 and live.state.counts.total() == (1, 300_000))
-        await live.engine.until(lambda: live.state.counts.total() == (0, 0))
+        counts = live.state.control.counts
+        await live.engine.until(lambda: live.state.num_in_flight == 1 and counts.total() == (1, 300_000))
+        await live.engine.until(lambda: counts.total() == (0, 0))
         assert live.state.num_in_flight == 1
         await live.engine.until(lambda: live.state.num_in_flight == 0)
     assert "outpace_slow_clients_dropped_total 1.0" in (await live.get("/metrics"))[1]

@@ -68,7 +68,7 @@ async def test_a_messages_name_reaches_the_template(live: Live, monkeypatch: pyt
         seen.append((messages, options))
         return [1]
 
-    monkeypatch.setattr(live.state.text, "encode_chat", encode_chat)
+    monkeypatch.setattr(live.state.control.text, "encode_chat", encode_chat)
     await live.chat(messages=[{"role": "user", "content": "Hi", "name": "Ada"}])
     assert seen == [
         ([{"role": "user", "content": "Hi", "name": "Ada"}], {"add_generation_prompt": True, "max_tokens": 256})

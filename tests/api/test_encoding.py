@@ -74,7 +74,7 @@ async def test_what_surely_does_not_fit_is_refused_at_once(text: TextLayer) -> N
 
 
 async def test_the_endpoints_refuse_it(live: Live, text: TextLayer) -> None:
-    live.state.text = text
+    live.state.control.text = text
     for status, answer in (
         await live.complete(prompt=MEGABYTES[:900_000]),
         await live.chat(messages=[{"role": "user", "content": MEGABYTES[:900_000]}]),

@@ -220,18 +220,18 @@ async def test_unknown_url_and_method(live: Live) -> None:
 
 async def test_a_full_queue_is_429_with_retry_after(serve: Serve) -> None:
     live = await serve(max_waiting=3, max_num_seqs=2)
-    live.state.counts.add(5)
+    live.state.control.counts.add(5)
     with pytest.raises(openai.RateLimitError) as caught:
         await live.client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hi"}])
     assert caught.value.response.headers["Retry-After"] == "1"
     assert caught.value.code == "rate_limit_exceeded"
-    live.state.counts.add(-1)
+    live.state.control.counts.add(-1)
     assert (await live.chat())[0] == 200
 
 
 async def test_a_full_queue_is_told_before_the_body_is_read(serve: Serve) -> None:
     live = await serve(max_waiting=1, max_num_seqs=1)
-    live.state.counts.add(2)
+    live.state.control.counts.add(2)
     status, _ = await live.post("/v1/chat/completions", {"no": "request"})
     assert status == 429
 
@@ -239,13 +239,13 @@ async def test_a_full_queue_is_told_before_the_body_is_read(serve: Serve) -> Non
 async def test_prompts_that_wait_are_bounded_by_their_tokens(serve: Serve) -> None:
     live = await serve(max_waiting_tokens=10)
     assert live.engine.info is not None
-    live.state.counts.add(1, live.engine.info.kv_cache_tokens + 9)
+    live.state.control.counts.add(1, live.engine.info.kv_cache_tokens + 9)
     status, answer = await live.complete(prompt="a")
     assert status == 200, answer
     status, answer = await live.complete(prompt="ab")
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
-    live.state.counts.add(-1, -(live.engine.info.kv_cache_tokens + 9))
-    assert live.state.counts.total() == (0, 0)
+    live.state.control.counts.add(-1, -(live.engine.info.kv_cache_tokens + 9))
+    assert live.state.control.counts.total() == (0, 0)
 
 
 async def test_what_was_just_handed_over_counts_as_waiting(serve: Serve) -> None:

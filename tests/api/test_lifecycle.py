@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from server.api import lifecycle
-from server.api.lifecycle import Server, StartError
+from server.api.lifecycle import Backend, Server, StartError
 from server.config import EngineConfig, ServerConfig
 from tests.api.fakes import ByteText, FakeEngine, endless, steps
 
@@ -23,7 +23,12 @@ class Console(list[str]):
 
 def make(engine: FakeEngine, *, console: Console | None = None, **settings: object) -> Server:
     config = ServerConfig(engine=EngineConfig(model="fake-dir"), **{"port": 0, "access_log": "off", **settings})  # type: ignore[arg-type]
-    return Server(config, engine, lambda: (ByteText(), "fake"), "1.2.3", console if console is not None else Console())
+    return Server(
+        config,
+        [Backend(config.engine, engine, lambda: (ByteText(), "fake"))],
+        "1.2.3",
+        console if console is not None else Console(),
+    )
 
 
 @asynccontextmanager
@@ -157,7 +162,7 @@ async def test_a_model_that_cannot_be_read_ends_the_server_with_the_reason() -> 
     engine = FakeEngine()
     config = ServerConfig(engine=EngineConfig(model="nowhere"), port=0, access_log="off")
     with pytest.raises(StartError, match="nowhere: there is no such directory"):
-        await Server(config, engine, load, "1", Console()).run()
+        await Server(config, [Backend(config.engine, engine, load)], "1", Console()).run()
     assert engine.closed.is_set()
 
 

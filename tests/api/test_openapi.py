@@ -14,11 +14,8 @@ from server.api.openapi import document
 from server.api.params import Limits
 from server.api.parsing import parse_body
 from server.api.schemas import MAX_CHOICES, ChatRequest, CompletionRequest
-from server.api.state import ServerState
-from server.config import ServerConfig
 from server.core import TokenLogprobs
 from server.engine.messages import EngineStats
-from server.telemetry.metrics import Metrics
 from tests.api.conftest import Live, Serve
 from tests.api.fakes import FakeEngine, steps
 
@@ -62,7 +59,7 @@ async def test_it_is_served(live: Live) -> None:
 
 async def test_routes_and_document_are_the_same(live: Live) -> None:
     index = (await live.get("/"))[1]
-    app = create_app(ServerState(ServerConfig(), FakeEngine(), Metrics("1.2.3"), "1.2.3", "fake"))
+    app = create_app(live.state)
     routes = {
         (route.method.lower(), route.resource.canonical)
         for route in app.router.routes()
@@ -70,7 +67,7 @@ async def test_routes_and_document_are_the_same(live: Live) -> None:
     }
     documented = {(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods}
     assert routes == documented
-    assert all(path in index for _, path in routes if not path.startswith(("/admin", "/v1/models/")))
+    assert all(path in index for _, path in routes if not path.startswith(("/admin", "/page", "/v1/models/")))
     operations = [operation["operationId"] for methods in DOCUMENT["paths"].values() for operation in methods.values()]
     assert len(set(operations)) == len(operations)
 

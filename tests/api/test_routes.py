@@ -14,7 +14,7 @@ async def test_health_and_ready(live: Live) -> None:
 
 async def test_before_the_engine_is_up(serve: Serve) -> None:
     live = await serve(ready=False)
-    live.state.progress = "The model is being loaded."
+    live.state.control.progress = "The model is being loaded."
     assert await live.get("/ready") == (503, {"status": "starting", "reason": "The model is being loaded."})
     assert (await live.get("/health"))[0] == 200
     assert (await live.get("/v1/models"))[1]["data"][0]["max_model_len"] is None
@@ -25,7 +25,7 @@ async def test_before_the_engine_is_up(serve: Serve) -> None:
     assert (await live.chat(temperature=9))[0] == 400, "a wrong request is wrong at any time"
     await live.engine.wait_ready()
     assert (await live.get("/ready"))[0] == 503, "the text layer is still missing"
-    live.state.text = ByteText()
+    live.state.control.text = ByteText()
     assert (await live.get("/ready"))[0] == 200
 
 
@@ -49,7 +49,7 @@ async def test_models(live: Live) -> None:
 
 
 async def test_a_model_name_with_a_slash_can_be_retrieved(live: Live) -> None:
-    live.state.model_name = "org/model"
+    live.state.control.model_name = "org/model"
     assert (await live.client.models.retrieve("org/model")).id == "org/model"
     assert (await live.get("/v1/models/org/model"))[1]["id"] == "org/model"
 
@@ -91,10 +91,12 @@ async def test_server_info_says_whether_speculation_is_paused_and_why(live: Live
 
 
 async def test_the_fingerprint_depends_on_model_and_version(live: Live) -> None:
-    before = live.state.fingerprint
-    assert before == live.state.fingerprint
-    live.state.version = "1.2.4"
-    assert live.state.fingerprint != before
+    arm = live.state.control
+    before = arm.fingerprint("1.2.3")
+    assert before == arm.fingerprint("1.2.3")
+    assert arm.fingerprint("1.2.4") != before
+    arm.model_name = "another"
+    assert arm.fingerprint("1.2.3") != before
 
 
 async def test_metrics_are_scraped_in_prometheus_format(live: Live) -> None:

@@ -26,9 +26,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.api.app import create_app
+from server.api.arm import Arm
+from server.api.arms import Arms
 from server.api.openapi import document
 from server.api.state import ServerState
-from server.config import EngineConfig, ServerConfig
+from server.config import CONTROL, EngineConfig, ServerConfig
 from server.telemetry.metrics import Metrics
 from tests.api.fakes import ByteText, FakeEngine
 
@@ -64,8 +66,9 @@ class _Served:
     async def run(self, started: threading.Event, stop: asyncio.Event) -> None:
         self.engine = FakeEngine()
         config = ServerConfig(engine=EngineConfig(model="fake-dir"), port=0)
-        self.state = ServerState(config, self.engine, Metrics("1.2.3"), "1.2.3", "fake")
-        self.state.text = ByteText()
+        metrics = Metrics("1.2.3")
+        arm = Arm(CONTROL, config.engine, self.engine, "fake", metrics.clock, text=ByteText())
+        self.state = ServerState(config, Arms([arm]), metrics, "1.2.3")
         await self.engine.wait_ready()
         runner = web.AppRunner(create_app(self.state), handler_cancellation=True, access_log=None)
         await runner.setup()

@@ -54,7 +54,7 @@ def test_a_model_without_a_template_serves_all_but_chats(tmp_path: Path) -> None
 
 async def test_a_chat_without_a_template_is_a_400(serve: Serve, tmp_path: Path) -> None:
     live = await serve(FakeEngine())
-    live.state.text = TextLayer(write_model(tmp_path))
+    live.state.control.text = TextLayer(write_model(tmp_path))
     status, answer = await live.chat()
     assert (status, answer["error"]["param"]) == (400, "messages")
     assert "/v1/completions" in answer["error"]["message"]
@@ -64,7 +64,7 @@ async def test_a_chat_without_a_template_is_a_400(serve: Serve, tmp_path: Path) 
 @pytest.mark.parametrize("length", [3, 10_000])
 async def test_long_prompts_take_the_same_way(serve: Serve, tmp_path: Path, length: int) -> None:
     live = await serve(FakeEngine())
-    live.state.text = TextLayer(write_model(tmp_path, chat_template=TEMPLATE))
+    live.state.control.text = TextLayer(write_model(tmp_path, chat_template=TEMPLATE))
     for body, status in ((live.complete(prompt="a" * length), None), (live.chat(stop="x"), 200)):
         found, _ = await body
         assert found == (status or (200 if length < 200 else 400))

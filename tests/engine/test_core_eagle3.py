@@ -15,6 +15,7 @@ from draft_models.eagle3_cpu_network import Eagle3CpuNetwork
 from draft_models.eagle3_weights import random_weights
 from server.core import Phase, Request, SamplingParams
 from server.engine.core import EngineCore
+from server.engine.costs import warm_up
 from server.engine.limits import Limits
 from server.engine.runner import Runner
 from server.engine.speculation import Speculation
@@ -281,3 +282,25 @@ def test_random_engines(target: Any, heads: Any, seed: int, rule: str) -> None:
     for name in truth.keys() - gone:
         assert found[name] == truth[name], name
         assert found.reasons[name] == truth.reasons[name]
+
+
+def test_warming_up_leaves_nothing_behind(target: Any, heads: Any, expected: Any) -> None:
+    """The network and the drafter have run, and requests get what they would have got."""
+    core = engine(target, "eagle3", 3, draft_model=heads["learned"])
+    runner = runner_of(core)
+    calls: list[int] = []
+    forward = target.forward
+
+    def noted(token_ids: torch.Tensor, *rest: Any) -> Any:
+        calls.append(token_ids.shape[0])
+        return forward(token_ids, *rest)
+
+    target.forward = noted
+    try:
+        with torch.inference_mode():
+            warm_up(runner)
+    finally:
+        del target.forward
+    assert len(calls) == 3 and max(calls) >= 32, "a plain step, one with drafts, a prompt"
+    assert all(not pool[: runner.shape.block_size].any() for pool in runner.pools), "the null block is as it was"
+    check(core, expected)

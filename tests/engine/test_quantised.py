@@ -12,12 +12,17 @@ from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.footprint import tensor_bytes
 from server.engine.memory import assume
-from server.engine.plan import plan_engine
+from server.engine.plan import MemoryPlan, plan_engine
+from server.models.llama import LlamaModel
+from server.models.loader import load_source
 from server.models.peek import peek
+from server.quant import cuda
+from server.quant.build import parts_of
 from server.quant.cpu.vectors import ISA
-from server.quant.formats import LinearFormat
+from server.quant.formats import LinearFormat, QuantizedWeight
+from server.quant.sketch import LinearSketch
 from tests.engine.tiny import prompts, request, run
-from tests.quant.rounding import write_quantized
+from tests.quant.rounding import rounded, write_quantized
 
 CPU = torch.device("cpu")
 FORMATS = {
@@ -78,3 +83,39 @@ def test_what_it_says_and_plans(loopy_dir: Path, tmp_path: Path) -> None:
         CPU, assume(1 << 30, CPU), peek,
     )  # fmt: skip
     assert plan.target_bytes < plain.target_bytes
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int8-weights", "w4a8", "int4"])
+def test_a_gpu_holds_what_is_planned(name: str, loopy_dir: Path, tmp_path: Path) -> None:
+    """Of each layer as many bytes as its kernel's tensors have; what weights free is the KV pool's."""
+    form = FORMATS[name]
+    path = write_quantized(loopy_dir, tmp_path / "q", lambda layer: form if "proj" in layer else None)
+    gpu = torch.device("cuda")
+
+    def plan(model: Path) -> MemoryPlan:
+        config = EngineConfig(model=str(model), max_num_seqs=4096, max_num_batched_tokens=64, cuda_graphs=False)
+        return plan_engine(config, gpu, assume(1 << 30, gpu), peek)
+
+    weight = rounded(torch.randn(96, 64), form)
+    for bias in (None, torch.zeros(96)):
+        layer = cuda.on_cuda(weight, bias, torch.bfloat16)
+        sketch = sum(tensor.nbytes for tensor in cuda.held(weight.to(torch.device("meta")), torch.bfloat16))
+        assert tensor_bytes(layer) == sketch + (0 if bias is None else bias.nbytes)
+        assert cuda.widened_bytes(weight) == getattr(layer, "widened_bytes", 0)
+    mine, plain = plan(path), plan(loopy_dir)
+    saved = plain.target_bytes - mine.target_bytes
+    assert (saved > 0) == (name != "int4")  # which has no kernel yet
+    widened = max(cuda.widened_bytes(weight) for weight in stored(path))
+    assert mine.memory.step_bytes == plain.memory.step_bytes + widened
+    block = mine.memory.block.total
+    assert abs((mine.num_blocks - plain.num_blocks) * block - (saved - widened)) <= 2 * block
+
+
+def stored(path: Path) -> list[QuantizedWeight]:
+    """Layers of a quantised checkpoint as they are joined."""
+    source = peek(str(path))
+    assert source.tensors is None
+    model = load_source(source, torch.device("meta"), torch.bfloat16, 64)
+    assert isinstance(model, LlamaModel)
+    layers = [part for layer in model.linears().values() for part in parts_of(layer)]
+    return [layer._weight for layer in layers if isinstance(layer, LinearSketch) and layer._weight is not None]

@@ -23,10 +23,6 @@ from server.models.llama import LlamaModel
 from server.models.llama_kernels import TIERS, LlamaKernels, Path, Plan
 from server.models.llama_tuning import Workload, tune
 from server.models.paged_forward import TorchForward
-from server.quant.build import Joined, linear_of
-from server.quant.formats import LinearFormat
-from server.quant.layer import LinearLayer
-from tests.quant.rounding import rounded
 
 if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("kernels were imported without the interpreter", allow_module_level=True)
@@ -292,34 +288,6 @@ def test_packed_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model.linear_path = "onednn-packed"
     with pytest.raises(ValueError, match="onednn-packed"):
         LlamaKernels(model)
-
-
-def quantised(model: LlamaModel) -> LlamaModel:
-    """With layers that have no fused path, gate and up in different formats."""
-
-    def layer_of(weight: Tensor, form: LinearFormat) -> LinearLayer:
-        return linear_of(rounded(weight.cpu().contiguous(), form).to(DEVICE), dtype=model.dtype)
-
-    for layer in model.layers:
-        gate, up = layer.gate_up.plain_weight().chunk(2)
-        layer.gate_up = Joined([layer_of(gate, LinearFormat("fp8")), layer_of(up, LinearFormat("fp8", "fp8"))])
-        layer.down = layer_of(layer.down.plain_weight(), LinearFormat("fp8", smooth=True))
-    return model
-
-
-@pytest.mark.parametrize("part", [1 << 20, 3])
-def test_quantised_layers_take_the_unfused_way(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.models.llama_kernels._PART_BYTES", 0)
-    monkeypatch.setattr("server.models.llama_kernels._PART_TOKENS", part)
-    model = quantised(build("llama", torch.float32, monkeypatch))
-    kernels = LlamaKernels(model)
-    assert kernels.quantised and kernels.plans == {}
-    tune(kernels, lambda question, candidates: pytest.fail(question))
-    (logits, _, pools), expected = both(model, kernels, prompt_rows([5, 2], [3, 11]))
-    close(logits, expected[0])
-    close(pools[1][BLOCK_SIZE:], expected[2][1][BLOCK_SIZE:])
-    with pytest.raises(ValueError, match="deterministic"):
-        LlamaKernels(model, deterministic=True)
 
 
 @pytest.mark.parametrize("way", ["fused", "cublas"])

@@ -18,11 +18,14 @@ if not torch.cuda.is_available():
 from server.kernels.eightbit_tiles import candidates
 from server.kernels.runtime import INTERPRETED
 from server.kernels.skinny_qkv import Heads, norm_qkv_rope_reference
-from server.kernels.skinny_tiles import Kind
-from server.models.llama_kernels_8bit import DenseLinear, Low, LowLayer, LowLinear, LowStep, LowWay, supported
+from server.kernels.skinny_tiles import MAX_TOKENS, Kind
+from server.models.llama_kernels_8bit import LowLayer, LowStep, LowWay, kernel_key
 from server.models.llama_tuning_8bit import tuned_low_plan
 from server.models.norm import RMSNorm
+from server.quant.cuda import supported
 from server.quant.formats import FP8, LinearFormat, QuantizedWeight, reference_linear
+from server.quant.low import Low, LowLinear
+from server.quant.low_any import DenseLinear
 
 if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("kernels were imported without the interpreter", allow_module_level=True)
@@ -155,6 +158,12 @@ def test_a_layer_by_itself() -> None:
     linear, x = LowLinear.of(weight), torch.randn(3, 64, device=DEVICE)
     assert (linear.in_features, linear.out_features, linear.path) == (64, 24, "triton-int8+int8-smooth")
     torch.testing.assert_close(linear(x), reference_linear(x, weight), rtol=1e-4, atol=1e-4)
+    gate, up = reference_linear(x, weight).chunk(2, dim=-1)
+    torch.testing.assert_close(linear.gated(x), F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+    many = torch.randn(MAX_TOKENS + 2, 64, device=DEVICE)
+    gate, up = reference_linear(many, weight).chunk(2, dim=-1)
+    torch.testing.assert_close(linear.gated(many), F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+    assert linear.gated(x[:0]).shape == (0, 12)
     assert linear(x[:0]).shape == (0, 24)
 
 
@@ -175,4 +184,5 @@ def test_tiles_are_chosen_one_layer_after_the_other() -> None:
 
     plan = tuned_low_plan(way, [layer], norm(), head, 2, choose)
     assert asked == ["qkv", "out", "gate_up", "down", "head"]
-    assert plan.qkv == candidates(Kind.QKV, 2, HEADS.columns, HIDDEN)[-1] and plan.head is not None
+    assert plan.of("qkv", qkv) == candidates(Kind.QKV, 2, HEADS.columns, HIDDEN)[-1]
+    assert {key for _, key in plan.choices} == {kernel_key(pair.low) for pair in pairs} and plan.of("head", head)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from optimize.options import OptimizeOptions
 from optimize.plan import plan_layers
 from optimize.ptq.job import Job
 from optimize.recipe import LayerFormat, LayerRule, Recipe
-from optimize.stage_runner import ChildStages
+from optimize.stage_runner import ChildStages, RunStage
+from server import cli
 from server.config import ConfigError
 from server.models.source import resolve
 
@@ -49,14 +52,16 @@ class Stages:
             (Path(job.content) / "half").write_bytes(b"x")
             raise self.fail[1]
         if stage == "gate":
-            return {"passed": self.passed, "reasons": ["perplexity ratio 1.2 is over 1.03"]}
+            (Path(job.content) / "report.html").write_text("<p>")
+            reasons = [] if self.passed else ["perplexity ratio 1.2 is over 1.03"]
+            return {"passed": self.passed, "reasons": reasons, "advice": ["use 8 bits"], "numbers": {}}
         if stage == "quantize":
             (Path(job.content) / "model.safetensors").write_bytes(b"quantised")
             return {"formats": ["int8"]}
         return {"chosen": {}, "perplexity_ratio": 1.0}
 
 
-def builder(model: Path, stages: Stages, recipe: str = "int8-weight-only", **options: Any) -> Builder:
+def builder(model: Path, stages: RunStage, recipe: str = "int8-weight-only", **options: Any) -> Builder:
     store = ArtifactStore(model.parent / "artifacts")
     return Builder(
         OptimizeOptions(str(model), recipe, **options), lambda text: None, store=store, stages=stages,
@@ -122,6 +127,53 @@ def test_what_was_not_gated_meets_the_gate_before_it_is_used(model: Path) -> Non
     assert builder(model, Stages()).artifact().manifest["gate"]["passed"]
 
 
+def test_starts_at_the_same_time_share_one_build(model: Path) -> None:
+    """All wait for whoever came first, and load what it made."""
+    stages, inside = Stages(), threading.Event()
+
+    def slow(stage: str, job: Job, show: Any, say: Any) -> Any:
+        inside.wait(10)
+        return stages(stage, job, show, say)
+
+    with ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(builder(model, slow).artifact) for _ in range(3)]
+        inside.set()
+        found = {future.result(30).directory for future in made}
+    assert len(found) == 1 and stages.ran == ["quantize", "check", "gate"]
+
+
+def test_starts_at_the_same_time_share_one_gate(model: Path) -> None:
+    builder(model, Stages(), skip_gate=True).artifact()
+    stages = Stages()
+    with ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(builder(model, stages).artifact) for _ in range(3)]
+        assert all(future.result(30).manifest["gate"]["passed"] for future in made)
+    assert stages.ran == ["gate"]
+    assert builder(model, Stages()).store.leftovers() == []
+
+
+def test_what_is_refused_says_the_number_the_advice_and_where_the_report_is(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTPACE_CACHE", str(model.parent / "cache"))
+    monkeypatch.setattr("optimize.build.require_libraries", lambda: None)
+    stages = Stages(passed=False)
+    monkeypatch.setattr("optimize.build.ChildStages", lambda log, nice: stages)
+    arguments = ["optimize", str(model), "--recipe", "fp8"]
+    assert cli.main(arguments) == 3
+    printed = capsys.readouterr()
+    *_, advice, reason = printed.err.splitlines()
+    assert printed.out == "" and advice == "to try: use 8 bits"
+    assert reason.startswith("outpace optimize: the quantised model is refused: perplexity ratio 1.2 is over 1.03; ")
+    report = Path(reason.partition("report: ")[2].partition(";")[0])
+    assert report.name == "report.html" and report.is_file()
+    stages.passed = True
+    assert cli.main([*arguments, "--rebuild"]) == 0
+    printed = capsys.readouterr()
+    assert (Path(printed.out.strip()) / "report.html").is_file()
+    assert f"report: {printed.out.strip()}/report.html" in printed.err
+
+
 def test_a_damaged_artifact_is_built_anew(model: Path) -> None:
     directory = builder(model, Stages()).artifact().directory
     (directory / "model.safetensors").write_bytes(b"quant")
@@ -138,6 +190,23 @@ def test_other_weights_or_another_recipe_are_another_artifact(model: Path, tmp_p
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((4, 64), np.float32),
                "model.embed_tokens.weight": np.zeros((8, 64), np.float32)}, model / "model.safetensors")  # fmt: skip
     assert builder(model, Stages()).artifact().directory != first
+
+
+def test_other_thresholds_judge_the_same_weights_again(model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[gate]\nmax_perplexity_ratio = 1.1\n")
+    with pytest.raises(RefusedError):
+        builder(model, Stages(passed=False), str(mine)).artifact()
+    mine.write_text("[gate]\nmax_perplexity_ratio = 1.5\n")
+    looser = Stages()
+    first = builder(model, looser, str(mine)).artifact()
+    assert looser.ran == ["gate"]
+    mine.write_text("[gate]\nmax_perplexity_ratio = 1.01\n")
+    stricter = Stages(passed=False)
+    with pytest.raises(RefusedError):
+        builder(model, stricter, str(mine)).artifact()
+    assert stricter.ran == ["gate"]
+    assert json.loads((first.directory / "artifact.json").read_text()) == first.manifest, "what passed then stays"
 
 
 def test_out_is_not_put_over_other_files(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ def test_valid_values_are_those_of_the_formats() -> None:
     assert get_args(ActivationKind) == ACTIVATIONS
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8-smoothquant", "int8-weight-only", "int4-awq", "w4a8-awq", "auto"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "int8-smoothquant", "int8-weight-only", "int4-awq", "int4-awq-g32", "w4a8-awq", "auto"]
+)
 def test_a_packaged_recipe_reads_back_from_its_fields(name: str) -> None:
     assert name in recipe_names()
     recipe = load_recipe(name)
@@ -39,6 +41,7 @@ def test_the_gate_defaults() -> None:
         ({"minimum": 1}, "minimum: 1 is not valid; use true or false"),
         ({"gate": {"min_top1_agreement": 1.5}}, "gate.min_top1_agreement: 1.5 is not valid; use 0 to 1"),
         ({"gate": {"faster_at": [0]}}, "gate.faster_at: 0 is not valid"),
+        ({"gate": {"faster_at_cpu": [0]}}, "gate.faster_at_cpu: 0 is not valid"),
         ({"gate": 3}, "gate: 3 is not valid; use a table"),
         ({"smoothing": {"alpha": [0.5, 2.0]}}, "smoothing.alpha: 2.0 is not valid; use 0 to 1"),
         ({"smoothing": {"alpha": []}}, r"smoothing.alpha: \[\] is not valid"),

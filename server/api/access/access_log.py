@@ -35,6 +35,7 @@ class Record:
 
     key: str | None = None
     model: str | None = None
+    arm: str | None = None
     stream: bool | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -145,6 +146,7 @@ def _line(
         "duration_ms": None if duration_ms is None else round(duration_ms, 3),
         "key": record.key,
         "model": None if record.model is None else _clean(record.model),
+        "arm": record.arm,
         "stream": record.stream,
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.completion_tokens,

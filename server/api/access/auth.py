@@ -12,7 +12,7 @@ from server.api.access.keys import ApiKey
 from server.api.access.route import route_of
 from server.api.errors import ApiError, Handler
 
-OPEN_ROUTES = frozenset({"/", "/health", "/ready", "/version", "/openapi.json", "/metrics"})
+OPEN_ROUTES = frozenset({"/", "/page/{file}", "/health", "/ready", "/version", "/openapi.json", "/metrics"})
 ADMIN_PREFIX = "/admin/"
 
 

@@ -13,6 +13,8 @@ from server.telemetry.merge import Family
 class Assignment(msgspec.Struct):
     """What a worker is started with, on its standard input. `index` is its row in shared memory.
 
+    `counts` are files, one an arm.
+
     One that `replaces` another listens only once it can serve: meanwhile the others take what comes.
     """
 
@@ -22,7 +24,7 @@ class Assignment(msgspec.Struct):
     identity: bytes
     control: str
     ledger: str
-    counts: str
+    counts: list[str]
     replaces: bool = False
 
 
@@ -30,8 +32,9 @@ class Assignment(msgspec.Struct):
 
 
 class EngineState(msgspec.Struct, tag="engine"):
-    """How the engine is; `endpoint` is where it listens while it is ready. `keep_waiting` as in `disconnect`."""
+    """How an arm's engine is; `endpoint` is where it listens while it is ready. `keep_waiting` as in `disconnect`."""
 
+    arm: str
     ready: bool
     endpoint: str
     info: EngineInfo | None
@@ -41,6 +44,7 @@ class EngineState(msgspec.Struct, tag="engine"):
 
 
 class Stats(msgspec.Struct, tag="stats"):
+    arm: str
     stats: EngineStats
 
 
@@ -88,7 +92,7 @@ ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scrape
 
 
 class Hello(msgspec.Struct, tag="hello"):
-    """The worker listens. `model_name` is the model's short name."""
+    """The worker listens. `model_name` is the control model's short name."""
 
     model_name: str
 

@@ -1,6 +1,6 @@
 """The owner of several API workers: it holds the port, the engine's life, the keys and the merged metrics.
 
-owner ──supervises──► engine ◄──── one line a worker ──────┐
+owner ──supervises──► engines ◄──── one line a worker ──────┐
   └────supervises──► worker 0 … N-1 (HTTP, SO_REUSEPORT) ──┘
 """
 
@@ -20,13 +20,13 @@ from server.api.access.counters import SharedCounts
 from server.api.access.keys import KeyFileError
 from server.api.access.ledger import Ledger
 from server.api.access.tls import TlsContext
-from server.api.banner import banner
+from server.api.banner import banner, summary
 from server.api.lifecycle import Say, Signals, StartError, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
 from server.api.pool.channel import OwnerChannel
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
-from server.config import ConfigError, ServerConfig
+from server.config import CONTROL, ConfigError, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineStats
 from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
@@ -43,10 +43,9 @@ class Pool:
         self._config = config
         self._version = version
         self._say = say
-        self._supervisor = Supervisor(config.engine, b"owner", program)
-        self._supervisor.on_up = self._on_up
-        self._supervisor.on_down = self._on_down
-        self._supervisor.on_stats = self._on_stats
+        self._supervisors = {arm.name: Supervisor(arm.engine, b"owner", program) for arm in config.all_arms}
+        for name, supervisor in self._supervisors.items():
+            self._follow(name, supervisor)
         self._signals = Signals(lambda: None, self._on_reload)
         self._members: list[Member] = []
         self._by_identity: dict[bytes, Member] = {}
@@ -59,7 +58,8 @@ class Pool:
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
         self._metrics = PoolMetrics(version, self._ask_for_snapshots)
-        self._metrics.own.watch_engine(lambda: self._supervisor.ready, lambda: self._supervisor.num_restarts)
+        control = self._supervisors[CONTROL]
+        self._metrics.own.watch_engine(lambda: control.ready, lambda: control.num_restarts)
 
     async def run(self) -> None:
         """Serves until stopped."""
@@ -71,6 +71,7 @@ class Pool:
         try:
             self._open(directory, port)
             if await until_stopped(self._start(), self._signals.stop):
+                await until_stopped(self._start_others(), self._signals.stop)
                 await self._signals.stop.wait()
                 await self._drain()
         finally:
@@ -101,24 +102,25 @@ class Pool:
 
     def _open(self, directory: Path, port: int) -> None:
         config, num_workers = self._config, self._config.api_workers
-        control, ledger, counts = str(directory / "control.sock"), directory / "ledger", directory / "counts"
+        control, ledger = str(directory / "control.sock"), directory / "ledger"
         Ledger.create(ledger, num_workers)
-        SharedCounts.create(counts, num_workers)
-        self._counts = SharedCounts(counts, num_workers, 0)
+        counts = [str(directory / f"counts-{index}") for index in range(len(config.all_arms))]
+        for path in counts:
+            SharedCounts.create(path, num_workers)
+        self._counts = [SharedCounts(path, num_workers, 0) for path in counts]
         self._channel = OwnerChannel(control, self._handle)
         for index in range(num_workers):
-            template = m.Assignment(
-                _on_port(config, port), self._version, index, b"", control, str(ledger), str(counts)
-            )
+            template = m.Assignment(_on_port(config, port), self._version, index, b"", control, str(ledger), counts)
             self._members.append(Member(template, self._on_spawn, self._on_death))
 
     async def _start(self) -> None:
         self._say(f"Loading {self._config.engine.model}; {self._url}/ready says when it serves")
-        await self._supervisor.start()
+        control = self._supervisors[CONTROL]
+        await control.start()
         for member in self._members:
             member.start()
         try:
-            info = await self._supervisor.wait_ready()
+            info = await control.wait_ready()
         except EngineUnavailable as error:
             raise StartError(f"the engine failed to start: {error}") from error
         for member in self._members:
@@ -128,11 +130,24 @@ class Pool:
         self._say(banner(self._config, info, name, self._url))
         self._say(f"  {len(self._members)} API workers")
 
+    async def _start_others(self) -> None:
+        """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
+        for arm in self._config.arms:
+            self._say(f"Loading arm {arm.name}: {arm.engine.model}")
+            supervisor = self._supervisors[arm.name]
+            await supervisor.start()
+            try:
+                info = await supervisor.wait_ready()
+            except EngineUnavailable as error:
+                self._say(f"Arm {arm.name} does not start: {error}; the control arm takes its share")
+                continue
+            self._say(f"Arm {arm.name} serves: {summary(info)}")
+
     # -- end ---------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         timeout_s = self._config.drain_timeout_s
-        num_in_flight = self._counts.total()[0]
+        num_in_flight = sum(counts.total()[0] for counts in self._counts)
         if num_in_flight:
             self._say(farewell(num_in_flight, timeout_s))
         for member in self._members:
@@ -149,25 +164,26 @@ class Pool:
         self._closing = True
         for member in self._members:
             member.stopping = True
-        await self._supervisor.close()
+        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
         self._tell_all(m.Quit())
         await asyncio.gather(*(member.close(_WORKERS_CLOSE_S) for member in self._members))
 
     # -- the engine --------------------------------------------------------------------------------------------
 
-    def _engine_state(self, reason: str | None = None, *, keep_waiting: bool = True) -> m.EngineState:
-        s = self._supervisor
-        return m.EngineState(s.ready, s.endpoint, s.info, reason or s.failure, s.num_restarts, keep_waiting)
+    def _follow(self, name: str, supervisor: Supervisor) -> None:
+        """Workers hear how this arm's engine is."""
 
-    def _on_up(self, endpoint: str) -> None:
-        self._tell_all(self._engine_state())
+        def on_down(reason: str, keep_waiting: bool) -> None:
+            self._tell_all(_engine_state(name, supervisor, reason, keep_waiting=keep_waiting))
 
-    def _on_down(self, reason: str, keep_waiting: bool) -> None:
-        self._tell_all(self._engine_state(reason, keep_waiting=keep_waiting))
+        def on_stats(stats: EngineStats) -> None:
+            if name == CONTROL:
+                self._metrics.own.on_stats(stats)
+            self._tell_all(m.Stats(name, stats))
 
-    def _on_stats(self, stats: EngineStats) -> None:
-        self._metrics.own.on_stats(stats)
-        self._tell_all(m.Stats(stats))
+        supervisor.on_up = lambda endpoint: self._tell_all(_engine_state(name, supervisor))
+        supervisor.on_down = on_down
+        supervisor.on_stats = on_stats
 
     # -- the workers -------------------------------------------------------------------------------------------
 
@@ -181,7 +197,8 @@ class Pool:
     def _on_death(self, member: Member) -> None:
         """What it held is free, what it counted stays counted."""
         del self._by_identity[member.identity]
-        self._counts.clear(member.index)
+        for counts in self._counts:
+            counts.clear(member.index)
         self._metrics.retire(member.identity)
         member.idle = True
         self._check_idle()
@@ -193,7 +210,8 @@ class Pool:
         match message:
             case m.Hello():
                 self._channel.send(m.Keys(self._access.table), identity)
-                self._channel.send(self._engine_state(), identity)
+                for name, supervisor in self._supervisors.items():
+                    self._channel.send(_engine_state(name, supervisor), identity)
                 member.on_hello(message.model_name)
                 if self._draining:  # it was not there when the others were told
                     self._channel.send(m.Drain(), identity)
@@ -219,6 +237,13 @@ class Pool:
     def _check_idle(self) -> None:
         if self._draining and all(member.idle for member in self._members):
             self._idle.set()
+
+
+def _engine_state(
+    arm: str, engine: Supervisor, reason: str | None = None, *, keep_waiting: bool = True
+) -> m.EngineState:
+    failure = reason or engine.failure
+    return m.EngineState(arm, engine.ready, engine.endpoint, engine.info, failure, engine.num_restarts, keep_waiting)
 
 
 def _on_port(config: ServerConfig, port: int) -> ServerConfig:

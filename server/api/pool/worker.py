@@ -21,6 +21,8 @@ from server.api.access.counters import SharedCounts
 from server.api.access.keys import KeyTable
 from server.api.access.ledger import Ledger
 from server.api.access.limits import RateLimiter
+from server.api.arm import Arm
+from server.api.arms import Arms
 from server.api.event_loop import loop_factory
 from server.api.front import Front
 from server.api.lifecycle import on_daemon_thread
@@ -34,6 +36,8 @@ from server.config import ConfigError
 from server.engine.child import belong_to_parent
 from server.telemetry.merge import snapshot
 from server.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 SNAPSHOT_S = 2.0
 """How often the owner gets this worker's metrics unasked: what a killed worker counted since then is lost."""
@@ -62,18 +66,28 @@ class Worker:
     async def run(self) -> int:
         a, config = self._assignment, self._assignment.config
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._engine = RemoteEngine(a.identity)
+        self._engines = {arm.name: RemoteEngine(a.identity) for arm in config.all_arms}
+        metrics = Metrics(a.version)
+        arms = [
+            Arm(
+                arm.name,
+                arm.engine,
+                self._engines[arm.name],
+                config.served_model_name or arm.engine.model,
+                metrics.clock,
+                SharedCounts(counts, config.api_workers, a.index),
+            )
+            for arm, counts in zip(config.all_arms, a.counts, strict=True)
+        ]
         limiter = RateLimiter(Ledger(a.ledger, config.api_workers, a.index))
         self._state = state = ServerState(
             config,
-            self._engine,
-            Metrics(a.version),
+            Arms.of_config(config, arms),
+            metrics,
             a.version,
-            config.served_model_name or config.engine.model,
             limits=Limits(max_body_bytes=config.max_body_bytes),
             # Until the owner has sent the keys nobody is let in.
             access=AccessControl(None if config.api_keys is None else KeyTable(), limiter),
-            counts=SharedCounts(a.counts, config.api_workers, a.index),
             scrape=self._scrape,
             reload=self._reload,
         )
@@ -88,28 +102,30 @@ class Worker:
             front = self._front = Front(state)
             if not self._assignment.replaces:
                 await self._listen(front)
-            served = state.config.engine
-            state.text, name = await on_daemon_thread(lambda: load_text(served.model, served.weights))
+            name = await _load(state.control)
         except (ConfigError, OSError, ValueError) as error:
             self._channel.send(m.Failed(str(error)))
             return 1
-        state.model_name = state.config.served_model_name or name
         self._channel.send(m.Hello(name))
         if self._assignment.replaces:
-            await self._engine.wait_ready()
+            await self._engines[state.control.name].wait_ready()
             await self._listen(front)
-        reporting = asyncio.create_task(self._report())
+        engines = self._engines.values()
+        tasks = [asyncio.create_task(self._report()), asyncio.create_task(_load_others(state.arms.every[1:]))]
         try:
-            await asyncio.wait({self._ended, self._engine.broken}, return_when=asyncio.FIRST_COMPLETED)
+            broken = {engine.broken for engine in engines}
+            await asyncio.wait({self._ended, *broken}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            reporting.cancel()
-        if self._engine.broken.done():
-            reason = f"a message from the engine could not be handled: {self._engine.broken.exception()}"
-            self._channel.send(m.Failed(reason))
-        await self._engine.close()
+            for task in tasks:
+                task.cancel()
+        errors = [engine.broken.exception() for engine in engines if engine.broken.done()]
+        if errors:
+            self._channel.send(m.Failed(f"a message from the engine could not be handled: {errors[0]}"))
+        for engine in engines:
+            await engine.close()
         await front.close()
         self._channel.send(m.Snapshot(0, snapshot(state.metrics.registry)))
-        return 1 if self._engine.broken.done() else 0
+        return 1 if errors else 0
 
     async def _listen(self, front: Front) -> None:
         config = self._assignment.config
@@ -120,9 +136,9 @@ class Worker:
     def _handle(self, message: m.ToWorker) -> None:
         match message:
             case m.EngineState():
-                self._engine.apply(message)
+                self._engines[message.arm].apply(message)
             case m.Stats():
-                self._engine.apply_stats(message.stats)
+                self._engines[message.arm].apply_stats(message.stats)
             case m.Keys():
                 self._state.access.install(message.table)
             case m.Reload():
@@ -143,7 +159,8 @@ class Worker:
 
     async def _say_when_idle(self) -> None:
         await self._state.idle.wait()
-        await self._engine.line.wait_idle()
+        for engine in self._engines.values():
+            await engine.line.wait_idle()
         self._channel.send(m.Idle())
 
     # -- what is asked of the owner ----------------------------------------------------------------------------
@@ -176,6 +193,23 @@ class Worker:
         waiting = self._asked.get(number)
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)
+
+
+async def _load(arm: Arm) -> str:
+    """The arm's text layer; its model's short name. Raises ValueError with what is wrong with the model."""
+    arm.text, name = await on_daemon_thread(lambda: load_text(arm.config.model, arm.config.weights))
+    if arm.model_name == arm.config.model:
+        arm.model_name = name
+    return name
+
+
+async def _load_others(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        try:
+            await _load(arm)
+        except ValueError as error:
+            arm.progress = str(error)
+            logger.error("arm %s does not serve: %s", arm.name, error)
 
 
 if __name__ == "__main__":

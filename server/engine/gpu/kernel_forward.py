@@ -20,9 +20,9 @@ from server.models.base import TargetModel
 from server.models.kernel_attention import KernelAttention
 from server.models.llama import LlamaModel
 from server.models.llama_kernels import LlamaKernels
+from server.models.llama_low import LlamaLowKernels, is_quantised
 from server.models.llama_tuning import tune
 from server.models.paged_forward import PagedForward
-from server.quant.dense import Linear
 
 log = logging.getLogger("outpace.engine")
 
@@ -36,9 +36,11 @@ def make_forward(model: TargetModel, deterministic: bool, say: Say) -> PagedForw
     """
     if not isinstance(model, LlamaModel):
         return AttentionKernels(model)
-    if deterministic and not all(isinstance(layer, Linear) for layer in model.linears().values()):
-        raise ConfigError("deterministic: there are no such kernels for quantised layers; take a model without them")
-    forward = LlamaKernels(model, deterministic=deterministic)
+    try:
+        made = LlamaLowKernels if is_quantised(model) else LlamaKernels
+        forward = made(model, deterministic=deterministic)
+    except ValueError as error:  # a layer without such a kernel
+        raise ConfigError(str(error)) from None
     if deterministic and not tiles_agree(model.device, model.dtype):
         raise ConfigError("deterministic: this GPU rounds matrix products of different tile sizes differently")
     if not deterministic:

@@ -27,6 +27,7 @@ FIELDS = [
     "duration_ms",
     "key",
     "model",
+    "arm",
     "stream",
     "prompt_tokens",
     "completion_tokens",
@@ -114,6 +115,7 @@ async def test_a_line_has_every_field_and_nothing_private() -> None:
         "status": 200,
         "key": "alice",
         "model": "m",
+        "arm": None,
         "stream": False,
         "prompt_tokens": 3,
         "completion_tokens": 4,
@@ -199,7 +201,7 @@ def test_nothing_breaks_out_of_its_line(model: str) -> None:
 
 def test_a_line_costs_microseconds() -> None:
     log = AccessLog(cast(LogWriter, Sink()))
-    record = Record("alice", "model", True, 10, 20, ["stop"], 1.5)
+    record = Record("alice", "model", "control", True, 10, 20, ["stop"], 1.5)
     best = min(_timed(log, record) for _ in range(20))
     assert best < 100e-6  # 15 µs alone on a core; the bound only says that nothing slow came in
 

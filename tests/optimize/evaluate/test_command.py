@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from optimize.evaluate.gate import check
+from optimize.evaluate.gate import check, gate_options
 from optimize.evaluate.options import EvaluateOptions
-from optimize.evaluate.thresholds import Thresholds
+from optimize.recipe import GateThresholds, Recipe
 from server import cli
 from tests.optimize.evaluate.conftest import changed, noise
 
@@ -100,18 +100,49 @@ def test_a_drafter_is_measured_on_both(tiny_llama_dir: Path, text_file: Path, re
     assert number["name"] == "acceptance ratio" and not number["passed"]
 
 
-def test_check_takes_a_recipe_or_thresholds(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    options = EvaluateOptions("", "", text=text_file, tokens=600, device="cpu", parts=("quality",))
-    assert check(str(tiny_llama_dir), tiny_llama_dir, Thresholds(min_tokens=500), options).passed
-    gate = SimpleNamespace(max_perplexity_ratio=0.9, min_top1_agreement=0.5, faster_at=(1,), min_tokens=500)
-    recipe = SimpleNamespace(name="x", weights="int8", activations="int8", method="max", group_size=None, gate=gate)
-    verdict = check(str(tiny_llama_dir), tiny_llama_dir, recipe, options)
+def test_check_by_a_recipe(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = EvaluateOptions(
+        "", "", text=text_file, tokens=600, device="cpu", parts=("quality",), out=tmp_path / "out"
+    )
+    options = replace(options, candidate_name="tiny-x")
+    loose = Recipe("x", weights="int8", activations="int8", gate=GateThresholds(min_tokens=500))
+    heard: list[tuple[str, float]] = []
+    verdict = check(
+        str(tiny_llama_dir), tiny_llama_dir, loose, options, show=lambda what, share: heard.append((what, share))
+    )
+    assert verdict.passed and heard[-1] == ("reading text", 1.0)
+    found = report(tmp_path / "out")
+    assert found["candidate"] == "tiny-x" and found["rows"][0]["case"].endswith("/ppl_ratio/tiny-x")
+    assert found["recipe"]["name"] == "x" and found["gate"]["min_tokens"] == 500
+    strict = replace(loose, gate=GateThresholds(max_perplexity_ratio=0.9, faster_at=(1,), min_tokens=500))
+    verdict = check(str(tiny_llama_dir), tiny_llama_dir, strict, options)
     assert not verdict.passed
     assert verdict.reasons[:2] == [
         "perplexity ratio 1 (at worst 1) is over 0.9",
         "step time ratio at batch 1 was not measured",
     ]
     assert "use recipe int8-smoothquant" in verdict.reasons
+
+
+def test_the_gate_measures_what_the_recipe_claims() -> None:
+    assert gate_options("a", "b", GateThresholds(faster_at=(1, 8))).batch == (1, 8)
+    claims = GateThresholds(faster_at=(1, 64), faster_at_cpu=())
+    assert "speed" not in gate_options("a", "b", claims, "cpu").parts
+    assert claims.on("cuda").faster_at == (1, 64) and claims.on("cpu").faster_at == ()
+    assert GateThresholds(faster_at=(8,)).on("cpu").faster_at == (8,)
+    assert "speed" not in gate_options("a", "b", GateThresholds(min_tokens=70_000)).parts
+    assert gate_options("a", "b", GateThresholds(min_tokens=70_000)).tokens == 70_000
+
+
+def test_layers_are_looked_at_where_quality_failed_only(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    worse = changed(tiny_llama_dir, tmp_path / "worse", noise("layers.1.mlp.down_proj", 1.0))
+    options = EvaluateOptions("", "", text=text_file, tokens=600, device="cpu", parts=("quality", "layers"))
+    options = replace(options, layers_if_worse=True, layer_seconds=5.0)
+    recipe = Recipe("x", gate=GateThresholds(min_tokens=500))
+    for candidate, looked_at in ((worse, True), (tiny_llama_dir, False)):
+        out = tmp_path / f"out-{looked_at}"
+        check(str(tiny_llama_dir), candidate, recipe, replace(options, out=out))
+        assert (report(out)["layers"] is not None) == looked_at
 
 
 @pytest.mark.parametrize(
@@ -143,9 +174,9 @@ def test_wrong_options(
         ("max_perplexity = 1", "gate.max_perplexity: there is no such field; valid fields are max_perplexity_ratio"),
         ("min_top1_agreement = 1.5", "gate.min_top1_agreement: 1.5 is not valid; use 0 to 1"),
         ("max_perplexity_ratio = 'a'", "gate.max_perplexity_ratio: 'a' is not valid; use a number"),
-        ("faster_at = [1, 0]", "gate.faster_at: 0 is not valid; use a whole number of 1 or more"),
-        ("min_acceptance_ratio = -1", "gate.min_acceptance_ratio: -1 is not valid; use 0 or more"),
-        ("confidence = 1", "gate.confidence: 1 is not valid; use 0.5 or more and less than 1"),
+        ("faster_at = [1, 0]", "gate.faster_at: 0 is not valid; use 1 to 65536"),
+        ("min_acceptance_ratio = -1", "gate.min_acceptance_ratio: -1.0 is not valid; use 0 to 1000"),
+        ("confidence = 1", "gate.confidence: 1.0 is not valid; use 0.5 or more and less than 1"),
     ],
 )
 def test_wrong_recipes(

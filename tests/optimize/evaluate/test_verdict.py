@@ -10,8 +10,8 @@ from optimize.evaluate.drafter import Acceptance, Drafting
 from optimize.evaluate.layers import LayerCost, Sensitivity
 from optimize.evaluate.quality import Quality
 from optimize.evaluate.speed import TierSpeed
-from optimize.evaluate.thresholds import RecipeFacts, Thresholds
 from optimize.evaluate.verdict import Number, Verdict, judged
+from optimize.recipe import GateThresholds, Recipe
 from server.bench.report import Spread
 
 
@@ -43,33 +43,33 @@ def failed(numbers: tuple[Number, ...]) -> list[str]:
 
 
 def test_all_well() -> None:
-    thresholds = Thresholds(faster_at=(1, 8))
+    thresholds = GateThresholds(faster_at=(1, 8))
     numbers = judged(quality(), [tier(1, 10, 9), tier(8, 10, 9.9)], drafting(0.5, 0.46), thresholds)
     verdict = Verdict(numbers)
     assert verdict.passed and verdict.reasons == []
 
 
 def test_the_bound_decides_and_not_the_value() -> None:
-    numbers = judged(quality(1.029, 1.0301), [], None, Thresholds())
+    numbers = judged(quality(1.029, 1.0301), [], None, GateThresholds())
     assert failed(numbers) == ["perplexity ratio 1.029 (at worst 1.0301) is over 1.03"]
-    assert failed(judged(quality(1.029, 1.03), [], None, Thresholds())) == []
-    numbers = judged(quality(agreement=0.951), [], None, Thresholds())
+    assert failed(judged(quality(1.029, 1.03), [], None, GateThresholds())) == []
+    numbers = judged(quality(agreement=0.951), [], None, GateThresholds())
     assert failed(numbers) == ["top-1 agreement 0.951 (at worst 0.949) is under 0.95"]
 
 
 def test_every_number_can_say_no() -> None:
-    assert failed(judged(quality(broken=1), [], None, Thresholds())) == ["positions with broken logits 1 is over 0"]
-    few = judged(quality(), [], None, Thresholds(min_tokens=60_000))
+    assert failed(judged(quality(broken=1), [], None, GateThresholds())) == ["positions with broken logits 1 is over 0"]
+    few = judged(quality(), [], None, GateThresholds(min_tokens=60_000))
     assert failed(few) == ["tokens of text 50,000 is under 60,000"]
-    slow = judged(quality(), [tier(1, 10, 9), tier(8, 10, 10)], None, Thresholds(faster_at=(1, 8)))
+    slow = judged(quality(), [tier(1, 10, 9), tier(8, 10, 10)], None, GateThresholds(faster_at=(1, 8)))
     assert failed(slow) == ["step time ratio at batch 8 1 is not under 1, 10 ms a step and 10 ms"]
-    worse = judged(quality(), [], drafting(0.5, 0.44), Thresholds())
+    worse = judged(quality(), [], drafting(0.5, 0.44), GateThresholds())
     assert failed(worse) == ["acceptance ratio 0.88 is under 0.9, 0.440 of drafts accepted and 0.500"]
-    assert failed(judged(quality(math.inf, math.inf), [], None, Thresholds()))[0].startswith("perplexity ratio inf")
+    assert failed(judged(quality(math.inf, math.inf), [], None, GateThresholds()))[0].startswith("perplexity ratio inf")
 
 
 def test_what_was_not_measured_has_not_passed() -> None:
-    names = failed(judged(None, [], None, Thresholds(faster_at=(64,))))
+    names = failed(judged(None, [], None, GateThresholds(faster_at=(64,))))
     assert "perplexity ratio was not measured" in names
     assert "step time ratio at batch 64 was not measured" in names
     assert len(names) == 5
@@ -77,7 +77,7 @@ def test_what_was_not_measured_has_not_passed() -> None:
 
 
 def test_only_claimed_tiers_must_be_faster() -> None:
-    assert Verdict(judged(quality(), [tier(64, 10, 20)], None, Thresholds(faster_at=()))).passed
+    assert Verdict(judged(quality(), [tier(64, 10, 20)], None, GateThresholds(faster_at=()))).passed
 
 
 def layers(*costs: float) -> Sensitivity:
@@ -87,35 +87,39 @@ def layers(*costs: float) -> Sensitivity:
 
 
 def test_advice_names_what_failed_and_the_layers_that_stand_out() -> None:
-    numbers = judged(quality(1.3, 1.32), [tier(8, 1, 2)], drafting(0.5, 0.1), Thresholds(faster_at=(8,)))
+    numbers = judged(quality(1.3, 1.32), [tier(8, 1, 2)], drafting(0.5, 0.1), GateThresholds(faster_at=(8,)))
     wrong = [number for number in numbers if not number.passed]
-    facts = RecipeFacts("x", "awq", "int4", "none", 128, False, Thresholds(faster_at=(1, 8)))
-    words = advice(wrong, facts, layers(0.01, 0.5, 0.01), "head")
+    gate = GateThresholds(faster_at=(1, 8))
+    recipe = Recipe("x", method="awq", weights="int4", group_size=128, gate=gate)
+    words = advice(wrong, recipe, layers(0.01, 0.5, 0.01), "head")
     assert "model.layers.1.mlp.down_proj (0.5 nats a token)" in words[0]
     assert "model.layers.0" not in words[0]
     assert "use smaller groups (group_size = 64, or 32)" in words
     assert any("faster_at = [1]" in line for line in words)
     assert words[-1] == "distil the drafter again on the candidate: outpace distill CANDIDATE --init head --out DIR"
-    assert advice([], facts, layers(0.1, 0.5), "head") == []
-    assert not any("keep" in line for line in advice(wrong, facts, layers(0.5, 0.5, 0.5), None)), "none stands out"
+    assert advice([], recipe, layers(0.1, 0.5), "head") == []
+    assert not any("keep" in line for line in advice(wrong, recipe, layers(0.5, 0.5, 0.5), None)), "none stands out"
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("recipe", "words"),
     [
-        (RecipeFacts("a", "smoothquant", "int8", "int8"), "leave activations as they come"),
-        (RecipeFacts("a", "max", "int8", "int8"), "use recipe int8-smoothquant"),
-        (RecipeFacts("a", "max", "int8", "none"), "scales of smaller groups"),
-        (RecipeFacts("a", "auto", "int8", "none"), "give the search more bits"),
-        (RecipeFacts("a", "awq", "int4", "int8-group", 32, True), "leave activations as they come"),
-        (RecipeFacts(), "use a less aggressive recipe"),
+        (Recipe("a", method="smoothquant", weights="int8", activations="int8"), "leave activations as they come"),
+        (Recipe("a", weights="int8", activations="int8"), "use recipe int8-smoothquant"),
+        (Recipe("a", weights="int8"), "scales of smaller groups"),
+        (Recipe("a", method="auto"), "give the search more bits"),
+        (
+            Recipe("a", method="awq", weights="int4", activations="int8-group", group_size=32, minimum=True),
+            "leave activations as they come",
+        ),
+        (None, "use a less aggressive recipe"),
     ],
 )
-def test_the_next_recipe(facts: RecipeFacts, words: str) -> None:
-    wrong = [n for n in judged(quality(1.3, 1.32), [], None, Thresholds()) if not n.passed]
-    assert advice(wrong, facts, None, None)[0].startswith(words)
+def test_the_next_recipe(recipe: Recipe | None, words: str) -> None:
+    wrong = [n for n in judged(quality(1.3, 1.32), [], None, GateThresholds()) if not n.passed]
+    assert advice(wrong, recipe, None, None)[0].startswith(words)
 
 
 def test_a_bound_alone_asks_for_more_text() -> None:
-    wrong = [n for n in judged(quality(1.02, 1.04), [], None, Thresholds()) if not n.passed]
-    assert "judge by more text" in advice(wrong, RecipeFacts(), None, None)[-1]
+    wrong = [n for n in judged(quality(1.02, 1.04), [], None, GateThresholds()) if not n.passed]
+    assert "judge by more text" in advice(wrong, None, None, None)[-1]

@@ -40,7 +40,7 @@ def test_good_lines_are_counted_and_none_is_an_error(tmp_path: Path) -> None:
 
 
 def test_rows_are_full_and_as_many_as_asked_for() -> None:
-    settings = CalibrationSettings(tokens=100, sequence=32)
-    rows = cut_rows([list(range(i, i + 25)) for i in range(0, 500, 25)], settings)
+    settings = CalibrationSettings(sequence=32)
+    rows = cut_rows([list(range(i, i + 25)) for i in range(0, 500, 25)], settings, 100)
     assert [len(row) for row in rows] == [32, 32, 32]
-    assert rows == cut_rows([list(range(i, i + 25)) for i in range(0, 500, 25)], settings)
+    assert rows == cut_rows([list(range(i, i + 25)) for i in range(0, 500, 25)], settings, 100)

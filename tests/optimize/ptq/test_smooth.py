@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimize.ptq.smooth import fold, group_of, shared, smoothquant_factors
+from optimize.ptq.smooth import Heads, fold, group_of, reads_heads, shared, smoothquant_factors
 
 
 def test_readers_of_the_same_activations_are_one_group() -> None:
@@ -45,3 +45,29 @@ def test_factors_that_a_group_shares_are_the_mean() -> None:
     mean = shared(found, group)
     assert mean is not None and mean.tolist() == [2.0, 2.0]
     assert shared({}, group) is None
+
+
+def test_query_heads_of_one_key_value_head_share_their_factors() -> None:
+    """Two key-value heads of two query heads each, two columns a head."""
+    heads, name = Heads(4, 2), "model.layers.0.self_attn.o_proj"
+    found = shared({name: torch.tensor([1.0, 2.0, 4.0, 2.0, 1.0, 1.0, 9.0, 1.0])}, group_of(name), heads)
+    assert found is not None
+    assert found.tolist() == pytest.approx([2.0, 2.0, 2.0, 2.0, 3.0, 1.0, 3.0, 1.0])
+    x = torch.tensor([1.0, 2.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    factors = smoothquant_factors(x, [torch.eye(8)], 0.5, heads)
+    assert factors.tolist() == pytest.approx([0.5, 0.5**0.5, 0.5, 0.5**0.5, 1.0, 1.0, 1.0, 1.0])
+
+
+def test_only_what_reads_heads_is_tied() -> None:
+    down = "model.layers.0.mlp.down_proj"
+    factors = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    found = shared({down: factors}, group_of(down), Heads(2, 1))
+    assert found is not None and torch.equal(found, factors)
+    assert not reads_heads(group_of(down)) and not reads_heads(group_of("model.layers.0.self_attn.v_proj"))
+    assert reads_heads(group_of("model.layers.0.self_attn.o_proj"))
+
+
+def test_a_model_without_grouped_queries_is_left_alone() -> None:
+    assert Heads.of({"num_attention_heads": 4}) == Heads(4, 4)
+    columns = torch.rand(16)
+    assert torch.equal(Heads(4, 4).tied(columns, torch.amax), columns)

@@ -1,0 +1,125 @@
+"""`outpace.toml`: every option of `outpace serve` by its name, and the arms beside the control.
+
+model = "smollm2-135m"        # the control's settings are those of the server
+port = 8000
+
+[routing]
+key = ["user", "api_key", "request"]
+
+[[arms]]                      # what an arm does not say is as the control has it
+name = "plain"
+weight = 5                    # percent of the traffic; the rest is the control's
+drafter = "none"
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from server.config import ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+
+_TABLES = ("engine", "arms", "routing")
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsFile:
+    """What a file says, checked but for what depends on other settings. `arms` hold engine settings and their own."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[Mapping[str, Any], ...] = ()
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+
+    def settings(self, given: Mapping[str, Any]) -> ServerConfig:
+        """`given` (from the command line) wins over the file; for arms too, unless they say. Raises ConfigError."""
+        values = {**self.values, **given}
+        shared = {name: value for name, value in values.items() if name in _fields(EngineConfig)}
+        own = {name: value for name, value in values.items() if name in _fields(ServerConfig)}
+        arms = tuple(self._arm(number, arm, shared) for number, arm in enumerate(self.arms, start=1))
+        return ServerConfig(engine=EngineConfig(**shared), arms=arms, routing=self.routing, **own)
+
+    @staticmethod
+    def _arm(number: int, arm: Mapping[str, Any], shared: Mapping[str, Any]) -> ArmConfig:
+        engine = {**shared, **{name: value for name, value in arm.items() if name in _fields(EngineConfig)}}
+        own = {name: value for name, value in arm.items() if name in ("name", "weight")}
+        try:
+            return ArmConfig(engine=EngineConfig(**engine), **own)
+        except ConfigError as error:
+            raise ConfigError(f"arms[{number}].{error}") from None
+
+
+def read_settings(path: str | Path) -> SettingsFile:
+    """Raises ConfigError naming file, field, value and what would be valid."""
+    try:
+        content = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config: {str(path)!r} cannot be read as TOML: {error}") from error
+    try:
+        return _settings(content)
+    except ConfigError as error:
+        raise ConfigError(f"{Path(path).name}: {error}") from None
+
+
+def _settings(content: dict[str, Any]) -> SettingsFile:
+    arms, routing = content.pop("arms", []), content.pop("routing", {})
+    known = _hints(EngineConfig) | {k: v for k, v in _hints(ServerConfig).items() if k not in _TABLES}
+    values = _checked(content, known, "")
+    if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
+        raise ConfigError("arms: not valid; use [[arms]] tables")
+    own = {"name": str, "weight": float}
+    found = []
+    for number, arm in enumerate(arms, start=1):
+        found.append(_checked(arm, _hints(EngineConfig) | own, f"arms[{number}]."))
+        if "name" not in arm:
+            raise ConfigError(f"arms[{number}].name: missing")
+    return SettingsFile(values, tuple(found), _routing(routing))
+
+
+def _routing(table: Any) -> RoutingConfig:
+    if not isinstance(table, dict):
+        raise ConfigError("routing: not valid; use a [routing] table")
+    rest = {name: value for name, value in table.items() if name != "key"}
+    values = _checked(rest, {"salt": str, "key": tuple}, "routing.")
+    if "key" in table:
+        key = table["key"]
+        if not isinstance(key, list) or not key or not all(isinstance(part, str) for part in key):
+            raise ConfigError(f"routing.key: {key!r} is not valid; use a list such as ['user', 'request']")
+        values["key"] = tuple(key)
+    try:
+        return RoutingConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"routing.{error}") from None
+
+
+def _checked(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table's values by field; dashes in names are underscores. Raises ConfigError."""
+    values = {}
+    for given, value in table.items():
+        name = given.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{where}{given}: there is no such setting; valid ones are {', '.join(sorted(known))}")
+        values[name] = _value(where + given, value, known[name])
+    return values
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name}: {value!r} is not valid; use {_NAMES.get(kind, 'a list')}")
+    return value
+
+
+def _hints(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings)
+
+
+def _fields(settings: type) -> set[str]:
+    return {f.name for f in fields(settings)} - set(_TABLES)

@@ -1,0 +1,1 @@
+"""The page on `/`: plain files, no build step. What they are is in `static/`; `server.api.page` serves them."""

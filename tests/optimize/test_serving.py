@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draft_models.packaged import WEIGHTS
+from optimize import serving
+from optimize.serving import with_artifact
+from server.config import EngineConfig, ServerConfig
+from server.models.source import ModelSource
+
+
+@pytest.fixture(autouse=True)
+def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model need not be converted for its name."""
+
+    def found(spec: str) -> ModelSource:
+        return ModelSource(Path(spec), spec, {}, "embedded" if spec == "smollm2-135m" else "directory")
+
+    monkeypatch.setattr(serving, "resolve", found)
+
+
+def served(model: str, recipe: str = "fp8", **fields: Any) -> EngineConfig:
+    config = ServerConfig(engine=EngineConfig(model=model))
+    return with_artifact(replace(config, engine=replace(config.engine, **fields)), recipe, "artifact").engine
+
+
+def test_the_head_that_comes_with_a_model_drafts_for_what_was_made_of_it() -> None:
+    engine = served("smollm2-135m")
+    assert engine.model == "artifact" and engine.draft_model is not None
+    assert Path(engine.draft_model).parent == WEIGHTS and engine.drafter == "auto"
+
+
+def test_a_named_drafter_and_other_models_are_left_alone() -> None:
+    assert served("smollm2-135m", draft_model="mine", drafter="eagle3").draft_model == "mine"
+    assert served("smollm2-135m", drafter="suffix").draft_model is None
+    assert served("other").draft_model is None
+
+
+def test_the_api_goes_on_calling_the_model_what_it_is_called() -> None:
+    config = ServerConfig(engine=EngineConfig(model="smollm2-135m"))
+    assert with_artifact(config, "fp8", "artifact").served_model_name == "smollm2-135m"
+    named = replace(config, served_model_name="mine")
+    assert with_artifact(named, "fp8", "artifact").served_model_name == "mine"
+
+
+def test_a_float8_kv_cache_is_the_recipes(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('kv_cache = "fp8"\n')
+    assert served("other", str(recipe)).kv_cache_dtype == "fp8"
+    assert served("other").kv_cache_dtype == "auto"

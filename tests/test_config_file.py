@@ -1,0 +1,111 @@
+"""outpace.toml: options by name, arms that inherit, mistakes that are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.cli_options import OneLineParser, add_options, parse_config
+from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+
+FILE = """
+model = "org/model"
+port = 9000
+max-num-seqs = 4
+drain_timeout_s = 2
+
+[routing]
+salt = "spring"
+key = ["header:X-Team", "request"]
+
+[[arms]]
+name = "plain"
+weight = 5
+drafter = "none"
+
+[[arms]]
+name = "big"
+model = "org/big"
+weight = 2.5
+"""
+
+
+def parse(tmp_path: Path, content: str, *arguments: str) -> ServerConfig:
+    path = tmp_path / "outpace.toml"
+    path.write_text(content)
+    parser = OneLineParser(prog="outpace serve")
+    add_options(parser)
+    return parse_config(parser.parse_args(["--config", str(path), *arguments]))
+
+
+def test_a_file(tmp_path: Path) -> None:
+    shared = EngineConfig(model="org/model", max_num_seqs=4)
+    assert parse(tmp_path, FILE) == ServerConfig(
+        engine=shared,
+        arms=(
+            ArmConfig("plain", EngineConfig(model="org/model", max_num_seqs=4, drafter="none"), 5.0),
+            ArmConfig("big", EngineConfig(model="org/big", max_num_seqs=4), 2.5),
+        ),
+        routing=RoutingConfig("spring", ("header:X-Team", "request")),
+        port=9000,
+        drain_timeout_s=2.0,
+    )
+
+
+def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+    assert parse(tmp_path, "") == ServerConfig()
+
+
+def test_the_command_line_wins_but_not_over_what_an_arm_says(tmp_path: Path) -> None:
+    config = parse(tmp_path, FILE, "--port", "1", "--drafter", "suffix", "--max-num-seqs", "2", "other")
+    assert (config.port, config.engine.drafter, config.engine.model) == (1, "suffix", "other")
+    plain, big = (arm.engine for arm in config.arms)
+    assert (plain.drafter, plain.max_num_seqs, plain.model) == ("none", 2, "other")
+    assert (big.drafter, big.model) == ("suffix", "org/big")
+
+
+def test_the_control_has_the_rest(tmp_path: Path) -> None:
+    arms = parse(tmp_path, FILE).all_arms
+    assert [(arm.name, arm.weight) for arm in arms] == [(CONTROL, 92.5), ("plain", 5.0), ("big", 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("port = 'x'", "outpace.toml: port: 'x' is not valid; use a whole number"),
+        ("port = true", "outpace.toml: port: True is not valid; use a whole number"),
+        ("adaptive = 1", "outpace.toml: adaptive: 1 is not valid; use true or false"),
+        ("colour = 1", "outpace.toml: colour: there is no such setting; valid ones are access_log, "),
+        ("engine = {}", "outpace.toml: engine: there is no such setting"),
+        ("drafter = 'magic'", "drafter: 'magic' is not valid; use one of auto, "),
+        ("port =", "cannot be read as TOML: "),
+        ("arms = 3", "outpace.toml: arms: not valid; use [[arms]] tables"),
+        ("[[arms]]\nweight = 3", "outpace.toml: arms[1].name: missing"),
+        ("[[arms]]\nname = 'a b'", "arms[1].name: 'a b' is not valid; use up to 64 letters"),
+        ("[[arms]]\nname = 'a'\nweight = 101", "arms[1].weight: 101.0 is not valid; use 0 to 100"),
+        ("[[arms]]\nname = 'a'\nport = 1", "arms[1].port: there is no such setting; valid ones are "),
+        ("[[arms]]\nname = 'a'\ndrafter = 'x'", "arms[1].drafter: 'x' is not valid"),
+        ("[[arms]]\nname = 'a'\n[[arms]]\nname = 'a'", "arms: two are called 'a'"),
+        ("[[arms]]\nname = 'control'", "arms: two are called 'control'"),
+        ("[[arms]]\nname = 'a'\nweight = 60\n[[arms]]\nname = 'b'\nweight = 60", "arms: their weights are 120 percent"),
+        ("[routing]\nkey = 'user'", "routing.key: 'user' is not valid; use a list"),
+        (
+            "[routing]\nkey = ['name']",
+            "routing.key: 'name' is not valid; use any of user, api_key, request, header:NAME",
+        ),
+        ("[routing]\npepper = ''", "routing.pepper: there is no such setting; valid ones are key, salt"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(tmp_path, content)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    parser = OneLineParser(prog="outpace serve")
+    add_options(parser)
+    with pytest.raises(ConfigError, match=r"config: .* cannot be read as TOML"):
+        parse_config(parser.parse_args(["--config", str(tmp_path / "none.toml")]))
