@@ -46,7 +46,7 @@ help:
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
 	@echo 'make test-optimize [PYTEST_ARGS=] quantisation with nvidia-modelopt, which this installs'
-	@echo 'make soak | soak-long             mixed traffic, chaos and engine kills: a minute; twenty with the embedded model'
+	@echo 'make soak | soak-long             mixed traffic, chaos and engine kills: one minute, or twenty, of the embedded model'
 	@echo 'make fuzz [CASES= SEED= URL=]    bodies and raw bytes against a real server, 100,000 cases by default'
 	@echo 'make goldens                     write the golden files of the wire anew; the diff is what changed for clients'
 	@echo 'make parity [ARGS=]              the real model against transformers, every drafter: an hour on two cores'
@@ -77,7 +77,7 @@ test-optimize: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m optimize --timeout 1800 tests/optimize $(PYTEST_ARGS)
 
 soak: $(DEV_STAMP)
-	OUTPACE_SOAK_S=60 $(BIN)/python -m pytest --timeout 1800 tests/loadtest/test_soak.py $(PYTEST_ARGS)
+	OUTPACE_SOAK_S=60 OUTPACE_SOAK_MODEL=smollm2-135m $(BIN)/python -m pytest --timeout 1800 tests/loadtest/test_soak.py $(PYTEST_ARGS)
 
 soak-long: $(DEV_STAMP)
 	OUTPACE_SOAK_S=1200 OUTPACE_SOAK_MODEL=smollm2-135m $(BIN)/python -m pytest --timeout 7200 tests/loadtest/test_soak.py $(PYTEST_ARGS)
