@@ -6,6 +6,7 @@ import asyncio
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from loadtest.html import Report, page, write_page
 from loadtest.measure import measure
 from loadtest.scrape import Speculation
 from loadtest.settings import Load
-from tests.loadtest import browser
+from tests.browser import Opened, needs_chromium, opened
 from tests.loadtest.virtual import asked, run
 
 PERCENTILES = (50.0, 90.0, 99.0)
@@ -84,7 +85,7 @@ def test_plots_without_data_are_left_out() -> None:
     assert "against load" not in text
 
 
-@pytest.mark.skipif(browser.EXECUTABLE is None, reason="needs Chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_draws_every_plot_without_a_complaint(report: Report, width: int, tmp_path: Path) -> None:
     write_page(tmp_path / "deep" / "report.html", report)
@@ -93,9 +94,13 @@ def test_a_browser_draws_every_plot_without_a_complaint(report: Report, width: i
         "width": "Math.max(document.documentElement.scrollWidth, window.innerWidth)",
         "text": SMALLEST_TEXT,
     }
-    opened, found = asyncio.run(browser.look(tmp_path / "deep" / "report.html", expressions, width))
-    assert opened.complaints == []
-    assert {url.partition(":")[0] for url in opened.asked} <= {"file", "data"}
+
+    async def look() -> tuple[Opened, dict[str, Any]]:
+        async with opened((tmp_path / "deep" / "report.html").as_uri(), width=width) as window:
+            return window, {name: await window.page.evaluate(f"() => {of}") for name, of in expressions.items()}
+
+    window, found = asyncio.run(look())
+    assert (window.errors, window.strange) == ([], [])
     assert found["drawn"] == dict.fromkeys(PLOTS, True)
     assert found["width"] == width  # nothing makes the whole page wider than the window
     assert found["text"] >= 9  # CSS pixels
