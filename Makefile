@@ -39,13 +39,14 @@ TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)
 RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: serve test test-slow test-optimize fuzz goldens parity bench-report lint clean help
+.PHONY: serve test test-slow test-optimize soak soak-long fuzz goldens parity bench-report lint clean help
 
 help:
 	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
 	@echo 'make test-optimize [PYTEST_ARGS=] quantisation with nvidia-modelopt, which this installs'
+	@echo 'make soak | soak-long             mixed traffic, chaos and engine kills: one minute, or twenty, of the embedded model'
 	@echo 'make fuzz [CASES= SEED= URL=]    bodies and raw bytes against a real server, 100,000 cases by default'
 	@echo 'make goldens                     write the golden files of the wire anew; the diff is what changed for clients'
 	@echo 'make parity [ARGS=]              the real model against transformers, every drafter: an hour on two cores'
@@ -74,6 +75,12 @@ test-slow: $(DEV_STAMP)
 test-optimize: $(DEV_STAMP)
 	@$(PIP) -c .venv/constraints.txt -e '.[dev,optimize]'
 	$(BIN)/python -m pytest -m optimize --timeout 1800 tests/optimize $(PYTEST_ARGS)
+
+soak: $(DEV_STAMP)
+	OUTPACE_SOAK_S=60 OUTPACE_SOAK_MODEL=smollm2-135m $(BIN)/python -m pytest --timeout 1800 tests/loadtest/test_soak.py $(PYTEST_ARGS)
+
+soak-long: $(DEV_STAMP)
+	OUTPACE_SOAK_S=1200 OUTPACE_SOAK_MODEL=smollm2-135m $(BIN)/python -m pytest --timeout 7200 tests/loadtest/test_soak.py $(PYTEST_ARGS)
 
 fuzz: $(DEV_STAMP)
 	$(BIN)/python -m tests.fuzz --cases '$(CASES)' --seed '$(SEED)' $(if $(URL),--url '$(URL)') $(ARGS)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from loadtest.options import add_loadtest_options
 from optimize.distill.options import add_distill_options
 from optimize.evaluate.options import add_evaluate_options
 from optimize.export.options import add_export_options
@@ -48,6 +49,7 @@ def build_parser() -> OneLineParser:
     add_key_commands(commands.add_parser("key", help="make and hash API keys"))
     add_chat_options(commands.add_parser("chat", help="talk to a running server in the terminal"))
     add_bench_options(commands.add_parser("bench", help="measure the engine without HTTP"))
+    add_loadtest_options(commands.add_parser("loadtest", help="measure a running server under load, over HTTP"))
     add_distill_options(commands.add_parser("distill", help="train a drafter for a model on the model's own words"))
     add_optimize_options(commands.add_parser("optimize", help="quantise a model, and prove that it is still good"))
     add_artifact_commands(commands.add_parser("artifacts", help="list and remove what `optimize` made"))
@@ -81,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from server.bench.command import run_bench  # loads torch, in this process
 
         return run_bench(options, list(arguments if arguments is not None else sys.argv[1:])[1:], version())
+    if options.command == "loadtest":
+        from loadtest.command import run_loadtest
+
+        return run_loadtest(options)
     if options.command == "distill":
         from optimize.distill.command import run_distill  # loads torch, in this process
 

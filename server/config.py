@@ -166,6 +166,9 @@ class ServerConfig:
     `stall_timeout_s` how long it may read nothing of a stream, `stream_buffer_tokens` how many tokens are kept for it
     meanwhile before its generation is suspended. `request_timeout_s` is the deadline of requests that name none (None:
     none). `spec_metrics` is how much of `metrics.speculative_decoding` answers carry unless the request says.
+    `metric_aliases` shows metrics under the names of vLLM and SGLang as well. `price_per_hour` is what the machine
+    costs, in any currency: with it metrics tell what arms and tokens cost. `otel_endpoint` is the URL of an
+    OpenTelemetry collector (OTLP over HTTP) that gets a span of each request.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -188,6 +191,9 @@ class ServerConfig:
     request_timeout_s: float | None = None
     drain_timeout_s: float = 30.0
     spec_metrics: str = "none"
+    metric_aliases: bool = True
+    price_per_hour: float | None = None
+    otel_endpoint: str | None = None
     access_log: str = "stderr"
     log_level: str = "info"
 
@@ -212,6 +218,10 @@ class ServerConfig:
         ):
             _at_least(name, getattr(self, name), low)
         self._check_arms()
+        if self.otel_endpoint is not None and not re.match(r"https?://[^/]", self.otel_endpoint):
+            raise ConfigError(f"otel_endpoint: {self.otel_endpoint!r} is not valid; use a URL as http://localhost:4318")
+        if self.price_per_hour is not None:
+            _at_least("price_per_hour", self.price_per_hour, 0)
         if self.request_timeout_s is not None:
             _at_least("request_timeout_s", self.request_timeout_s, 0.001)
         if (self.tls_certificate is None) != (self.tls_key is None):

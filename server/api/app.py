@@ -7,6 +7,7 @@ authentication, handler.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from aiohttp import web
 
@@ -22,6 +23,7 @@ from server.api.arms import ARMS, add_arm
 from server.api.errors import Handler, error_middleware
 from server.api.page import PAGE_ROUTE
 from server.api.state import STATE, ServerState
+from server.api.traces import Traces, add_traceparent
 
 
 @web.middleware
@@ -60,15 +62,19 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
         cors = Cors(parse_origins(state.config.cors_origins))
         middlewares.append(cors.middleware)
         signals.append(cors.add_headers)
+    if state.tracing is not None:
+        middlewares.append(Traces(state.tracing).middleware)
+        signals.append(add_traceparent)
     middlewares += [_account, error_middleware, auth_middleware]
     app = web.Application(middlewares=middlewares, client_max_size=state.limits.max_body_bytes)
     app[STATE] = state
     app[ACCESS] = state.access
     app.on_response_prepare.extend(signals)
     app[ARMS] = state.arms
-    engine = state.control.engine
-    engine.on_stats = state.metrics.on_stats
-    state.metrics.watch_engine(lambda: engine.ready, lambda: engine.num_restarts)
+    for arm in state.arms.every:
+        arm.engine.on_stats = partial(state.metrics.on_stats, arm.name)
+        state.metrics.watch_engine(arm.name, arm.engine)
+        state.metrics.of(arm.name)  # shown before its first request
 
     async def reload() -> Sequence[str]:
         return [] if state.reload is None else await state.reload()
@@ -82,6 +88,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
             web.get("/version", routes.version),
             web.get("/server_info", routes.server_info),
             web.get("/metrics", routes.scrape),
+            web.get("/v1/stats", routes.stats),
             web.get("/v1/models", routes.list_models),
             # A model's id may be a hub id or a path with slashes.
             web.get("/v1/models/{model:.+}", routes.get_model),

@@ -67,3 +67,5 @@ class Front:
         await self._runner.cleanup()
         if self._writer is not None:
             self._writer.close()
+        if self.state.tracing is not None:
+            await asyncio.to_thread(self.state.tracing.close)

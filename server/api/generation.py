@@ -11,7 +11,7 @@ from server.api.errors import as_api_error
 from server.api.interfaces import EngineClientLike
 from server.core import FinishReason, Request, StepOutput
 from server.engine.errors import EngineUnavailable
-from server.telemetry.metrics import ChoiceTimer
+from server.telemetry.arm_metrics import ChoiceTimer
 
 Emit = Callable[[Delta], None]
 
@@ -104,6 +104,9 @@ class _PartSink:
     def __init__(self, generation: Generation, part: Part) -> None:
         self._generation = generation
         self.part = part
+
+    def started(self) -> None:
+        self.part.timer.started()
 
     def put(self, output: StepOutput) -> None:
         generation, part = self._generation, self.part

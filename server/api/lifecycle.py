@@ -29,6 +29,7 @@ from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineInfo
 from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,24 @@ class Server:
         try:
             access = AccessControl.from_file(config.api_keys)
             limits = Limits(max_body_bytes=config.max_body_bytes)
-            metrics = Metrics(version)
+            metrics = Metrics(
+                version,
+                served_model_name=config.served_model_name,
+                aliases=config.metric_aliases,
+                price_per_hour=config.price_per_hour,
+            )
             arms = [
                 Arm(b.name, b.config, b.engine, config.served_model_name or b.config.model, metrics.clock)
                 for b in backends
             ]
             self.state = ServerState(
-                config, Arms.of_config(config, arms), metrics, version, limits=limits, access=access
+                config,
+                Arms.of_config(config, arms),
+                metrics,
+                version,
+                limits=limits,
+                access=access,
+                tracing=Tracing.from_settings(config.otel_endpoint, version),
             )
             self.state.reload = self.reload
             self._front = Front(self.state)
@@ -141,7 +153,6 @@ class Server:
         arm = self.state.control
         self._say(f"Loading {arm.config.model}; {self.url}/ready says when it serves")
         info = await self._start_arm(arm, self._backends[0])
-        self.state.metrics.on_ready(info)
         self._say(banner(self._config, info, arm.model_name, self.url))
 
     async def _start_others(self) -> None:

@@ -186,7 +186,9 @@ def _tokens() -> dict[str, Any]:
 
 def _models() -> dict[str, Any]:
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    stats = _operation("stats", "Latency quantiles, counters and gauges per arm", {200: {JSON: ref("Stats")}}, ())
     return {
+        "/v1/stats": {"get": stats},
         "/v1/models": {"get": _operation("listModels", "The served model", {200: {JSON: ref("Models")}}, ())},
         "/v1/models/{model}": {
             "get": {

@@ -176,6 +176,7 @@ def _others() -> dict[str, Schema]:
             max_model_len=nullable(COUNT),
         ),
         "Models": struct(object={"const": "list"}, data=array(ref("Model"))),
+        "Stats": _stats(),
         "Health": struct(status={"const": "ok"}),
         "Ready": struct(status={"const": "ready"}),
         "NotReady": struct(status={"enum": ["starting", "failed", "restarting", "draining"]}, reason=STRING),
@@ -209,3 +210,23 @@ def _admin() -> dict[str, Schema]:
         used=struct(requests=COUNT, tokens=COUNT),
     )
     return {"Keys": struct(object={"const": "list"}, data=array(key)), "Reloaded": struct(status={"const": "reloaded"})}
+
+
+def _stats() -> Schema:
+    seconds = nullable({"type": "number", "minimum": 0})
+    summary = struct(count=COUNT, mean_s=seconds, p50_s=seconds, p95_s=seconds, p99_s=seconds)
+    latency = struct(ttft=summary, itl=summary, step_gap=summary, tpot=summary, e2e=summary, queue=summary)
+    engine = {"ready": BOOLEAN, "model": nullable(STRING), "drafter": nullable(STRING), "num_restarts": COUNT}
+    value = {"anyOf": [NUMBER, {"type": "object", "additionalProperties": NUMBER}]}
+    arm = struct(
+        engine,
+        latency={"type": "object", "additionalProperties": latency, "description": "By window."},
+        values={"type": "object", "additionalProperties": value, "description": "Counters and gauges of /metrics."},
+    )
+    return struct(
+        object={"const": "stats"},
+        relative_error=NUMBER,
+        quantiles=array(NUMBER),
+        windows={"type": "object", "additionalProperties": struct(span_s=INTEGER, slot_s=INTEGER)},
+        arms={"type": "object", "additionalProperties": arm},
+    )

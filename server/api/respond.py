@@ -23,6 +23,7 @@ from server.api.generation import Generation, Part
 from server.api.spec_metrics import spec_decoding_metrics
 from server.api.sse import DONE, EventStream, Flow, event
 from server.api.state import ServerState
+from server.api.traces import PARTS
 from server.core import Request
 
 
@@ -67,7 +68,8 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
     try:
         state.access.limiter.reserve(key, num_prompt)
         parts = _parts(state, arm, job)
-        state.metrics.prompt_tokens.inc(num_prompt)
+        request[PARTS] = parts
+        state.metrics.of(arm.name).admitted(num_prompt)
         answer = _Streamed(request, state, arm, job, parts) if job.stream else _Whole(arm, job, parts)
         return await _run(state, arm, job, parts, answer, place)
     finally:
@@ -102,7 +104,7 @@ def _parts(state: ServerState, arm: Arm, job: Job) -> list[Part]:
                 keep_steps=job.spec_metrics != "none",
                 discard=job.discard,
             ),
-            state.metrics.choice_timer(job.arrival),
+            state.metrics.of(arm.name).choice_timer(job.arrival, len(request.prompt_ids), request.max_tokens),
         )
         for index, request in enumerate(job.requests)
     ]

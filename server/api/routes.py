@@ -23,7 +23,7 @@ Open this address in a browser for a page with charts and a playground.
 
 POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{{id}}
-GET  /health  /ready  /version  /server_info  /metrics  /openapi.json
+GET  /health  /ready  /version  /server_info  /metrics  /v1/stats  /openapi.json
 """
 
 
@@ -128,6 +128,13 @@ async def scrape(request: web.Request) -> web.Response:
     state = request.app[STATE]
     body = state.metrics.render() if state.scrape is None else await state.scrape()
     return web.Response(body=body, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def stats(request: web.Request) -> web.Response:
+    """P50, P95 and P99 per arm and window, counters and gauges; of the whole server."""
+    state = request.app[STATE]
+    body = state.metrics.stats() if state.stats is None else await state.stats()
+    return web.Response(body=body, content_type="application/json")
 
 
 async def list_models(request: web.Request) -> web.Response:

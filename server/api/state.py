@@ -17,15 +17,17 @@ from server.api.errors import ApiError, engine_unavailable
 from server.api.params import Limits
 from server.config import ServerConfig
 from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 
 @dataclass(slots=True)
 class ServerState:
-    """`draining` refuses new work.
+    """`draining` refuses new work. `tracing` makes a span of each request, where it is configured.
 
     `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
-    there are none. `scrape` renders the whole server's metrics, `reload` does what SIGHUP does and gives one line for
-    each thing that stayed as it was because it is wrong; where this process is not the only one both ask the owner.
+    there are none. `scrape` and `stats` render the whole server's metrics, `reload` does what SIGHUP does and gives one
+    line for each thing that stayed as it was because it is wrong; where this process is not the only one all ask the
+    owner.
     """
 
     config: ServerConfig
@@ -34,8 +36,10 @@ class ServerState:
     version: str
     access: AccessControl = field(default_factory=AccessControl)
     scrape: Callable[[], Awaitable[bytes]] | None = None
+    stats: Callable[[], Awaitable[bytes]] | None = None
     reload: Callable[[], Awaitable[Sequence[str]]] | None = None
     limits: Limits = field(default_factory=Limits)
+    tracing: Tracing | None = None
     draining: bool = False
     num_in_flight: int = 0
     created: int = field(default_factory=lambda: int(time.time()))

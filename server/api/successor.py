@@ -67,6 +67,10 @@ class EngineRelay:
         return self._current.failure
 
     @property
+    def pid(self) -> int | None:
+        return self._current.pid
+
+    @property
     def num_restarts(self) -> int:
         return self._restarts + self._current.num_restarts
 
@@ -126,6 +130,9 @@ class _Owned:
 
     def __init__(self, owners: dict[str, EngineClientLike], request_id: str, sink: Sink) -> None:
         self._owners, self._request_id, self._sink = owners, request_id, sink
+
+    def started(self) -> None:
+        self._sink.started()
 
     def put(self, output: StepOutput) -> None:
         if output.finish_reason is not None:

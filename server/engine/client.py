@@ -47,8 +47,7 @@ class EngineClient:
     @property
     def pid(self) -> int | None:
         """Process id of the running engine."""
-        process = self.supervisor.process
-        return None if process is None else process.pid
+        return self.supervisor.pid
 
     @property
     def num_in_flight(self) -> int:

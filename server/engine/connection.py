@@ -25,6 +25,9 @@ MAX_TRIES = 3
 class Sink(Protocol):
     """Takes one request's outputs. Called on the event loop; must neither block nor raise."""
 
+    def started(self) -> None:
+        """The request holds a slot: its first step is about to begin. Not every engine says it."""
+
     def put(self, output: StepOutput) -> None:
         """One step's output; the last one has a finish reason."""
 
@@ -190,6 +193,7 @@ class EngineConnection:
             entry = in_flight.get(request_id)
             if entry is not None:
                 entry.started = True
+                entry.sink.started()
         for output in frame.outputs:
             entry = in_flight.get(output.request_id)
             if entry is None:  # aborted a moment ago
@@ -203,6 +207,9 @@ class EngineConnection:
 class _QueueSink:
     def __init__(self) -> None:
         self.items: asyncio.Queue[StepOutput | EngineUnavailable] = asyncio.Queue()
+
+    def started(self) -> None:
+        """Nobody asks."""
 
     def put(self, output: StepOutput) -> None:
         self.items.put_nowait(output)

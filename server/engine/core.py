@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ class EngineCore:
         self._running: _Running | None = None
         self._num_steps = 0
         self._num_emitted = 0
+        self._step_s = 0.0
         if isinstance(runner, Runner):
             runner.trim = speculation.trim
 
@@ -140,6 +142,13 @@ class EngineCore:
         step needs to know of it is on the device; the host plans by upper bounds. A sequence that turns out to have
         ended costs its row of one step, which is void. On the CPU, where there is nothing to hide, it is this step's.
         """
+        began = time.perf_counter()
+        try:
+            return self._step()
+        finally:
+            self._step_s += time.perf_counter() - began
+
+    def _step(self) -> list[StepOutput]:
         scheduled = self.scheduler.schedule(self.speculation.num_draft_tokens, self.speculation.follows)
         self._apply_host_events()
         self._tell_started()
@@ -278,6 +287,7 @@ class EngineCore:
             predicted_speedup=report.predicted,
             realised_speedup=report.realised,
             verify_s=report.step_s,
+            step_s=self._step_s,
             verify_plain_s=report.plain_s,
         )
 

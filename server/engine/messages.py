@@ -56,10 +56,11 @@ class EngineInfo:
 class EngineStats:
     """Counters since the engine started (`num_*`, `*_s`, lists per draft position) and gauges of this moment.
 
-    `verify_s` is what verify steps took, drafting included, `verify_plain_s` what the same tokens would have taken
-    without drafts, by the cost table; the realised speed-up is their ratio over the last steps, the predicted one what
-    the last choice of drafts promised. Without a cost table there is neither. While speculation is paused, which it is
-    since `speculation_paused_since` (Unix seconds), `speculation_pause_reason` says why.
+    `step_s` is the time spent in steps, prefill and verify. `verify_s` is what verify steps took, drafting included,
+    `verify_plain_s` what the same tokens would have taken without drafts, by the cost table; the realised speed-up is
+    their ratio over the last steps, the predicted one what the last choice of drafts promised. Without a cost table
+    there is neither. While speculation is paused, which it is since `speculation_paused_since` (Unix seconds),
+    `speculation_pause_reason` says why.
     """
 
     num_running: int = 0
@@ -85,6 +86,7 @@ class EngineStats:
     realised_speedup: float | None = None
     verify_s: float = 0.0
     verify_plain_s: float = 0.0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

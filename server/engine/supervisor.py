@@ -71,6 +71,11 @@ class Supervisor:
 
     # -- life ------------------------------------------------------------------------------------------------
 
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running engine."""
+        return None if self.process is None or self.process.returncode is not None else self.process.pid
+
     async def start(self) -> None:
         """Starts the engine process and returns at once; see `wait_ready`."""
         self.directory = Path(tempfile.mkdtemp(prefix="outpace-"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import CollectorRegistry
 
 _CREATED = "_created"
 """Suffix of the time since which a series counts: of several the earliest."""
@@ -62,17 +61,3 @@ def merged(snapshots: Iterable[Sequence[Family]]) -> list[Family]:
         Family(name, family.type, family.documentation, [Sample(*key, value) for key, value in values.items()])
         for name, (family, values) in families.items()
     ]
-
-
-class MergedCollector(Collector):
-    """Shows families in a registry."""
-
-    def __init__(self) -> None:
-        self.families: list[Family] = []
-
-    def collect(self) -> Iterable[Metric]:
-        for family in self.families:
-            metric = Metric(family.name, family.documentation, family.type)
-            for sample in family.samples:
-                metric.add_sample(sample.name, dict(sample.labels), sample.value)
-            yield metric

@@ -20,6 +20,7 @@ from server.api.params import Limits
 from server.api.state import ServerState
 from server.config import CONTROL, EngineConfig, ServerConfig
 from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 from tests.api.fakes import ByteText, FakeEngine
 
 
@@ -75,6 +76,7 @@ async def serve() -> AsyncIterator[Serve]:
         limits: Limits | None = None,
         server: dict[str, Any] | None = None,
         others: dict[str, FakeEngine] | None = None,
+        tracing: Tracing | None = None,
         **config: Any,
     ) -> Live:
         engine = engine or FakeEngine()
@@ -86,7 +88,13 @@ async def serve() -> AsyncIterator[Serve]:
         engines = {CONTROL: engine, **(others or {})}
         arms = [Arm(name, settings.engine, one, "fake", metrics.clock) for name, one in engines.items()]
         state = ServerState(
-            settings, Arms.of_config(settings, arms), metrics, "1.2.3", limits=limits or Limits(), access=access
+            settings,
+            Arms.of_config(settings, arms),
+            metrics,
+            "1.2.3",
+            limits=limits or Limits(),
+            access=access,
+            tracing=tracing,
         )
         front = Front(state)
         (listener,) = sockets.bind("127.0.0.1", 0)

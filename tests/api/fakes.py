@@ -95,6 +95,7 @@ class FakeEngine:
         self.stats = EngineStats()
         self.failure: str | None = None
         self.num_restarts = 0
+        self.pid: int | None = None
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.held: set[str] = set()

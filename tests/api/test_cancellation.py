@@ -54,7 +54,7 @@ async def test_cancelled_requests_count_as_aborted(serve: Serve) -> None:
     await anext(aiter(stream))
     await stream.close()
     await _nothing_left(live)
-    assert 'outpace_requests_total{finish_reason="abort"} 1.0' in (await live.get("/metrics"))[1]
+    assert 'outpace_requests_total{arm="control",finish_reason="abort"} 1.0' in (await live.get("/metrics"))[1]
 
 
 async def test_the_server_goes_on_for_others(serve: Serve) -> None:

@@ -22,12 +22,14 @@ class Case:
         self.metrics = Metrics("1")
         self.deltas: list[Delta] = []
         requests = [Request(f"r{i}", [1], choice=i) for i in range(n)]
-        timer = self.metrics.choice_timer
+        timer = self.metrics.of().choice_timer
         parts = [Part(r, ChoiceText(i, r, ByteText(), stop), timer(0.0)) for i, r in enumerate(requests)]
         self.generation = Generation(self.engine, parts, self.deltas.append)
 
     def ended(self, reason: str) -> float:
-        value = self.metrics.registry.get_sample_value("outpace_requests_total", {"finish_reason": reason})
+        value = self.metrics.registry.get_sample_value(
+            "outpace_requests_total", {"arm": "control", "finish_reason": reason}
+        )
         assert value is not None
         return value
 

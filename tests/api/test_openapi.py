@@ -72,7 +72,9 @@ async def test_routes_and_document_are_the_same(live: Live) -> None:
     assert len(set(operations)) == len(operations)
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/version", "/server_info", "/metrics", "/v1/models"])
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/ready", "/version", "/server_info", "/metrics", "/v1/models", "/v1/stats"]
+)
 async def test_plain_answers_are_as_documented(live: Live, path: str) -> None:
     live.engine.stats = EngineStats(drafted_per_position=[4, 2], accepted_per_position=[3, 1])
     async with live.http.get(live.url + path) as response:

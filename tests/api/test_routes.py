@@ -105,12 +105,12 @@ async def test_metrics_are_scraped_in_prometheus_format(live: Live) -> None:
     async with live.http.get(live.url + "/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         text = await response.text()
-    assert 'outpace_requests_total{finish_reason="stop"} 1.0' in text
-    assert "outpace_prompt_tokens_total 9.0" in text
-    assert "outpace_generation_tokens_total 12.0" in text
-    assert "outpace_time_to_first_token_seconds_count 1.0" in text
-    assert "outpace_inter_token_latency_seconds_count 7.0" in text, "seven tokens in the second step"
-    assert "outpace_step_gap_seconds_count 1.0" in text
-    assert "outpace_engine_ready 1.0" in text
+    assert 'outpace_requests_total{arm="control",finish_reason="stop"} 1.0' in text
+    assert 'outpace_prompt_tokens_total{arm="control"} 9.0' in text
+    assert 'outpace_generation_tokens_total{arm="control"} 12.0' in text
+    assert 'outpace_time_to_first_token_seconds_count{arm="control"} 1.0' in text
+    assert 'outpace_inter_token_latency_seconds_count{arm="control"} 7.0' in text, "seven tokens in the second step"
+    assert 'outpace_step_gap_seconds_count{arm="control"} 1.0' in text
+    assert 'outpace_engine_ready{arm="control"} 1.0' in text
     assert 'outpace_http_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
     assert 'outpace_http_requests_total{route="unknown",status="404"} 1.0' in text

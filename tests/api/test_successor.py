@@ -21,6 +21,7 @@ class FakeEngine:
         self.failure, self.ready = failure, False
         self.on_stats: Callable[[EngineStats], None] | None = None
         self.info: Any = object()
+        self.pid: int | None = None
         self.stats, self.num_restarts = EngineStats(), 2
         self.sinks: dict[str, Any] = {}
         self.told: list[str] = []
@@ -65,6 +66,9 @@ class FakeEngine:
 class Sink:
     def __init__(self) -> None:
         self.got: list[Any] = []
+
+    def started(self) -> None:
+        pass
 
     def put(self, output: StepOutput) -> None:
         self.got.append(output)

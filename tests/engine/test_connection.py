@@ -23,6 +23,11 @@ class Listener:
     outputs: list[StepOutput] = field(default_factory=list)
     errors: list[EngineUnavailable] = field(default_factory=list)
 
+    num_started: int = 0
+
+    def started(self) -> None:
+        self.num_started += 1
+
     def put(self, output: StepOutput) -> None:
         self.outputs.append(output)
 
@@ -85,6 +90,7 @@ async def test_only_what_has_not_started_is_sent_again(engine: Engine) -> None:
     assert line.stats.num_running == 2
     line.disconnect("it died")
     assert line.stats.num_running == 0
+    assert (waiting.num_started, started.num_started) == (0, 1)
     assert [str(e) for e in started.errors + emitted.errors] == ["it died"] * 2
     assert not waiting.errors
     engine.hub.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from server.api.access.keys import KeyTable
 from server.config import ServerConfig
 from server.engine.messages import EngineInfo, EngineStats
 from server.telemetry.merge import Family
+from server.telemetry.windows import Slot
 
 
 class Assignment(msgspec.Struct):
@@ -73,7 +76,7 @@ class Collect(msgspec.Struct, tag="collect"):
 
 
 class Scraped(msgspec.Struct, tag="scraped"):
-    """The whole server's metrics, as asked for by `Scrape` with this number."""
+    """What was asked for by `Scrape` with this number."""
 
     number: int
     body: bytes
@@ -108,12 +111,14 @@ class Snapshot(msgspec.Struct, tag="snapshot"):
 
     number: int
     families: list[Family]
+    slots: list[Slot]
 
 
 class Scrape(msgspec.Struct, tag="scrape"):
-    """Somebody asked this worker for /metrics."""
+    """Somebody asked this worker for /metrics or /v1/stats."""
 
     number: int
+    what: Literal["metrics", "stats"]
 
 
 class ReloadKeys(msgspec.Struct, tag="reload_keys"):

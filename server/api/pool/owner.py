@@ -30,6 +30,9 @@ from server.config import CONTROL, ConfigError, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineStats
 from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
+from server.telemetry.metrics import Metrics
+from server.telemetry.report import Report
+from server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +58,20 @@ class Pool:
         try:
             self._access = AccessControl.from_file(config.api_keys)
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
+            tracing = Tracing.from_settings(config.otel_endpoint, version)
+            if tracing is not None:  # the workers make their own
+                tracing.close()
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
-        self._metrics = PoolMetrics(version, self._ask_for_snapshots)
-        control = self._supervisors[CONTROL]
-        self._metrics.own.watch_engine(lambda: control.ready, lambda: control.num_restarts)
+        own = Metrics(
+            version,
+            served_model_name=config.served_model_name,
+            aliases=config.metric_aliases,
+            price_per_hour=config.price_per_hour,
+        )
+        self._metrics = PoolMetrics(own, self._ask_for_snapshots)
+        for name, supervisor in self._supervisors.items():
+            own.watch_engine(name, supervisor)
 
     async def run(self) -> None:
         """Serves until stopped."""
@@ -125,7 +137,6 @@ class Pool:
             raise StartError(f"the engine failed to start: {error}") from error
         for member in self._members:
             await member.wait_ready()
-        self._metrics.own.on_ready(info)
         name = self._config.served_model_name or self._members[0].model_name
         self._say(banner(self._config, info, name, self._url))
         self._say(f"  {len(self._members)} API workers")
@@ -177,8 +188,7 @@ class Pool:
             self._tell_all(_engine_state(name, supervisor, reason, keep_waiting=keep_waiting))
 
         def on_stats(stats: EngineStats) -> None:
-            if name == CONTROL:
-                self._metrics.own.on_stats(stats)
+            self._metrics.own.on_stats(name, stats)
             self._tell_all(m.Stats(name, stats))
 
         supervisor.on_up = lambda endpoint: self._tell_all(_engine_state(name, supervisor))
@@ -222,14 +232,18 @@ class Pool:
             case m.Snapshot():
                 self._metrics.take(identity, message)
             case m.Scrape():
-                self._metrics.render_soon(
-                    set(self._by_identity), lambda body: self._channel.send(m.Scraped(message.number, body), identity)
+                self._metrics.report_soon(
+                    set(self._by_identity), lambda report: self._answer(identity, message, report)
                 )
             case m.ReloadKeys():
                 self._channel.send(m.Reloaded(message.number, self.reload()), identity)
             case m.Idle():
                 member.idle = True
                 self._check_idle()
+
+    def _answer(self, identity: bytes, asked: m.Scrape, report: Report) -> None:
+        body = report.metrics() if asked.what == "metrics" else report.stats()
+        self._channel.send(m.Scraped(asked.number, body), identity)
 
     def _ask_for_snapshots(self, number: int) -> None:
         self._tell_all(m.Collect(number))

@@ -23,6 +23,8 @@ class RemoteEngine:
         self.info: EngineInfo | None = None
         self.failure: str | None = None
         self.num_restarts = 0
+        self.pid: int | None = None
+        """The owner's business."""
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stats = EngineStats()
         self._ready = asyncio.Event()

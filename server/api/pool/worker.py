@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,8 +35,8 @@ from server.api.pool.remote_engine import RemoteEngine
 from server.api.state import ServerState
 from server.config import ConfigError
 from server.engine.child import belong_to_parent
-from server.telemetry.merge import snapshot
 from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Worker:
         a, config = self._assignment, self._assignment.config
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._engines = {arm.name: RemoteEngine(a.identity) for arm in config.all_arms}
-        metrics = Metrics(a.version)
+        metrics = Metrics(a.version, is_owner=False)  # the owner knows names and engines
         arms = [
             Arm(
                 arm.name,
@@ -88,8 +89,10 @@ class Worker:
             limits=Limits(max_body_bytes=config.max_body_bytes),
             # Until the owner has sent the keys nobody is let in.
             access=AccessControl(None if config.api_keys is None else KeyTable(), limiter),
-            scrape=self._scrape,
+            scrape=lambda: self._ask(partial(m.Scrape, what="metrics")),
+            stats=lambda: self._ask(partial(m.Scrape, what="stats")),
             reload=self._reload,
+            tracing=Tracing.from_settings(config.otel_endpoint, a.version),
         )
         self._channel = WorkerChannel(a.control, a.identity, self._handle)
         try:
@@ -124,7 +127,7 @@ class Worker:
         for engine in engines:
             await engine.close()
         await front.close()
-        self._channel.send(m.Snapshot(0, snapshot(state.metrics.registry)))
+        self._channel.send(m.Snapshot(0, *state.metrics.measured()))
         return 1 if errors else 0
 
     async def _listen(self, front: Front) -> None:
@@ -145,7 +148,7 @@ class Worker:
                 if self._front is not None:  # else it will read the new files when it begins
                     self._front.reload()
             case m.Collect():
-                self._channel.send(m.Snapshot(message.number, snapshot(self._state.metrics.registry)))
+                self._channel.send(m.Snapshot(message.number, *self._state.metrics.measured()))
             case m.Scraped():
                 self._answered(message.number, message.body)
             case m.Reloaded():
@@ -168,19 +171,15 @@ class Worker:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(SNAPSHOT_S)
-            self._channel.send(m.Snapshot(0, snapshot(self._state.metrics.registry)))
-
-    async def _scrape(self) -> bytes:
-        """The whole server's metrics. Raises TimeoutError where the owner does not answer."""
-        body: bytes = await self._ask(m.Scrape)
-        return body
+            self._channel.send(m.Snapshot(0, *self._state.metrics.measured()))
 
     async def _reload(self) -> Sequence[str]:
         """The owner reads the key file and tells every worker."""
         problems: list[str] = await self._ask(m.ReloadKeys)
         return problems
 
-    async def _ask(self, question: type[m.Scrape] | type[m.ReloadKeys]) -> Any:
+    async def _ask(self, question: Callable[[int], m.Scrape | m.ReloadKeys]) -> Any:
+        """Raises TimeoutError where the owner does not answer."""
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         self._channel.send(question(number))

@@ -4,6 +4,7 @@ import { get, Refused } from "./api.js";
 import { TimeChart } from "./chart.js";
 
 const EVERY_MS = 1000;
+const LATENCY_EVERY = 3; // percentiles of a minute move slowly, and merging them costs the server milliseconds
 const $ = (id) => document.getElementById(id);
 
 const charts = {
@@ -12,6 +13,9 @@ const charts = {
   k: new TimeChart("chart-k", 2),
   kv: new TimeChart("chart-kv", 1),
 };
+const latencies = { ttft: new TimeChart("chart-ttft", 1), itl: new TimeChart("chart-itl", 2) };
+const METRICS = { ttft: "Time to first token", itl: "Inter-token", step_gap: "Step gap", tpot: "Per output token", e2e: "End to end", queue: "In the queue" };
+let turn = 0;
 let before = null; // { time, stats by arm }
 
 const sum = (list) => list.reduce((a, b) => a + b, 0);
@@ -137,8 +141,46 @@ function take(info) {
   drawStatus(info.ready ? "ready" : "starting", `${info.model}, ${info.ready ? "ready" : "not ready"}, Outpace ${info.version}`);
 }
 
+function milliseconds(seconds) {
+  return seconds === null ? null : seconds * 1000;
+}
+
+function row(kind, texts) {
+  const line = document.createElement("tr");
+  for (const text of texts) line.appendChild(document.createElement(kind)).textContent = text;
+  return line;
+}
+
+// Percentiles of every arm: the last minute as lines, every window that has something as a table.
+function takeLatency(stats) {
+  const arms = Object.entries(stats.arms);
+  for (const [name, chart] of Object.entries(latencies)) {
+    const values = {};
+    for (const [arm, { latency }] of arms) {
+      const found = latency["1m"][name];
+      for (const part of ["p50", "p95", "p99"]) {
+        values[arms.length > 1 ? `${arm} ${part}` : part] = milliseconds(found[`${part}_s`]);
+      }
+    }
+    chart.add(Date.now() / 1000, values);
+  }
+  const rows = [];
+  for (const [name, title] of Object.entries(METRICS)) {
+    for (const [arm, { latency }] of arms) {
+      for (const [window, metrics] of Object.entries(latency)) {
+        const found = metrics[name];
+        if (!found?.count) continue;
+        const numbers = ["p50_s", "p95_s", "p99_s", "mean_s"].map((part) => shown(milliseconds(found[part]), 2));
+        rows.push(row("td", [title, arm, window, ...numbers, String(found.count)]));
+      }
+    }
+  }
+  $("latency-table").replaceChildren(row("th", ["", "Arm", "Window", "P50", "P95", "P99", "Mean", "Count"]), ...rows);
+  for (const id of ["latency", "ttft-figure", "itl-figure"]) $(id).hidden = !rows.length;
+}
+
 export function redraw() {
-  for (const chart of Object.values(charts)) chart.draw(true);
+  for (const chart of [...Object.values(charts), ...Object.values(latencies)]) chart.draw(true);
 }
 
 // Reads once, says what is wrong, and comes again.
@@ -147,6 +189,7 @@ export async function watch() {
     const info = await get("server_info");
     $("key-form").hidden = true;
     take(info);
+    if (turn++ % LATENCY_EVERY === 0) takeLatency(await get("v1/stats"));
   } catch (error) {
     before = null;
     if (error instanceof Refused && error.status === 401) $("key-form").hidden = false;

@@ -23,6 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 60.0
 NUM_WORKERS = 2
+WAITING = 'outpace_requests_waiting{arm="control"}'
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -129,22 +130,22 @@ def running(embedded_model_dir: Path) -> Iterator[Pool]:
 
 
 async def test_workers_share_the_port_and_metrics_are_the_sum(running: Pool) -> None:
-    before = await running.metric('outpace_requests_total{finish_reason="length"}')
+    before = await running.metric('outpace_requests_total{arm="control",finish_reason="length"}')
     assert len(running.workers) == NUM_WORKERS
     for _ in range(20):
         status, answer = await running.post()
         assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
     for _ in range(4):  # whichever worker is asked
-        assert await running.metric('outpace_requests_total{finish_reason="length"}') == before + 20
-    assert await running.metric("outpace_engine_ready") == 1
+        assert await running.metric('outpace_requests_total{arm="control",finish_reason="length"}') == before + 20
+    assert await running.metric('outpace_engine_ready{arm="control"}') == 1
 
 
 async def test_a_killed_worker_is_replaced_and_nothing_it_counted_or_held_is_lost(running: Pool) -> None:
     for _ in range(6):
         await running.post()
-    counted = await running.metric('outpace_requests_total{finish_reason="length"}')
+    counted = await running.metric('outpace_requests_total{arm="control",finish_reason="length"}')
     streams = [asyncio.create_task(running.post(4000, stream=True)) for _ in range(8)]
-    await running.until(lambda: running.metric("outpace_requests_running"), "they run")
+    await running.until(lambda: running.metric('outpace_requests_running{arm="control"}'), "they run")
     first = running.workers
     for pid in first:
         os.kill(pid, signal.SIGKILL)
@@ -154,7 +155,28 @@ async def test_a_killed_worker_is_replaced_and_nothing_it_counted_or_held_is_los
     await running.until(lambda: _is_ready(running), "they serve")
     assert (await running.post())[0] == 200
     await running.until(lambda: _nothing_runs(running), "nobody generates for a dead worker")
-    assert await running.metric('outpace_requests_total{finish_reason="length"}') >= counted
+    assert await running.metric('outpace_requests_total{arm="control",finish_reason="length"}') >= counted
+
+
+async def test_quantiles_are_those_of_all_workers_together(running: Pool) -> None:
+    before = await _measured(running)
+    for _ in range(20):
+        await running.post(6)
+    now = before
+    for _ in range(4):  # whichever worker is asked
+        now = await _measured(running)
+        assert now["e2e"]["count"] == before["e2e"]["count"] + 20
+        assert now["itl"]["count"] == before["itl"]["count"] + 100
+        assert 0 < now["itl"]["p50_s"] <= now["itl"]["p95_s"] <= now["itl"]["p99_s"] < PATIENCE_S
+    name = 'outpace_inter_token_latency_quantile_seconds{arm="control",quantile="0.5",window="1h"}'
+    assert await running.metric(name) == pytest.approx(now["itl"]["p50_s"])
+    assert await running.metric('vllm:num_requests_running{engine="0",model_name="smollm2-135m"}') >= 0
+
+
+async def _measured(running: Pool) -> Any:
+    status, text = await running.get("/v1/stats")
+    assert status == 200
+    return json.loads(text)["arms"]["control"]["latency"]["1h"]
 
 
 async def _is_ready(running: Pool) -> bool:
@@ -162,13 +184,13 @@ async def _is_ready(running: Pool) -> bool:
 
 
 async def _nothing_runs(running: Pool) -> bool:
-    return await running.metric("outpace_requests_running") == 0
+    return await running.metric('outpace_requests_running{arm="control"}') == 0
 
 
 async def test_every_workers_streams_end_when_the_engine_dies_and_it_comes_back(running: Pool) -> None:
     streams = [asyncio.create_task(running.post(4000, stream=True)) for _ in range(8)]
-    await running.until(lambda: _count_is(running, "outpace_requests_running", 8), "they run")
-    restarts = await running.metric("outpace_engine_restarts_total")
+    await running.until(lambda: _count_is(running, 'outpace_requests_running{arm="control"}', 8), "they run")
+    restarts = await running.metric('outpace_engine_restarts_total{arm="control"}')
     os.kill(running.engine, signal.SIGKILL)
     for status, text in await asyncio.wait_for(asyncio.gather(*streams), PATIENCE_S):
         assert status == 200
@@ -177,7 +199,7 @@ async def test_every_workers_streams_end_when_the_engine_dies_and_it_comes_back(
     await running.until(lambda: _is_ready(running), "it is ready again")
     for _ in range(6):
         assert (await running.post())[0] == 200
-    assert await running.metric("outpace_engine_restarts_total") == restarts + 1
+    assert await running.metric('outpace_engine_restarts_total{arm="control"}') == restarts + 1
 
 
 async def _count_is(running: Pool, name: str, value: float) -> bool:
@@ -241,7 +263,7 @@ async def test_sigterm_loses_nothing_that_was_admitted(embedded_model_dir: Path)
         await running.until(lambda: len(running.workers) == NUM_WORKERS and running.workers != first, "another one")
         await running.until(lambda: _serve_all(running), "it serves")
         streams = [asyncio.create_task(running.post(160, stream=True)) for _ in range(16)]
-        await running.until(lambda: _count_is(running, "outpace_requests_waiting", 12), "all are admitted")
+        await running.until(lambda: _count_is(running, WAITING, 12), "all are admitted")
         workers, engine = running.workers, running.engine
         running.process.send_signal(signal.SIGTERM)
         await running.until(lambda: _refuses(running), "new work is refused")
