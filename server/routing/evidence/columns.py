@@ -110,6 +110,11 @@ class Columns:
         """Different routing keys."""
         return len(self._key_numbers)
 
+    @property
+    def num_cells(self) -> int:
+        """Different cells."""
+        return len(self._cell_numbers)
+
     def _reserve(self, size: int) -> None:
         if size <= len(self._times):
             return

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 
-from server.routing.evidence.clusters import clustered_variance
-from server.routing.evidence.columns import Floats
+from server.routing.evidence.columns import Floats, Ints
 from server.routing.evidence.metrics import Metric
 from server.routing.evidence.sequences import radius
-from server.routing.evidence.strata import Cut
+from server.routing.evidence.strata import Cut, Pair
 
 MIN_CLUSTERS = 8
 """With fewer independent keys or time blocks nothing is said."""
@@ -25,30 +24,48 @@ Interval = tuple[float, float, float]
 NOTHING: Interval = (math.nan, -math.inf, math.inf)
 
 
-def quantile_interval(cut: Cut, metric: Metric, alpha: float) -> Interval:
-    """A quantile's logarithm with its confidence sequence.
+def quantile_ratio(both: Pair, metric: Metric, alpha: float) -> Interval:
+    """Logarithm of the ratio of the arms' quantiles, with its confidence sequence.
 
-    The share of requests at or below the true quantile q is p; a confidence sequence for that share at one fixed
-    point is inverted: all x whose share is within the radius of p (Howard and Ramdas, "Sequential estimation of
-    quantiles with applications to A/B testing and best-arm identification", Bernoulli 2022, theorem 1; here with the
-    clustered variance of the share at the estimate, as in Woodruff 1952, in place of independent draws).
+    The share of requests at or below a true quantile is p; a confidence sequence for that share at one fixed point
+    is inverted to one for the quantile: all x whose share is within the radius of p (Howard and Ramdas, "Sequential
+    estimation of quantiles with applications to A/B testing and best-arm identification", Bernoulli 2022, theorem 1;
+    here with a clustered variance at the estimate, as in Woodruff 1952, in place of independent draws). Each arm has
+    half the variance of the shares' difference, and the ratio's bounds come from the arms' own (MOVER: Zou and Donner,
+    "Construction of confidence limits about effect measures", Statistics in Medicine 2008).
     """
     p = metric.quantile
-    codes = np.clip(np.floor(np.log(np.maximum(cut.values, 1e-9)) / _LOG_BUCKET).astype(np.int64) + _ZERO, 0, None)
-    cumulative = np.cumsum(np.bincount(codes, cut.weights))
-    at = _first(cumulative, p)
-    if at is None:  # rounding
+    sides = [_buckets(cut) for cut in (both.candidate, both.baseline)]
+    at = [_first(cumulative, p) for _, cumulative in sides]
+    if at[0] is None or at[1] is None:
         return NOTHING
-    share, residuals = cut.centred((codes <= at).astype(np.float64))
-    variance = clustered_variance(residuals, cut.clusters)
-    # One request more or less is as much as the share can be known to.
-    variance = max(variance, share * (1 - share) / len(codes), p * (1 - p) / len(codes))
-    width = radius(variance, alpha, metric.scale, cut.clusters.count)
+    below = [(codes <= middle).astype(np.float64) for (codes, _), middle in zip(sides, at, strict=True)]
+    _, variance = both.difference(below[0], below[1])
+    # One request more or less is as much as a share can be known to.
+    variance = max(variance, p * (1 - p) * sum(1 / len(codes) for codes, _ in sides))
+    width = radius(variance / 2, alpha, metric.scale, both.clusters.count)
+    bounds = [_bounds(cumulative, p, width) for _, cumulative in sides]
+    ours, theirs = ((x + 0.5 - _ZERO) * _LOG_BUCKET for x in (at[0], at[1]))
+    difference = ours - theirs
+    lower = difference - math.hypot(ours - bounds[0][0], bounds[1][1] - theirs)
+    upper = difference + math.hypot(bounds[0][1] - ours, theirs - bounds[1][0])
+    return difference, lower, upper
+
+
+def _buckets(cut: Cut) -> tuple[Ints, Floats]:
+    """Bucket of each value [n], and the weight at or below each bucket."""
+    codes = np.floor(np.log(np.maximum(cut.values, 1e-9)) / _LOG_BUCKET).astype(np.int64) + _ZERO
+    codes = np.maximum(codes, 0)
+    return codes, np.cumsum(np.bincount(codes, cut.weights))
+
+
+def _bounds(cumulative: Floats, p: float, width: float) -> tuple[float, float]:
+    """The outer edges (logarithms) of the buckets where p - width and p + width of the weight are reached."""
     low = _first(cumulative, p - width) if p > width else None
     high = _first(cumulative, p + width)
     lower = -math.inf if low is None else (low - _ZERO) * _LOG_BUCKET
     upper = math.inf if high is None else (high + 1 - _ZERO) * _LOG_BUCKET
-    return (at + 0.5 - _ZERO) * _LOG_BUCKET, lower, upper
+    return lower, upper
 
 
 def _first(cumulative: Floats, share: float) -> int | None:
@@ -58,42 +75,27 @@ def _first(cumulative: Floats, share: float) -> int | None:
     return min(int(np.searchsorted(cumulative, share)), len(cumulative) - 1)
 
 
-def quantile_ratio(candidate: Cut, baseline: Cut, metric: Metric, alpha: float) -> Interval:
-    """Logarithm of the quantiles' ratio, its bounds from the arms' own (MOVER: Zou and Donner, "Construction of
-    confidence limits about effect measures", Statistics in Medicine 2008)."""
-    ours, theirs = (quantile_interval(cut, metric, alpha) for cut in (candidate, baseline))
-    difference = ours[0] - theirs[0]
-    lower = difference - math.hypot(ours[0] - ours[1], theirs[2] - theirs[0])
-    upper = difference + math.hypot(ours[2] - ours[0], theirs[0] - theirs[1])
-    return difference, lower, upper
-
-
-def mean_comparison(candidate: Cut, baseline: Cut, metric: Metric, alpha: float) -> Interval:
+def mean_comparison(both: Pair, metric: Metric, alpha: float) -> Interval:
     """Difference of means, or logarithm of their ratio (delta method), with its asymptotic confidence sequence."""
-    means, variances = [], []
-    for cut in (candidate, baseline):
-        mean, residuals = cut.centred(cut.values)
-        variance = clustered_variance(residuals, cut.clusters)
-        if metric.estimator == "ratio":
-            if mean <= 0:
-                return NOTHING
-            mean, variance = math.log(mean), variance / mean**2
-        means.append(mean)
-        variances.append(variance)
-    clusters = min(candidate.clusters.count, baseline.clusters.count)
-    width = radius(sum(variances), alpha, metric.scale, clusters)
-    difference = means[0] - means[1]
+    cuts = (both.candidate, both.baseline)
+    ours, theirs = (float(cut.weights @ cut.values) for cut in cuts)
+    if metric.estimator == "ratio":
+        if ours <= 0 or theirs <= 0:
+            return NOTHING
+        difference = math.log(ours / theirs)
+        _, variance = both.difference(cuts[0].values / ours, cuts[1].values / theirs)
+    else:
+        difference, variance = both.difference(cuts[0].values, cuts[1].values)
+    width = radius(variance, alpha, metric.scale, both.clusters.count)
     return difference, difference - width, difference + width
 
 
-def interval_of(candidate: Cut, baseline: Cut, metric: Metric, alpha: float) -> Interval:
+def interval_of(both: Pair, metric: Metric, alpha: float) -> Interval:
     """The effect on `metric`: a relative change for ratios (logarithms turned back), else a difference."""
-    if min(candidate.clusters.count, baseline.clusters.count) < MIN_CLUSTERS:
+    if both.clusters.count < MIN_CLUSTERS:
         return NOTHING
     if metric.estimator == "difference":
-        return mean_comparison(candidate, baseline, metric, alpha)
+        return mean_comparison(both, metric, alpha)
     compare = quantile_ratio if metric.estimator == "quantile" else mean_comparison
-    estimate, lower, upper = (
-        math.expm1(x) if x < 50 else math.inf for x in compare(candidate, baseline, metric, alpha)
-    )
+    estimate, lower, upper = (math.expm1(x) if x < 50 else math.inf for x in compare(both, metric, alpha))
     return estimate, lower, upper

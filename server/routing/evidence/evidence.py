@@ -12,7 +12,7 @@ from server.routing.evidence.incidents import Incidents
 from server.routing.evidence.metrics import METRICS, SHARES, Finding, Metric, claim_of
 from server.routing.evidence.observation import Observation
 from server.routing.evidence.sequences import coin_interval
-from server.routing.evidence.strata import Side, cut
+from server.routing.evidence.strata import Side, pair
 
 
 class Evidence:
@@ -67,19 +67,10 @@ class Evidence:
 
 
 def _measured(metric: Metric, candidate: Side, baseline: Side, level: float) -> Finding:
-    cuts = cut(candidate, baseline, metric.column)
-    if cuts is None:
+    both = pair(candidate, baseline, metric.column)
+    if both is None:
         return Finding(metric.name, "undecided", math.nan, -math.inf, math.inf, level, 0, 0, 0.0)
-    ours, theirs = cuts
-    estimate, lower, upper = interval_of(ours, theirs, metric, level)
-    return Finding(
-        metric.name,
-        claim_of(metric.harm, lower, upper),
-        estimate,
-        lower,
-        upper,
-        level,
-        len(ours.values),
-        len(theirs.values),
-        min(ours.clusters.count, theirs.clusters.count),
-    )
+    estimate, lower, upper = interval_of(both, metric, level)
+    counts = len(both.candidate.values), len(both.baseline.values)
+    claim = claim_of(metric.harm, lower, upper)
+    return Finding(metric.name, claim, estimate, lower, upper, level, *counts, both.clusters.count)

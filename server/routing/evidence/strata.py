@@ -6,29 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.routing.evidence.clusters import Clusters, effective_count
+from server.routing.evidence.clusters import Clusters, clustered_variance, effective_count
 from server.routing.evidence.columns import Columns, Floats, Ints
 
 MIN_STRATUM = 8
 """Observations that each arm has in a stratum; smaller ones are joined to their neighbour."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The requests of one arm that have one number: `values`, `groups` (strata), `weights` (sum 1), [n] each."""
-
-    values: Floats
-    groups: Ints
-    weights: Floats
-    clusters: Clusters
-
-    def centred(self, parts: Floats) -> tuple[float, Floats]:
-        """The weighted mean of `parts` [n], and the weighted residuals [n] from each stratum's own mean."""
-        counts = np.bincount(self.groups)
-        means = np.bincount(self.groups, parts) / np.maximum(counts, 1)
-        freedom = np.sqrt(counts / np.maximum(counts - 1, 1))
-        residuals: Floats = self.weights * (parts - means[self.groups]) * freedom[self.groups]
-        return float(self.weights @ parts), residuals
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +21,81 @@ class Side:
     blocks: Ints
 
 
-def cut(candidate: Side, baseline: Side, column: str) -> tuple[Cut, Cut] | None:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The requests of one arm that have one number: `values`, `groups` (strata), `weights` (sum 1), [n] each."""
+
+    values: Floats
+    groups: Ints
+    weights: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both arms' requests. `clusters` are of the candidate's requests and then the baseline's, `share` [g] weights."""
+
+    candidate: Cut
+    baseline: Cut
+    share: Floats
+    clusters: Clusters
+
+    def difference(self, ours: Floats, theirs: Floats) -> tuple[float, float]:
+        """The difference of weighted means of `ours` [n] and `theirs` [m], and its clustered variance.
+
+        Residuals are from the mean of *both* arms in a stratum: those of a stratum's own arm would cancel over the
+        few time blocks that it lies in, and with them what these differ by. They sum to the difference itself, so
+        between equal arms a block's part is as likely positive as negative, and the sum over its root sum of squares
+        is bounded whatever the tails (de la Peña, "A general class of exponential inequalities for martingales and
+        ratios", Annals of Probability 1999); between unequal ones the variance is too large, never too small.
+        Blocks are shared by the arms, so what hits both at once cancels.
+        """
+        cuts = (self.candidate, self.baseline)
+        means = [
+            np.bincount(cut.groups, cut.weights * parts) / self.share
+            for cut, parts in zip(cuts, (ours, theirs), strict=True)
+        ]
+        middle = (means[0] + means[1]) / 2
+        difference = float(self.share @ (means[0] - means[1]))
+        plus = self.candidate.weights * (ours - middle[self.candidate.groups])
+        minus = self.baseline.weights * (theirs - middle[self.baseline.groups])
+        return difference, clustered_variance(np.concatenate([plus, -minus]), self.clusters)
+
+
+def pair(candidate: Side, baseline: Side, column: str) -> Pair | None:
     """Both arms' requests that have the number `column`, standardised to the same strata. None where there are too few.
 
     A stratum's weight is n m / (n + m) of its two counts (Mantel and Haenszel 1959): most where both arms have most.
     """
-    kept = [np.flatnonzero(~np.isnan(side.columns.values(column))) for side in (candidate, baseline)]
+    sides = (candidate, baseline)
+    kept = [np.flatnonzero(~np.isnan(side.columns.values(column))) for side in sides]
     if min(len(rows) for rows in kept) < MIN_STRATUM:
         return None
-    strata = [side.columns.strata[rows] for side, rows in zip((candidate, baseline), kept, strict=True)]
+    strata = [side.columns.strata[rows] for side, rows in zip(sides, kept, strict=True)]
     size = int(max(s.max() for s in strata)) + 1
-    counts = np.stack([np.bincount(s, minlength=size) for s in strata])
-    groups, joined = _join(counts)
-    share = joined[0] * joined[1] / joined.sum(axis=0)
+    groups, counts = _join(np.stack([np.bincount(s, minlength=size) for s in strata]))
+    share = counts[0] * counts[1] / counts.sum(axis=0)
     share /= share.sum()
-    sides = []
-    for side, rows, stratum, count in zip((candidate, baseline), kept, strata, joined, strict=True):
+    cuts = []
+    for side, rows, stratum, count in zip(sides, kept, strata, counts, strict=True):
         group = groups[stratum]
-        weights = (share / count)[group]
-        columns = side.columns
-        keys, blocks, cells = columns.keys[rows], side.blocks[rows], columns.cells[rows]
-        independent = min(effective_count(keys, weights), effective_count(blocks, weights))
-        clusters = Clusters(keys, blocks, cells, independent)
-        sides.append(Cut(columns.values(column)[rows], group, weights, clusters))
-    return sides[0], sides[1]
+        cuts.append(Cut(side.columns.values(column)[rows], group, (share / count)[group]))
+    return Pair(cuts[0], cuts[1], share, _clusters(sides, kept, cuts))
+
+
+def _clusters(sides: tuple[Side, Side], kept: list[Ints], cuts: list[Cut]) -> Clusters:
+    """Keys and cells of the arms are different ones; time blocks are the same."""
+    keys = [side.columns.keys[rows] for side, rows in zip(sides, kept, strict=True)]
+    cells = [side.columns.cells[rows] for side, rows in zip(sides, kept, strict=True)]
+    blocks = [side.blocks[rows] for side, rows in zip(sides, kept, strict=True)]
+    count = min(
+        effective_count(ids, cut.weights) for kind in (keys, blocks) for ids, cut in zip(kind, cuts, strict=True)
+    )
+    return Clusters(
+        np.concatenate([keys[0], keys[1] + sides[0].columns.num_keys]),
+        np.concatenate(blocks),
+        np.concatenate([cells[0], cells[1] + sides[0].columns.num_cells]),
+        count,
+    )
 
 
 def _join(counts: Ints) -> tuple[Ints, Floats]:
