@@ -77,7 +77,7 @@ def simulate(plan: Plan, load: Load, effect: Effect, time_s: int, seed: int) -> 
             bursts = burst_rate(rng, int(time_s - now) + 1)
             share = plan.stages[stage].share / 100
             made = [arm_requests(people, bursts, now, share, e, candidate=e is effect) for e in (effect, EQUAL)]
-            past = arms or [None, None]
+            past: list[_Arm] | list[None] = arms or [None, None]
             arms = [_Arm(r, plan.guards.window_s, p) for r, p in zip(made, past, strict=True)]
         now += max(LOOK_S, 0.02 * now)
         for side, arm in enumerate(arms):

@@ -1,14 +1,15 @@
 """An experiment's way, step by step."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from server.config import ConfigError
 from server.routing.evidence.metrics import Claim, Finding
+from server.routing.evidence.observation import Observation
 from server.routing.experiment import Reading, act, start, step, weights
 from server.routing.guards import RecentRequests, Window, violation
-from server.routing.evidence.observation import Observation
 from server.routing.plan import Guards, Plan, Stage
 
 PLAN = Plan("faster", "candidate", "baseline", max_time_s=5000.0)
@@ -37,7 +38,9 @@ def test_a_stage_needs_requests_and_time() -> None:
     assert step(PLAN, state, Reading(num_candidate=19, num_baseline=90), 500.0) == (state, ())
     assert step(PLAN, state, Reading(num_candidate=20, num_baseline=20), 119.0) == (state, ())
     after, events = step(PLAN, state, Reading(num_candidate=20, num_baseline=20), 120.0)
-    assert after.stage == 1 and events[0].kind == "advance" and (after.stage_candidate, after.stage_started_s) == (20, 120)
+    assert (
+        after.stage == 1 and events[0].kind == "advance" and (after.stage_candidate, after.stage_started_s) == (20, 120)
+    )
 
 
 def test_an_equal_candidate_is_held_once_before_the_last_stage() -> None:
@@ -99,6 +102,6 @@ def test_recent_requests_are_forgotten() -> None:
         ("tolerances", {"latency": 0.1}, "no metric"),
     ],
 )
-def test_bad_settings_say_what_is_valid(field: str, value: object, message: str) -> None:
+def test_bad_settings_say_what_is_valid(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(PLAN, **{field: value})

@@ -78,7 +78,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     root = str(Path(__file__).resolve().parents[2])
     path = tmp_path / "ledger.db"
-    child = subprocess.run([sys.executable, "-c", CHILD, str(path)], env={**os.environ, "PYTHONPATH": root}, check=False)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path)], env={**os.environ, "PYTHONPATH": root}, check=False
+    )
     assert child.returncode == -signal.SIGKILL
     ledger = Ledger(path)
     state = ledger.state("faster")

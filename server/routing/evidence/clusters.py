@@ -8,15 +8,15 @@ import numpy as np
 
 from server.routing.evidence.columns import CELL_S, Floats, Ints
 
-MAX_BLOCKS = 24
+MAX_BLOCKS = 40
 """Time blocks double in length when there would be more: so they outgrow any burst that is short against the run."""
-MIN_BLOCK_CELLS = 2
+MIN_BLOCK_CELLS = 4
 """Cells in the shortest block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """`keys`, `blocks`, `cells`: [n] cluster numbers of requests; `count`: clusters that carry the weight, effectively."""
+    """`keys`, `blocks`, `cells`: [n] cluster numbers of requests; `count`: how many carry the weight."""
 
     keys: Ints
     blocks: Ints

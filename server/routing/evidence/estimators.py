@@ -11,7 +11,7 @@ from server.routing.evidence.metrics import Metric
 from server.routing.evidence.sequences import radius
 from server.routing.evidence.strata import Cut, Pair
 
-MIN_CLUSTERS = 8
+MIN_CLUSTERS = 12
 """With fewer independent keys or time blocks nothing is said."""
 BUCKET = 1.01
 """Quantiles are read from buckets that are 1 % wide, and bounds from their outer edges."""
@@ -30,17 +30,21 @@ def quantile_ratio(both: Pair, metric: Metric, alpha: float) -> Interval:
     The share of requests at or below a true quantile is p; a confidence sequence for that share at one fixed point
     is inverted to one for the quantile: all x whose share is within the radius of p (Howard and Ramdas, "Sequential
     estimation of quantiles with applications to A/B testing and best-arm identification", Bernoulli 2022, theorem 1;
-    here with a clustered variance at the estimate, as in Woodruff 1952, in place of independent draws). Each arm has
-    half the variance of the shares' difference, and the ratio's bounds come from the arms' own (MOVER: Zou and Donner,
-    "Construction of confidence limits about effect measures", Statistics in Medicine 2008).
+    here with a clustered variance, as in Woodruff 1952, in place of independent draws). The variance is of the
+    difference of the arms' shares at one point, the larger of those at the two quantiles: at each arm's own quantile
+    the shares are equal by construction, and what the arms differ by would be missing from it. Each arm has half, and
+    the ratio's bounds come from the arms' own (MOVER: Zou and Donner, "Construction of confidence limits about effect
+    measures", Statistics in Medicine 2008).
     """
     p = metric.quantile
     sides = [_buckets(cut) for cut in (both.candidate, both.baseline)]
     at = [_first(cumulative, p) for _, cumulative in sides]
     if at[0] is None or at[1] is None:
         return NOTHING
-    below = [(codes <= middle).astype(np.float64) for (codes, _), middle in zip(sides, at, strict=True)]
-    _, variance = both.difference(below[0], below[1])
+    variance = 0.0
+    for point in {at[0], at[1]}:
+        below = [(codes <= point).astype(np.float64) for codes, _ in sides]
+        variance = max(variance, both.difference(below[0], below[1])[1])
     # One request more or less is as much as a share can be known to.
     variance = max(variance, p * (1 - p) * sum(1 / len(codes) for codes, _ in sides))
     width = radius(variance / 2, alpha, metric.scale, both.clusters.count)
@@ -83,7 +87,8 @@ def mean_comparison(both: Pair, metric: Metric, alpha: float) -> Interval:
         if ours <= 0 or theirs <= 0:
             return NOTHING
         difference = math.log(ours / theirs)
-        _, variance = both.difference(cuts[0].values / ours, cuts[1].values / theirs)
+        middle = (ours + theirs) / 2  # one for both, or the arms would be equal by construction
+        _, variance = both.difference(cuts[0].values / middle, cuts[1].values / middle)
     else:
         difference, variance = both.difference(cuts[0].values, cuts[1].values)
     width = radius(variance, alpha, metric.scale, both.clusters.count)

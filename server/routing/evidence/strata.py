@@ -42,11 +42,9 @@ class Pair:
     def difference(self, ours: Floats, theirs: Floats) -> tuple[float, float]:
         """The difference of weighted means of `ours` [n] and `theirs` [m], and its clustered variance.
 
-        Residuals are from the mean of *both* arms in a stratum: those of a stratum's own arm would cancel over the
-        few time blocks that it lies in, and with them what these differ by. They sum to the difference itself, so
-        between equal arms a block's part is as likely positive as negative, and the sum over its root sum of squares
-        is bounded whatever the tails (de la Peña, "A general class of exponential inequalities for martingales and
-        ratios", Annals of Probability 1999); between unequal ones the variance is too large, never too small.
+        Residuals are from the mean of *both* arms in a stratum and half the difference over all strata: those from an
+        arm's own mean in a stratum would cancel over the few time blocks that it lies in, and with them what these
+        differ by. So one degree of freedom is lost, not one a stratum.
         Blocks are shared by the arms, so what hits both at once cancels.
         """
         cuts = (self.candidate, self.baseline)
@@ -56,8 +54,8 @@ class Pair:
         ]
         middle = (means[0] + means[1]) / 2
         difference = float(self.share @ (means[0] - means[1]))
-        plus = self.candidate.weights * (ours - middle[self.candidate.groups])
-        minus = self.baseline.weights * (theirs - middle[self.baseline.groups])
+        plus = self.candidate.weights * (ours - middle[self.candidate.groups] - difference / 2)
+        minus = self.baseline.weights * (theirs - middle[self.baseline.groups] + difference / 2)
         return difference, clustered_variance(np.concatenate([plus, -minus]), self.clusters)
 
 
@@ -108,5 +106,5 @@ def _join(counts: Ints) -> tuple[Ints, Floats]:
         if held.min() >= MIN_STRATUM:
             group, held = group + 1, np.zeros(2, np.int64)
     groups[groups == group] = group - 1  # what is left at the end
-    joined = np.stack([np.bincount(groups, row) for row in counts])
+    joined: Floats = np.stack([np.bincount(groups, row.astype(np.float64)) for row in counts])
     return groups, joined
