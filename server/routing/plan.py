@@ -97,7 +97,7 @@ class Plan:
     control: str = "control"
     stages: tuple[Stage, ...] = DEFAULT_STAGES
     goal: str = "improve"
-    primary: str = "tpot"
+    primary: str = "tokens_per_s"
     margin: float = 0.05
     alpha: float = 0.05
     tolerances: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_TOLERANCES))

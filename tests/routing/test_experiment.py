@@ -12,7 +12,7 @@ from server.routing.experiment import Reading, act, start, step, weights
 from server.routing.guards import RecentRequests, Window, violation
 from server.routing.plan import Guards, Plan, Stage
 
-PLAN = Plan("faster", "candidate", "baseline", max_time_s=5000.0)
+PLAN = Plan("faster", "candidate", "baseline", primary="tpot", max_time_s=5000.0)
 
 
 def finding(claim: Claim, estimate: float, metric: str = "tpot") -> Finding:

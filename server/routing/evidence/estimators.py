@@ -31,7 +31,7 @@ def quantile_ratio(both: Pair, metric: Metric, alpha: float) -> Interval:
     is inverted to one for the quantile: all x whose share is within the radius of p (Howard and Ramdas, "Sequential
     estimation of quantiles with applications to A/B testing and best-arm identification", Bernoulli 2022, theorem 1;
     here with a clustered variance, as in Woodruff 1952, in place of independent draws). The variance is of the
-    difference of the arms' shares at one point, the larger of those at the two quantiles: at each arm's own quantile
+    difference of the arms' shares at one point midway between the two quantiles: at each arm's own quantile
     the shares are equal by construction, and what the arms differ by would be missing from it. Each arm has half, and
     the ratio's bounds come from the arms' own (MOVER: Zou and Donner, "Construction of confidence limits about effect
     measures", Statistics in Medicine 2008).
@@ -41,10 +41,9 @@ def quantile_ratio(both: Pair, metric: Metric, alpha: float) -> Interval:
     at = [_first(cumulative, p) for _, cumulative in sides]
     if at[0] is None or at[1] is None:
         return NOTHING
-    variance = 0.0
-    for point in {at[0], at[1]}:
-        below = [(codes <= point).astype(np.float64) for codes, _ in sides]
-        variance = max(variance, both.difference(below[0], below[1])[1])
+    point = (at[0] + at[1]) // 2
+    below = [(codes <= point).astype(np.float64) for codes, _ in sides]
+    _, variance = both.difference(below[0], below[1])
     # One request more or less is as much as a share can be known to.
     variance = max(variance, p * (1 - p) * sum(1 / len(codes) for codes, _ in sides))
     width = radius(variance / 2, alpha, metric.scale, both.clusters.count)
