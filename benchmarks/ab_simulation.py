@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--equal", type=int, default=2000, help="A/A experiments, over all loads")
     parser.add_argument("--unequal", type=int, default=100, help="experiments a load and effect")
+    parser.add_argument("--first-seed", type=int, default=10**7, help="estimators were not made with these")
     parser.add_argument("--minutes", type=float, default=30.0, help="simulated length")
     options = parser.parse_args()
     time_s = int(60 * options.minutes)
@@ -78,7 +79,7 @@ def main() -> None:
     detail: dict[str, Any] = {"plan": {"alpha": PLAN.alpha, "stages": [stage.share for stage in PLAN.stages]}}
     every: list[Outcome] = []
     for index, (name, load) in enumerate(LOADS.items()):
-        seeds = range(index, options.equal, len(LOADS))
+        seeds = range(options.first_seed + index, options.first_seed + options.equal, len(LOADS))
         outcomes = [simulate(PLAN, load, Effect(), time_s, seed) for seed in seeds]
         every += outcomes
         rows.append(false_positives(name, outcomes))
@@ -86,7 +87,8 @@ def main() -> None:
     rows.insert(0, false_positives("all", every))
     for effect_name, (effect, expected) in EFFECTS.items():
         for name, load in LOADS.items():
-            outcomes = [simulate(PLAN, load, effect, time_s, 10**6 + seed) for seed in range(options.unequal)]
+            first = 2 * options.first_seed
+            outcomes = [simulate(PLAN, load, effect, time_s, first + seed) for seed in range(options.unequal)]
             rows += power(f"{effect_name}/{name}", outcomes, expected)
             print(rows[-1], flush=True)
     write_result("ab_simulation", rows, detail)

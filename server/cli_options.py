@@ -68,6 +68,7 @@ HELP = {
     "price_per_hour": "what this machine costs an hour, in any currency: /metrics then has cost per million tokens",
     "otel_endpoint": "OpenTelemetry collector that gets a span per request, as http://localhost:4318 (default: none)",
     "access_log": "where a line of JSON per request goes: stderr, off or a file",
+    "experiment_ledger": "file that experiments' decisions and evidence go to (default: in Outpace's cache)",
     "drain_timeout_s": "seconds that running requests get to finish after SIGTERM or SIGINT",
     "log_level": "debug, info, warning or error",
 }
@@ -115,7 +116,7 @@ def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[Engin
     group = parser.add_argument_group(title)
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if field.name not in ("engine", "arms", "routing"):
+        if field.name not in ("engine", "arms", "experiment", "routing"):
             _add_option(group, field, hints[field.name])
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 DRAFTERS = ("auto", "suffix", "ngram", "small-lm", "eagle3", "hybrid", "none")
 VERIFICATION_RULES = ("coupled", "ratio")
@@ -168,11 +169,13 @@ class ServerConfig:
     none). `spec_metrics` is how much of `metrics.speculative_decoding` answers carry unless the request says.
     `metric_aliases` shows metrics under the names of vLLM and SGLang as well. `price_per_hour` is what the machine
     costs, in any currency: with it metrics tell what arms and tokens cost. `otel_endpoint` is the URL of an
-    OpenTelemetry collector (OTLP over HTTP) that gets a span of each request.
+    OpenTelemetry collector (OTLP over HTTP) that gets a span of each request. `experiment` are settings of
+    `server.routing.plan.Plan`, whose arms are among `arms`; its decisions go to the file `experiment_ledger`.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     arms: tuple[ArmConfig, ...] = ()
+    experiment: dict[str, Any] | None = None
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     host: str = "127.0.0.1"
     port: int = 8000
@@ -195,6 +198,7 @@ class ServerConfig:
     price_per_hour: float | None = None
     otel_endpoint: str | None = None
     access_log: str = "stderr"
+    experiment_ledger: str = field(default_factory=lambda: str(cache_dir() / "experiments.sqlite"))
     log_level: str = "info"
 
     @property

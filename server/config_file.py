@@ -21,9 +21,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from server.config import ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+from server.routing.plan import Plan, plan_of
 
-_TABLES = ("engine", "arms", "routing")
+_TABLES = ("engine", "arms", "experiment", "routing")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -34,6 +35,7 @@ class SettingsFile:
     values: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[Mapping[str, Any], ...] = ()
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    experiment: Mapping[str, Any] | None = None
 
     def settings(self, given: Mapping[str, Any]) -> ServerConfig:
         """`given` (from the command line) wins over the file; for arms too, unless they say. Raises ConfigError."""
@@ -41,7 +43,11 @@ class SettingsFile:
         shared = {name: value for name, value in values.items() if name in _fields(EngineConfig)}
         own = {name: value for name, value in values.items() if name in _fields(ServerConfig)}
         arms = tuple(self._arm(number, arm, shared) for number, arm in enumerate(self.arms, start=1))
-        return ServerConfig(engine=EngineConfig(**shared), arms=arms, routing=self.routing, **own)
+        engine, experiment = EngineConfig(**shared), self.experiment
+        if experiment is not None:
+            arms = _with_baseline(plan_of(experiment), arms, engine)
+            experiment = dict(experiment)
+        return ServerConfig(engine=engine, arms=arms, routing=self.routing, experiment=experiment, **own)
 
     @staticmethod
     def _arm(number: int, arm: Mapping[str, Any], shared: Mapping[str, Any]) -> ArmConfig:
@@ -51,6 +57,19 @@ class SettingsFile:
             return ArmConfig(engine=EngineConfig(**engine), **own)
         except ConfigError as error:
             raise ConfigError(f"arms[{number}].{error}") from None
+
+
+def _with_baseline(plan: Plan, arms: tuple[ArmConfig, ...], engine: EngineConfig) -> tuple[ArmConfig, ...]:
+    """The arms of an experiment: the baseline is the control's model again. Raises ConfigError."""
+    names = [arm.name for arm in arms]
+    if plan.candidate not in names:
+        raise ConfigError(f"experiment.candidate: there is no arm {plan.candidate!r}; use one of {', '.join(names)}")
+    if plan.control != CONTROL:
+        raise ConfigError(f"experiment.control: {plan.control!r} is not valid; use {CONTROL}")
+    weighted = [arm.name for arm in arms if arm.weight]
+    if weighted:
+        raise ConfigError(f"arms: {weighted[0]!r} has a weight; an experiment's stages say who gets what")
+    return arms if plan.baseline in names else (*arms, ArmConfig(plan.baseline, engine))
 
 
 def read_settings(path: str | Path) -> SettingsFile:
@@ -66,7 +85,7 @@ def read_settings(path: str | Path) -> SettingsFile:
 
 
 def _settings(content: dict[str, Any]) -> SettingsFile:
-    arms, routing = content.pop("arms", []), content.pop("routing", {})
+    arms, routing, experiment = content.pop("arms", []), content.pop("routing", {}), content.pop("experiment", None)
     known = _hints(EngineConfig) | {k: v for k, v in _hints(ServerConfig).items() if k not in _TABLES}
     values = _checked(content, known, "")
     if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
@@ -77,7 +96,19 @@ def _settings(content: dict[str, Any]) -> SettingsFile:
         found.append(_checked(arm, _hints(EngineConfig) | own, f"arms[{number}]."))
         if "name" not in arm:
             raise ConfigError(f"arms[{number}].name: missing")
-    return SettingsFile(values, tuple(found), _routing(routing))
+    return SettingsFile(values, tuple(found), _routing(routing), _experiment(experiment))
+
+
+def _experiment(table: Any) -> Mapping[str, Any] | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        raise ConfigError("experiment: not valid; use an [experiment] table")
+    try:
+        plan_of(table)
+    except ConfigError as error:
+        raise ConfigError(f"experiment.{error}") from None
+    return table
 
 
 def _routing(table: Any) -> RoutingConfig:

@@ -34,7 +34,12 @@ def test_no_options_are_the_defaults() -> None:
 
 
 def test_every_field_has_a_flag_and_help() -> None:
-    names = {f.name for f in (*fields(EngineConfig), *fields(ServerConfig))} - {"engine", "arms", "routing"}
+    names = {f.name for f in (*fields(EngineConfig), *fields(ServerConfig))} - {
+        "engine",
+        "arms",
+        "experiment",
+        "routing",
+    }
     assert HELP.keys() == names
     parser = OneLineParser()
     add_options(parser)

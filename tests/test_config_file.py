@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from server.cli_options import OneLineParser, add_options, parse_config
 from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+from server.routing.plan import plan_of
 
 FILE = """
 model = "org/model"
@@ -109,3 +111,57 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     add_options(parser)
     with pytest.raises(ConfigError, match=r"config: .* cannot be read as TOML"):
         parse_config(parser.parse_args(["--config", str(tmp_path / "none.toml")]))
+
+
+EXPERIMENT = """
+[[arms]]
+name = "fast"
+drafter = "none"
+[experiment]
+name = "spring"
+candidate = "fast"
+goal = "no_worse"
+stages = [{share = 10, min_samples = 5}, {share = 50, min_time_s = 1}, {share = 100, min_samples = 0}]
+[experiment.guards]
+window_s = 30
+[experiment.tolerances]
+ttft = 0.1
+"""
+
+
+def test_an_experiment_brings_its_baseline(tmp_path: Path) -> None:
+    config = parse(tmp_path, EXPERIMENT, "--max-num-seqs", "2")
+    shared = EngineConfig(max_num_seqs=2)
+    assert config.arms == (ArmConfig("fast", replace(shared, drafter="none")), ArmConfig("baseline", shared))
+    assert config.experiment is not None
+    plan = plan_of(config.experiment)
+    assert (plan.name, plan.candidate, plan.baseline, plan.goal) == ("spring", "fast", "baseline", "no_worse")
+    assert [stage.share for stage in plan.stages] == [10, 50, 100]
+    assert plan.guards.window_s == 30 and plan.tolerance("ttft") == 0.1 and plan.tolerance("itl") == 0.05
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('candidate = "fast"', 'candidate = "slow"', "experiment.candidate: there is no arm 'slow'; use one of fast"),
+        ('candidate = "fast"', "", "experiment.candidate: missing"),
+        ('drafter = "none"', "weight = 3", "arms: 'fast' has a weight; an experiment's stages say who gets what"),
+        ('"no_worse"', '"win"', "experiment.goal: 'win' is not valid; use one of improve, no_worse"),
+        ("share = 10, min", "min", "experiment.stages[1].share: missing"),
+        ("share = 10, min", "share = 0, min", "experiment.stages[1].share: 0 is not valid; use more than 0"),
+        ("min_samples = 5", "samples = 5", "experiment.stages[1].samples: there is no such setting; valid ones are "),
+        ("window_s = 30", "window_s = 'a'", "experiment.guards.window_s: 'a' is not valid; use a number"),
+        ("ttft = 0.1", "tea = 0.1", "experiment.tolerances: 'tea' is no metric; use "),
+        ('name = "spring"', 'alpha = 0.7\nname = "spring"', "experiment.alpha: 0.7 is not valid"),
+        (
+            'goal = "no_worse"',
+            'goal = "no_worse"\ncontrol = "fast2"',
+            "experiment.control: 'fast2' is not valid; use control",
+        ),
+    ],
+)
+def test_mistakes_of_experiments(tmp_path: Path, before: str, after: str, message: str) -> None:
+    assert before in EXPERIMENT
+    with pytest.raises(ConfigError) as caught:
+        parse(tmp_path, EXPERIMENT.replace(before, after))
+    assert message in str(caught.value)

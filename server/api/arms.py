@@ -17,6 +17,9 @@ ARM_HEADER = "X-Outpace-Arm"
 """On requests: answer from this arm. On answers, where there are several: the arm that answered."""
 ARM: web.RequestKey[Arm] = web.RequestKey("arm", Arm)
 
+KEY: web.RequestKey[str] = web.RequestKey("routing_key", str)
+"""The key that gave the request to its arm; absent where the arm was named, or stood in for another."""
+
 Assign = Callable[[str], str]
 """The arm's name of a key. Pure: every API process says the same."""
 
@@ -58,7 +61,7 @@ class Arms:
         """
         arm = self._named(request, model)
         if arm is None:
-            arm = self.control if self.assign is None else self._assigned(self._key_of(request, user, caller))
+            arm = self.control if self.assign is None else self._assigned(request, self._key_of(request, user, caller))
         request[ARM] = arm
         record_of(request).arm = arm.name
         return arm
@@ -92,10 +95,13 @@ class Arms:
             raise model_not_found(model)
         return self._by_name[model]
 
-    def _assigned(self, key: str) -> Arm:
+    def _assigned(self, request: web.Request, key: str) -> Arm:
         assert self.assign is not None
         arm = self._by_name.get(self.assign(key), self.control)
-        return arm if arm.not_ready is None else self.control
+        if arm.not_ready is not None:
+            return self.control
+        request[KEY] = key
+        return arm
 
 
 async def add_arm(request: web.Request, response: web.StreamResponse) -> None:

@@ -80,6 +80,7 @@ class ChoiceText:
         annotate: bool = False,
         keep_steps: bool = False,
         discard: bool = False,
+        keep_text: bool = False,
     ) -> None:
         self._index = index
         self._end_ids = _end_ids(request, text.eos_token_ids)
@@ -91,6 +92,8 @@ class ChoiceText:
         self._num_released = 0
         self._annotations: deque[Piece] | None = deque() if annotate else None
         self._discard = discard
+        self.kept: list[str] | None = [] if keep_text else None
+        """The text so far in pieces, where somebody wants it."""
         self.tally = Tally(steps=[] if keep_steps else None)
 
     def step(self, output: StepOutput) -> Delta:
@@ -117,6 +120,8 @@ class ChoiceText:
             text += tail
             finish = FinishReason.STOP if stopped else finish
         self._num_released += len(text)
+        if self.kept is not None:
+            self.kept.append(text)
         return Delta(
             self._index,
             text,

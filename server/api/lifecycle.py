@@ -21,6 +21,7 @@ from server.api.access.keys import KeyFileError
 from server.api.arm import Arm
 from server.api.arms import Arms
 from server.api.banner import banner, summary
+from server.api.experiment import conducted, experiment_of
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
@@ -112,6 +113,7 @@ class Server:
             )
             self.state.reload = self.reload
             self._front = Front(self.state)
+            self._experiment = experiment_of(self.state, say)
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
 
@@ -120,9 +122,10 @@ class Server:
         try:
             self.url = await self._listen()
             if await until_stopped(self._start(), self.signals.stop):
-                await until_stopped(self._start_others(), self.signals.stop)
-                await self.signals.stop.wait()
-                await self._drain()
+                with conducted(self._experiment, self.state.watch):
+                    await until_stopped(self._start_others(), self.signals.stop)
+                    await self.signals.stop.wait()
+                    await self._drain()
         finally:
             await self._close()
 

@@ -13,6 +13,7 @@ from server.api.openapi_answers import STRING, Schema, answer_schemas, ref
 from server.api.options import SPECULATION_HEADER, TIMEOUT_HEADER
 from server.api.schemas import EXACT, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.api.state import STATE
+from server.routing.experiment import ACTIONS
 
 JSON = "application/json"
 REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -21,8 +22,9 @@ ERRORS = {
     400: "The request is wrong; `param` names the field.",
     401: "No API key, or a wrong one (`invalid_api_key`).",
     403: "This key may not do that.",
-    404: "There is no such model (`model_not_found`).",
+    404: "There is no such model (`model_not_found`), action or experiment.",
     408: "The request, or its answer, took longer than it may.",
+    409: "What was asked for makes no sense now; nothing was changed.",
     413: "The body is too large.",
     415: "The body is not announced as application/json.",
     429: "The queue is full or the key has used up its minute (`rate_limit_exceeded`).",
@@ -187,8 +189,12 @@ def _tokens() -> dict[str, Any]:
 def _models() -> dict[str, Any]:
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     stats = _operation("stats", "Latency quantiles, counters and gauges per arm", {200: {JSON: ref("Stats")}}, ())
+    told = _operation("experiments", "The experiment between arms", {200: {JSON: ref("Experiments")}}, ())
+    events = _operation("experimentEvents", "Its decisions, with evidence", {200: {JSON: ref("Experiments")}}, ())
     return {
         "/v1/stats": {"get": stats},
+        "/v1/experiments": {"get": told},
+        "/v1/experiments/events": {"get": events},
         "/v1/models": {"get": _operation("listModels", "The served model", {200: {JSON: ref("Models")}}, ())},
         "/v1/models/{model}": {
             "get": {
@@ -222,4 +228,11 @@ def _probes() -> dict[str, Any]:
 def _admin() -> dict[str, Any]:
     keys = _operation("listKeys", "API keys and their use", {200: {JSON: ref("Keys")}}, (), admin=True)
     reload = _operation("reload", "Key file and certificate read again", {200: {JSON: ref("Reloaded")}}, (), admin=True)
-    return {"/admin/keys": {"get": keys}, "/admin/reload": {"post": reload}}
+    what = "Promote the experiment's candidate or roll it back, pause or resume"
+    acted = _operation("actOnExperiment", what, {200: {JSON: ref("Done")}}, (404, 409), admin=True)
+    action = {"name": "action", "in": "path", "required": True, "schema": {"enum": list(ACTIONS)}}
+    return {
+        "/admin/keys": {"get": keys},
+        "/admin/reload": {"post": reload},
+        "/admin/experiment/{action}": {"post": {**acted, "parameters": [action]}},
+    }

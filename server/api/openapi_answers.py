@@ -177,6 +177,7 @@ def _others() -> dict[str, Schema]:
         ),
         "Models": struct(object={"const": "list"}, data=array(ref("Model"))),
         "Stats": _stats(),
+        "Experiments": struct(object={"const": "list"}, data=array({"type": "object"})),
         "Health": struct(status={"const": "ok"}),
         "Ready": struct(status={"const": "ready"}),
         "NotReady": struct(status={"enum": ["starting", "failed", "restarting", "draining"]}, reason=STRING),
@@ -209,7 +210,11 @@ def _admin() -> dict[str, Schema]:
         speculation=BOOLEAN,
         used=struct(requests=COUNT, tokens=COUNT),
     )
-    return {"Keys": struct(object={"const": "list"}, data=array(key)), "Reloaded": struct(status={"const": "reloaded"})}
+    return {
+        "Keys": struct(object={"const": "list"}, data=array(key)),
+        "Reloaded": struct(status={"const": "reloaded"}),
+        "Done": struct(status={"const": "done"}),
+    }
 
 
 def _stats() -> Schema:

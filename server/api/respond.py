@@ -14,6 +14,7 @@ from server.api.access import body
 from server.api.access.access_log import Record, record_of
 from server.api.access.auth import caller_of
 from server.api.arm import Arm
+from server.api.arms import KEY
 from server.api.choice_text import ChoiceText, Delta
 from server.api.chunks import ChunkWriter
 from server.api.echo import Echo
@@ -65,9 +66,11 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
     arm.admit(job.requests)
     place = _Place(arm, job.requests)
     parts: list[Part] = []
+    watch = state.watch if state.watch is not None and KEY in request and arm.name in state.watch.arms else None
+    running = arm.engine.stats.num_running
     try:
         state.access.limiter.reserve(key, num_prompt)
-        parts = _parts(state, arm, job)
+        parts = _parts(state, arm, job, watched=watch is not None)
         request[PARTS] = parts
         state.metrics.of(arm.name).admitted(num_prompt)
         answer = _Streamed(request, state, arm, job, parts) if job.stream else _Whole(arm, job, parts)
@@ -76,6 +79,8 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
         place.give_back()
         state.access.limiter.charge(key, sum(part.text.tally.num_completion for part in parts))
         _note(record_of(request), arm.model_name, job, parts)
+        if watch is not None:
+            watch.note(arm.name, request[KEY], running, parts)
 
 
 def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
@@ -89,9 +94,9 @@ def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
     record.ttft_ms = None if ttft_s is None else ttft_s * 1e3
 
 
-def _parts(state: ServerState, arm: Arm, job: Job) -> list[Part]:
+def _parts(state: ServerState, arm: Arm, job: Job, *, watched: bool) -> list[Part]:
     _, text = arm.require_ready()
-    return [
+    parts = [
         Part(
             request,
             ChoiceText(
@@ -103,11 +108,15 @@ def _parts(state: ServerState, arm: Arm, job: Job) -> list[Part]:
                 annotate=job.annotate,
                 keep_steps=job.spec_metrics != "none",
                 discard=job.discard,
+                keep_text=watched,
             ),
             state.metrics.of(arm.name).choice_timer(job.arrival, len(request.prompt_ids), request.max_tokens),
         )
         for index, request in enumerate(job.requests)
     ]
+    if watched:
+        parts[0].timer.gaps = []
+    return parts
 
 
 class _Place:

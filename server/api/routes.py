@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ Open this address in a browser for a page with charts and a playground.
 POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{{id}}
 GET  /health  /ready  /version  /server_info  /metrics  /v1/stats  /openapi.json
+GET  /v1/experiments  /v1/experiments/events
 """
 
 
@@ -135,6 +137,29 @@ async def stats(request: web.Request) -> web.Response:
     state = request.app[STATE]
     body = state.metrics.stats() if state.stats is None else await state.stats()
     return web.Response(body=body, content_type="application/json")
+
+
+async def experiments(request: web.Request) -> web.Response:
+    """The experiment, where there is one: stage, weights, what every metric says by now."""
+    experiment = request.app[STATE].experiment
+    data = [] if experiment is None else await experiment.told()
+    return json_response({"object": "list", "data": finite(data)})
+
+
+async def experiment_events(request: web.Request) -> web.Response:
+    """Every decision with its evidence, oldest first."""
+    experiment = request.app[STATE].experiment
+    data = [] if experiment is None else await experiment.decisions()
+    return json_response({"object": "list", "data": data})
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 async def list_models(request: web.Request) -> web.Response:

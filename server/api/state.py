@@ -14,6 +14,7 @@ from server.api.access.control import AccessControl
 from server.api.arm import Arm
 from server.api.arms import Arms
 from server.api.errors import ApiError, engine_unavailable
+from server.api.experiment import ExperimentLike, Watch
 from server.api.params import Limits
 from server.config import ServerConfig
 from server.telemetry.metrics import Metrics
@@ -22,7 +23,8 @@ from server.telemetry.tracing import Tracing
 
 @dataclass(slots=True)
 class ServerState:
-    """`draining` refuses new work. `tracing` makes a span of each request, where it is configured.
+    """`draining` refuses new work. `tracing` makes a span of each request, where it is configured. `watch` sees what
+    the requests of an experiment do, `experiment` is that experiment.
 
     `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
     there are none. `scrape` and `stats` render the whole server's metrics, `reload` does what SIGHUP does and gives one
@@ -39,6 +41,8 @@ class ServerState:
     stats: Callable[[], Awaitable[bytes]] | None = None
     reload: Callable[[], Awaitable[Sequence[str]]] | None = None
     limits: Limits = field(default_factory=Limits)
+    watch: Watch | None = None
+    experiment: ExperimentLike | None = None
     tracing: Tracing | None = None
     draining: bool = False
     num_in_flight: int = 0

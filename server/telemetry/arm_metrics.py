@@ -128,8 +128,8 @@ class ChoiceTimer:
     """
 
     __slots__ = (
-        "_arm", "_arrival", "_first", "_last", "_max_tokens", "_num_prompt", "_num_tokens", "_started", "queue_s",
-        "reason", "ttft_s",
+        "_arm", "_arrival", "_first", "_last", "_max_tokens", "_num_prompt", "_num_tokens", "_started", "e2e_s", "gaps",
+        "queue_s", "reason", "ttft_s",
     )  # fmt: skip
 
     def __init__(self, arm: ArmMetrics, arrival: float, num_prompt_tokens: int, max_tokens: int) -> None:
@@ -142,6 +142,9 @@ class ChoiceTimer:
         self._num_tokens = 0
         self.queue_s: float | None = None
         self.ttft_s: float | None = None
+        self.e2e_s: float | None = None
+        self.gaps: list[tuple[float, int]] | None = None
+        """Seconds before each step after the first and the tokens that it emitted; a list where somebody wants them."""
         self.reason: FinishReason | None = None
 
     @property
@@ -174,6 +177,8 @@ class ChoiceTimer:
             self._observe_first(now)
         else:
             arm.gaps.add(now - self._last, now, num_tokens)
+            if self.gaps is not None:
+                self.gaps.append((now - self._last, num_tokens))
         self._num_tokens += num_tokens
         self._last = now
 
@@ -197,7 +202,8 @@ class ChoiceTimer:
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         now = arm.clock()
-        arm.e2e.add(now - self._arrival, now)
+        self.e2e_s = now - self._arrival
+        arm.e2e.add(self.e2e_s, now)
         arm.max_tokens.observe(self._max_tokens)
         arm.num_prompt.observe(self._num_prompt)
         arm.num_generated.observe(num_completion_tokens)

@@ -9,14 +9,20 @@ from aiohttp import web
 
 from server.api.access.control import ACCESS
 from server.api.errors import SERVER_ERROR, ApiError, Handler
+from server.api.state import STATE
+from server.routing.experiment import ACTIONS
 
 Reload = Callable[[], Awaitable[Sequence[str]]]
 """Does what SIGHUP does, in every process; gives one line for each thing that stayed as it was because it is wrong."""
 
 
 def admin_routes(reload: Reload) -> list[web.RouteDef]:
-    """`GET /admin/keys` and `POST /admin/reload`."""
-    return [web.get("/admin/keys", list_keys), web.post("/admin/reload", _reload_handler(reload))]
+    """`GET /admin/keys`, `POST /admin/reload` and `POST /admin/experiment/{action}`."""
+    return [
+        web.get("/admin/keys", list_keys),
+        web.post("/admin/reload", _reload_handler(reload)),
+        web.post("/admin/experiment/{action}", experiment_action),
+    ]
 
 
 async def list_keys(request: web.Request) -> web.Response:
@@ -37,6 +43,20 @@ async def list_keys(request: web.Request) -> web.Response:
             }
         )
     return _json({"object": "list", "data": keys})
+
+
+async def experiment_action(request: web.Request) -> web.Response:
+    """`promote`, `roll_back`, `pause` or `resume`: written to the ledger as the administrator's. Raises ApiError."""
+    action = request.match_info["action"]
+    experiment = request.app[STATE].experiment
+    if experiment is None:
+        raise ApiError(404, "There is no experiment on this server.", code="not_found")
+    if action not in ACTIONS:
+        raise ApiError(404, f"There is no {action!r}; use one of {', '.join(ACTIONS)}.", code="not_found")
+    problem = await experiment.asked(action, "admin")
+    if problem is not None:
+        raise ApiError(409, f"Nothing was changed: {problem}.", code="conflict")
+    return _json({"status": "done"})
 
 
 def _reload_handler(reload: Reload) -> Handler:

@@ -9,6 +9,8 @@ import msgspec
 from server.api.access.keys import KeyTable
 from server.config import ServerConfig
 from server.engine.messages import EngineInfo, EngineStats
+from server.routing.evidence.observation import Observation
+from server.routing.experiment import Action
 from server.telemetry.merge import Family
 from server.telemetry.windows import Slot
 
@@ -89,7 +91,21 @@ class Reloaded(msgspec.Struct, tag="reloaded"):
     problems: list[str]
 
 
-ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped | Reloaded
+class Weights(msgspec.Struct, tag="weights"):
+    """Which arm keys belong to from now on: see `server.routing.assignment`."""
+
+    weights: dict[str, float]
+    salt: str
+
+
+class Acted(msgspec.Struct, tag="acted"):
+    """What is wrong with what `Act` of this number asked for; None: it was done."""
+
+    number: int
+    problem: str | None
+
+
+ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped | Reloaded | Weights | Acted
 
 # -- worker to owner -----------------------------------------------------------------------------------------
 
@@ -115,10 +131,25 @@ class Snapshot(msgspec.Struct, tag="snapshot"):
 
 
 class Scrape(msgspec.Struct, tag="scrape"):
-    """Somebody asked this worker for /metrics or /v1/stats."""
+    """Somebody asked this worker for /metrics, /v1/stats, /v1/experiments or its events."""
 
     number: int
-    what: Literal["metrics", "stats"]
+    what: Literal["metrics", "stats", "experiments", "experiment_events"]
+
+
+class Observed(msgspec.Struct, tag="observed"):
+    """What requests of an experiment's arm showed, in the order of their ends."""
+
+    arm: str
+    seen: list[Observation]
+
+
+class Act(msgspec.Struct, tag="act"):
+    """An operator asks for something; the owner answers `Acted` with this number."""
+
+    number: int
+    action: Action
+    actor: str
 
 
 class ReloadKeys(msgspec.Struct, tag="reload_keys"):
@@ -131,4 +162,4 @@ class Idle(msgspec.Struct, tag="idle"):
     """After `Drain`: nothing is in flight."""
 
 
-ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle
+ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle | Observed | Act

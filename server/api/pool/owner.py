@@ -21,11 +21,13 @@ from server.api.access.keys import KeyFileError
 from server.api.access.ledger import Ledger
 from server.api.access.tls import TlsContext
 from server.api.banner import banner, summary
+from server.api.experiment import conducted
 from server.api.lifecycle import Say, Signals, StartError, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
 from server.api.pool.channel import OwnerChannel
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
+from server.api.pool.owned_experiment import OwnedExperiment
 from server.config import CONTROL, ConfigError, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineStats
@@ -72,6 +74,10 @@ class Pool:
         self._metrics = PoolMetrics(own, self._ask_for_snapshots)
         for name, supervisor in self._supervisors.items():
             own.watch_engine(name, supervisor)
+        try:
+            self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say)
+        except ConfigError as error:
+            raise StartError(str(error)) from error
 
     async def run(self) -> None:
         """Serves until stopped."""
@@ -83,9 +89,10 @@ class Pool:
         try:
             self._open(directory, port)
             if await until_stopped(self._start(), self._signals.stop):
-                await until_stopped(self._start_others(), self._signals.stop)
-                await self._signals.stop.wait()
-                await self._drain()
+                with conducted(self._experiment.experiment, None):
+                    await until_stopped(self._start_others(), self._signals.stop)
+                    await self._signals.stop.wait()
+                    await self._drain()
         finally:
             await self._close()
             self._channel.close()
@@ -197,6 +204,12 @@ class Pool:
 
     # -- the workers -------------------------------------------------------------------------------------------
 
+    def _tell(self, message: m.ToWorker, identity: bytes | None) -> None:
+        if identity is None:
+            self._tell_all(message)
+        else:
+            self._channel.send(message, identity)
+
     def _tell_all(self, message: m.ToWorker) -> None:
         for identity in self._by_identity:
             self._channel.send(message, identity)
@@ -219,18 +232,13 @@ class Pool:
             return
         match message:
             case m.Hello():
-                self._channel.send(m.Keys(self._access.table), identity)
-                for name, supervisor in self._supervisors.items():
-                    self._channel.send(_engine_state(name, supervisor), identity)
-                member.on_hello(message.model_name)
-                if self._draining:  # it was not there when the others were told
-                    self._channel.send(m.Drain(), identity)
-                if self._closing:
-                    self._channel.send(m.Quit(), identity)
+                self._greet(member, message)
             case m.Failed():
                 member.on_failed(message.reason)
             case m.Snapshot():
                 self._metrics.take(identity, message)
+            case m.Observed() | m.Act() | m.Scrape(what="experiments" | "experiment_events"):
+                self._experiment.handle(identity, message)
             case m.Scrape():
                 self._metrics.report_soon(
                     set(self._by_identity), lambda report: self._answer(identity, message, report)
@@ -244,6 +252,19 @@ class Pool:
     def _answer(self, identity: bytes, asked: m.Scrape, report: Report) -> None:
         body = report.metrics() if asked.what == "metrics" else report.stats()
         self._channel.send(m.Scraped(asked.number, body), identity)
+
+    def _greet(self, member: Member, hello: m.Hello) -> None:
+        """The worker listens: it learns how everything is."""
+        identity = member.identity
+        self._channel.send(m.Keys(self._access.table), identity)
+        for name, supervisor in self._supervisors.items():
+            self._channel.send(_engine_state(name, supervisor), identity)
+        self._experiment.greet(identity)
+        member.on_hello(hello.model_name)
+        if self._draining:  # it was not there when the others were told
+            self._channel.send(m.Drain(), identity)
+        if self._closing:
+            self._channel.send(m.Quit(), identity)
 
     def _ask_for_snapshots(self, number: int) -> None:
         self._tell_all(m.Collect(number))

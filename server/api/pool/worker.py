@@ -25,6 +25,7 @@ from server.api.access.limits import RateLimiter
 from server.api.arm import Arm
 from server.api.arms import Arms
 from server.api.event_loop import loop_factory
+from server.api.experiment import Watch
 from server.api.front import Front
 from server.api.lifecycle import on_daemon_thread
 from server.api.load_text import load_text
@@ -32,9 +33,13 @@ from server.api.params import Limits
 from server.api.pool import messages as m
 from server.api.pool.channel import WorkerChannel
 from server.api.pool.remote_engine import RemoteEngine
+from server.api.pool.remote_experiment import RemoteExperiment
 from server.api.state import ServerState
 from server.config import ConfigError
 from server.engine.child import belong_to_parent
+from server.routing.assignment import Assignment
+from server.routing.conductor import LOOK_EVERY_S
+from server.routing.plan import plan_of
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -94,6 +99,8 @@ class Worker:
             reload=self._reload,
             tracing=Tracing.from_settings(config.otel_endpoint, a.version),
         )
+        if config.experiment is not None:
+            state.watch, state.experiment = Watch(plan_of(config.experiment)), RemoteExperiment(self._ask)
         self._channel = WorkerChannel(a.control, a.identity, self._handle)
         try:
             return await self._serve(state)
@@ -114,7 +121,11 @@ class Worker:
             await self._engines[state.control.name].wait_ready()
             await self._listen(front)
         engines = self._engines.values()
-        tasks = [asyncio.create_task(self._report()), asyncio.create_task(_load_others(state.arms.every[1:]))]
+        tasks = [
+            asyncio.create_task(self._report()),
+            asyncio.create_task(self._observe()),
+            asyncio.create_task(_load_others(state.arms.every[1:])),
+        ]
         try:
             broken = {engine.broken for engine in engines}
             await asyncio.wait({self._ended, *broken}, return_when=asyncio.FIRST_COMPLETED)
@@ -149,10 +160,10 @@ class Worker:
                     self._front.reload()
             case m.Collect():
                 self._channel.send(m.Snapshot(message.number, *self._state.metrics.measured()))
-            case m.Scraped():
-                self._answered(message.number, message.body)
-            case m.Reloaded():
-                self._answered(message.number, message.problems)
+            case m.Weights():
+                self._state.arms.assign = Assignment(message.weights, message.salt)
+            case m.Scraped() | m.Reloaded() | m.Acted():
+                self._answered(message)
             case m.Drain():
                 self._state.draining = True
                 self._draining = asyncio.ensure_future(self._say_when_idle())
@@ -173,12 +184,19 @@ class Worker:
             await asyncio.sleep(SNAPSHOT_S)
             self._channel.send(m.Snapshot(0, *self._state.metrics.measured()))
 
+    async def _observe(self) -> None:
+        """What requests of an experiment showed goes to the owner."""
+        while self._state.watch is not None:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for arm, seen in self._state.watch.take().items():
+                self._channel.send(m.Observed(arm, seen))
+
     async def _reload(self) -> Sequence[str]:
         """The owner reads the key file and tells every worker."""
         problems: list[str] = await self._ask(m.ReloadKeys)
         return problems
 
-    async def _ask(self, question: Callable[[int], m.Scrape | m.ReloadKeys]) -> Any:
+    async def _ask(self, question: Callable[[int], m.Scrape | m.ReloadKeys | m.Act]) -> Any:
         """Raises TimeoutError where the owner does not answer."""
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
@@ -188,8 +206,16 @@ class Worker:
         finally:
             self._asked.pop(number, None)
 
-    def _answered(self, number: int, answer: Any) -> None:
-        waiting = self._asked.get(number)
+    def _answered(self, message: m.Scraped | m.Reloaded | m.Acted) -> None:
+        answer: Any
+        match message:
+            case m.Scraped():
+                answer = message.body
+            case m.Reloaded():
+                answer = message.problems
+            case m.Acted():
+                answer = message.problem
+        waiting = self._asked.get(message.number)
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)
 

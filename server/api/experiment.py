@@ -1,0 +1,197 @@
+"""The experiment beside the server: it is fed with what requests showed, and its weights become the arms'."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from server.api.generation import Part
+from server.api.observing import observation
+from server.config import ConfigError, ServerConfig
+from server.routing.assignment import Assignment
+from server.routing.conductor import LOOK_EVERY_S, Conductor
+from server.routing.evidence.observation import Observation
+from server.routing.experiment import Action
+from server.routing.ledger import Ledger
+from server.routing.plan import Plan, plan_of
+
+if TYPE_CHECKING:
+    from server.api.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+class ExperimentLike(Protocol):
+    """The experiment as an API process sees it, wherever its state is."""
+
+    async def told(self) -> list[dict[str, Any]]:
+        """Of `/v1/experiments`."""
+
+    async def decisions(self) -> list[dict[str, Any]]:
+        """Every decision with its evidence."""
+
+    async def asked(self, action: Action, actor: str) -> str | None:
+        """Does what an operator asks for; what is wrong with it, None: it was done."""
+
+
+class Watch:
+    """What this API process saw of the arms that are compared, until somebody takes it."""
+
+    def __init__(self, plan: Plan, clock: Callable[[], float] = time.time) -> None:
+        self.arms = (plan.candidate, plan.baseline)
+        self._clock = clock
+        self._seen: dict[str, list[Observation]] = {name: [] for name in self.arms}
+
+    def note(self, arm: str, key: str, running: int, parts: Sequence[Part]) -> None:
+        """A request that was assigned to one of the arms has ended."""
+        seen = observation(key, self._clock(), running, parts)
+        if seen is not None:
+            self._seen[arm].append(seen)
+
+    def take(self) -> dict[str, list[Observation]]:
+        """What was seen since the last time, by arm."""
+        taken, self._seen = self._seen, {name: [] for name in self.arms}
+        return {name: seen for name, seen in taken.items() if seen}
+
+
+class Experiment:
+    """The conductor on the event loop. `ready` says whether candidate and baseline serve, `restarts` how often the
+    candidate's engine was restarted, `follow` makes everybody assign keys as it is told."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        ready: Callable[[], bool],
+        restarts: Callable[[], int],
+        follow: Callable[[Assignment], None],
+        say: Callable[[str], None],
+    ) -> None:
+        assert config.experiment is not None
+        self._ledger = Ledger(Path(config.experiment_ledger).expanduser())
+        self.conductor = Conductor(plan_of(config.experiment), self._ledger)
+        self._ready, self._restarts, self._follow, self._say = ready, restarts, follow, say
+        self._follow(self.conductor.assignment)
+        if self.conductor.state is not None:
+            say(f"Experiment {self.conductor.plan.name} goes on: {self._in_words()}")
+
+    @classmethod
+    def open(cls, config: ServerConfig, **joins: Any) -> Experiment:
+        """As the constructor; ConfigError where the ledger cannot be used."""
+        try:
+            return cls(config, **joins)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"experiment_ledger: {config.experiment_ledger!r} cannot be used: {error}") from error
+
+    def take(self, arm: str, seen: Sequence[Observation]) -> None:
+        """What an API process saw. What cannot be written down is left out, and said."""
+        try:
+            self.conductor.observe(arm, seen)
+        except sqlite3.Error:
+            logger.exception("observations of arm %s could not be written to the ledger", arm)
+
+    async def run(self, watch: Watch | None = None) -> None:
+        """Takes what `watch` saw, and looks, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for arm, seen in ({} if watch is None else watch.take()).items():
+                self.take(arm, seen)
+            self.look()
+
+    def look(self) -> None:
+        """One look; an error of the ledger leaves everything as it was until the next."""
+        before = self.conductor.state
+        try:
+            changed = self.conductor.tick(ready=self._ready(), restarts=self._restarts())
+        except sqlite3.Error:
+            logger.exception("the ledger cannot be written: the experiment stays as it is")
+            return
+        self._after(changed, before)
+
+    def act(self, action: Action, actor: str) -> bool:
+        """What an operator asks for; whether anything changed. LookupError: it has not begun. sqlite3.Error."""
+        before = self.conductor.state
+        changed = self.conductor.act(action, actor)
+        self._after(changed, before)
+        return changed
+
+    async def told(self) -> list[dict[str, Any]]:
+        """See ExperimentLike."""
+        return [self.conductor.report()]
+
+    async def decisions(self) -> list[dict[str, Any]]:
+        """See ExperimentLike."""
+        return self._ledger.events(self.conductor.plan.name)
+
+    async def asked(self, action: Action, actor: str) -> str | None:
+        """See ExperimentLike."""
+        try:
+            done = self.act(action, actor)
+        except LookupError as error:
+            return str(error)
+        except sqlite3.Error as error:
+            logger.exception("the ledger cannot be written")
+            return f"the ledger cannot be written: {error}"
+        return None if done else f"an experiment that is {self.conductor.report()['status']} cannot do that"
+
+    def close(self) -> None:
+        """Closes the ledger."""
+        self._ledger.close()
+
+    def _after(self, changed: bool, before: object) -> None:
+        if changed:
+            self._follow(self.conductor.assignment)
+        if self.conductor.state is not before:
+            self._say(f"Experiment {self.conductor.plan.name}: {self._in_words()}")
+
+    def _in_words(self) -> str:
+        state, shares = self.conductor.state, self.conductor.weights
+        assert state is not None
+        percent = ", ".join(f"{name} {share:g} %" for name, share in shares.items())
+        return f"{state.status.replace('_', ' ')} ({state.reason or 'it begins'}); {percent}"
+
+
+def experiment_of(state: ServerState, say: Callable[[str], None]) -> Experiment | None:
+    """The experiment of the settings, where this process owns the engines; `state` knows of it from then on.
+
+    Raises ConfigError where the ledger cannot be used.
+    """
+    config, arms = state.config, state.arms
+    if config.experiment is None:
+        return None
+    state.watch = Watch(plan_of(config.experiment))
+    candidate, baseline = (arms.named(name) for name in state.watch.arms)
+    assert candidate is not None and baseline is not None
+
+    def follow(assignment: Assignment) -> None:
+        arms.assign = assignment
+
+    made = Experiment.open(
+        config,
+        ready=lambda: candidate.not_ready is None and baseline.not_ready is None,
+        restarts=lambda: candidate.engine.num_restarts,
+        follow=follow,
+        say=say,
+    )
+    state.experiment = made
+    return made
+
+
+@contextmanager
+def conducted(experiment: Experiment | None, watch: Watch | None) -> Iterator[None]:
+    """While the block runs, `experiment` is looked at; its ledger is closed after it."""
+    if experiment is None:
+        yield
+        return
+    task = asyncio.create_task(experiment.run(watch), name="experiment")
+    try:
+        yield
+    finally:
+        task.cancel()
+        experiment.close()
