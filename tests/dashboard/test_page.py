@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.async_api import expect
 
+from server.api.access.keys import digest_of
 from server.api.page import STATIC
 from server.core import Request, StepOutput
 from server.engine.messages import EngineStats
+from server.routing.experiment import Action
 from tests.api.conftest import Live, Serve, live, serve
 from tests.api.fakes import FakeEngine, steps
 from tests.browser import needs_chromium, opened
@@ -131,3 +136,64 @@ async def test_everything_is_reached_by_keyboard(serve: Serve) -> None:
             reached.append(await window.page.evaluate(FOCUSED))
         for name in ("theme", "prompt", "temperature", "max-tokens", "model", "compare", "send"):
             assert name in reached, reached
+
+
+COUNTS = {"num_candidate": 9, "num_baseline": 8}
+TOLD: dict[str, Any] = {
+    "name": "spring",
+    "status": "running",
+    "reason": "no harm shown",
+    "stage": 1,
+    "stages": [{"share": 5}, {"share": 50}, {"share": 100}],
+    "weights": {"control": 0.0, "baseline": 50.0, "candidate": 50.0},
+    "primary": "tokens_per_s",
+    "findings": [
+        {"metric": "ttft", "claim": "worse", "estimate": 0.2, "lower": 0.1, "upper": math.inf, **COUNTS},
+        {"metric": "tokens_per_s", "claim": "undecided", "estimate": 0.01, "lower": -0.1, "upper": 0.2, **COUNTS},
+    ],
+}
+
+
+class Scripted:
+    """An experiment that notes what operators ask for."""
+
+    def __init__(self) -> None:
+        self.actions: list[tuple[str, str]] = []
+
+    async def told(self) -> list[dict[str, Any]]:
+        return [TOLD]
+
+    async def decisions(self) -> list[dict[str, Any]]:
+        return []
+
+    async def asked(self, action: Action, actor: str) -> str | None:
+        self.actions.append((action, actor))
+        return "it is too late" if action == "pause" else None
+
+
+@needs_chromium
+async def test_an_experiment_and_its_buttons(serve: Serve, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(
+        f'[admin]\nsha256 = "{digest_of("master")}"\n[[key]]\nname = "me"\nsha256 = "{digest_of("mine")}"\n'
+    )
+    live = await serve(said("Hello"), server={"api_keys": str(keys)})
+    experiment = live.state.experiment = Scripted()
+    async with opened(live.url, width=400) as window:
+        page = window.page
+        await page.locator("#key").fill("mine")
+        await page.get_by_role("button", name="Use it").click()
+        await expect(page.locator("#experiment-title")).to_have_text("Experiment spring: running")
+        await expect(page.locator("#experiment-state")).to_contain_text("Stage 2 of 3: control 0 %, baseline 50 %")
+        await expect(page.locator("[data-claim=worse]")).to_contain_text("+20.0 %+10.0 % … –worse9 / 8")
+        await expect(page.locator("#chart-experiment canvas")).to_be_visible()
+        assert await page.locator("#resume").is_disabled()
+        await page.get_by_role("button", name="Roll back").click()
+        await expect(page.locator("#experiment-answer")).to_contain_text("API key")
+        await page.locator("#admin-key").fill("master")
+        await page.get_by_role("button", name="Roll back").click()
+        await expect(page.locator("#experiment-answer")).to_have_text("Done.")
+        await page.get_by_role("button", name="Pause").click()
+        await expect(page.locator("#experiment-answer")).to_contain_text("it is too late")
+        assert experiment.actions == [("roll_back", "admin"), ("pause", "admin")]
+        assert await page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0

@@ -31,6 +31,13 @@ export async function get(path) {
   return response.json();
 }
 
+// Asks for an operator's action on the experiment; the admin key is kept nowhere.
+export async function act(action, key) {
+  const options = { method: "POST", headers: key ? { Authorization: `Bearer ${key}` } : {} };
+  const response = await fetch(`admin/experiment/${action}`, options);
+  if (!response.ok) throw await refusal(response);
+}
+
 // Every event of a streamed answer, parsed; returns at its end. An event with an error is thrown.
 export async function* stream(path, body, signal) {
   const response = await fetch(path, {

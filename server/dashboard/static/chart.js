@@ -12,8 +12,9 @@ function clock(time) {
 }
 
 export class TimeChart {
-  // `digits` after the point in the legend.
-  constructor(id, digits = 0) {
+  // `digits` after the point in the legend; `signed`: values may be below zero.
+  constructor(id, digits = 0, signed = false) {
+    this.signed = signed;
     this.box = document.getElementById(id);
     this.digits = digits;
     this.times = [];
@@ -74,7 +75,7 @@ export class TimeChart {
       width: this.box.clientWidth,
       height: 150,
       cursor: { points: { size: 6 } },
-      scales: { y: { range: (_, low, high) => [0, Math.max(high ?? 0, 1e-9) * 1.1] } },
+      scales: { y: this.signed ? {} : { range: (_, low, high) => [0, Math.max(high ?? 0, 1e-9) * 1.1] } },
       axes: [{ ...axis, space: 70, values: (_, times) => times.map(clock) }, { ...axis, size: 56 }],
       series: [{ value: (_, time) => (time ? clock(time) : "–") }, ...series],
     };

@@ -1,4 +1,5 @@
 import { setKey } from "./api.js";
+import { start as startExperiment } from "./experiment.js";
 import { redraw, watch } from "./monitor.js";
 import { start } from "./playground.js";
 
@@ -21,5 +22,6 @@ document.getElementById("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   setKey(document.getElementById("key").value);
 });
+startExperiment();
 start();
 watch();

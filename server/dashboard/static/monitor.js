@@ -2,6 +2,7 @@
 
 import { get, Refused } from "./api.js";
 import { TimeChart } from "./chart.js";
+import * as experiment from "./experiment.js";
 
 const EVERY_MS = 1000;
 const LATENCY_EVERY = 3; // percentiles of a minute move slowly, and merging them costs the server milliseconds
@@ -181,6 +182,7 @@ function takeLatency(stats) {
 
 export function redraw() {
   for (const chart of [...Object.values(charts), ...Object.values(latencies)]) chart.draw(true);
+  experiment.redraw();
 }
 
 // Reads once, says what is wrong, and comes again.
@@ -189,7 +191,10 @@ export async function watch() {
     const info = await get("server_info");
     $("key-form").hidden = true;
     take(info);
-    if (turn++ % LATENCY_EVERY === 0) takeLatency(await get("v1/stats"));
+    if (turn++ % LATENCY_EVERY === 0) {
+      takeLatency(await get("v1/stats"));
+      await experiment.show();
+    }
   } catch (error) {
     before = null;
     if (error instanceof Refused && error.status === 401) $("key-form").hidden = false;
