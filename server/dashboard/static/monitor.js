@@ -168,16 +168,14 @@ function takeLatency(stats) {
   const rows = [];
   for (const [name, title] of Object.entries(METRICS)) {
     for (const [arm, { latency }] of arms) {
-      for (const [window, metrics] of Object.entries(latency)) {
-        const found = metrics[name];
-        if (!found?.count) continue;
-        const numbers = ["p50_s", "p95_s", "p99_s", "mean_s"].map((part) => shown(milliseconds(found[part]), 2));
-        rows.push(row("td", [title, arm, window, ...numbers, String(found.count)]));
-      }
+      const found = latency[$("window").value][name];
+      if (!found?.count) continue;
+      const numbers = ["p50_s", "p95_s", "p99_s", "mean_s"].map((part) => shown(milliseconds(found[part]), 2));
+      rows.push(row("td", [title, arm, ...numbers, String(found.count)]));
     }
   }
-  $("latency-table").replaceChildren(row("th", ["", "Arm", "Window", "P50", "P95", "P99", "Mean", "Count"]), ...rows);
-  for (const id of ["latency", "ttft-figure", "itl-figure"]) $(id).hidden = !rows.length;
+  $("latency-table").replaceChildren(row("th", ["", "Arm", "P50", "P95", "P99", "Mean", "Count"]), ...rows);
+  if (rows.length) for (const id of ["latency", "ttft-figure", "itl-figure"]) $(id).hidden = false;
 }
 
 export function redraw() {
