@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -228,8 +229,8 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
-    """A reader sees the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A reader sees the old content or the new one; of writers at the same time, threads too, the last one wins."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     with temporary.open("w") as stream:
         stream.write(json.dumps(content, indent=2) + "\n")
         if durable:

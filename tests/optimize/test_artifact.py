@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from optimize.artifact import MANIFEST, Artifact, ArtifactKey, ArtifactStore, Build, DamagedError
+from optimize.artifact import MANIFEST, Artifact, ArtifactKey, ArtifactStore, Build, DamagedError, write_json
 
 KEY = ArtifactKey("model-recipe", {"weights": "abc"})
 
@@ -87,6 +89,7 @@ def test_a_build_that_failed_is_no_artifact_and_goes_on_behind_its_last_stage(st
 
 _KILLED = """
 import sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from optimize.artifact import ArtifactKey, ArtifactStore
 with ArtifactStore(Path(sys.argv[1])).building(ArtifactKey("model-recipe", {"weights": "abc"}), print) as build:
@@ -154,3 +157,19 @@ def test_stages_that_cannot_be_read_begin_anew(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "stages.json").write_text("{")
     assert Build(tmp_path / "b", tmp_path / "d").stages == {}
+
+
+def test_threads_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """A file's hash is remembered by whoever computed it, and starts in one process may compute it together."""
+    for _ in range(50):
+        together = threading.Barrier(4)
+
+        def write(content: int, together: threading.Barrier = together) -> None:
+            together.wait()
+            write_json(tmp_path / "memo", content, durable=False)
+
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(write, content) for content in range(4)]:
+                future.result(10)
+        assert json.loads((tmp_path / "memo").read_text()) in range(4)
+    assert [path.name for path in tmp_path.iterdir()] == ["memo"]
