@@ -34,6 +34,7 @@ from benchmarks.common import Row, write_result
 from server.bench.machine import num_cores
 from server.models.base import TargetModel
 from server.models.config import ModelConfig, parse_config
+from server.models.gguf_write import Form
 from server.models.llama import LlamaModel
 from server.models.loader import Checkpoint, load_source
 from server.models.paging import Span, make_pools, ragged_batch
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--name", default="native_gate", help="of the result file")
     args = parser.parse_args()
     plain = resolve(args.model)
-    native = resolve(args.model, weights="native", native_activations=args.activations)
+    native = resolve(args.model, form=Form(True, args.activations))
     ids = topics_ids(plain.directory, args.tokens)
     base = load_source(plain, CPU, torch.float32, args.window)
     found = compare(load(native, args.layers, args.window), base, ids, args.window)

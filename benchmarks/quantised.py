@@ -38,6 +38,7 @@ from optimize.ptq.convert import quantize_weight
 from optimize.recipe import LayerFormat
 from server.bench import engine as bench_engine
 from server.models.config import parse_config
+from server.models.gguf_write import DEQUANTISED
 from server.models.loader import Tensors, tensors_of
 from server.models.random_weights import llama_shapes, llama_weights, random_source
 from server.models.shapes import RANDOM
@@ -215,7 +216,7 @@ def main() -> int:
     target = RANDOM + known.random_weights if known.random_weights else known.model
     forms = FORMATS[args.format], FORMATS[args.lm_head], FORMATS[args.head]
     found = Quantised(lambda name: find_shape(name, args.shape), *forms, target or "")
-    bench_engine.find = lambda spec, weights="": found(spec)
+    bench_engine.find = lambda spec, form=DEQUANTISED: found(spec)
     from server.cli import main as outpace
 
     sys.argv = ["outpace", "bench", *rest]

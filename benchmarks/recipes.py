@@ -47,12 +47,13 @@ from optimize.recipe import GateThresholds
 from optimize.recipe_file import recipe_names
 from server.bench.machine import num_cores, short_gpu_name
 from server.config import ConfigError
+from server.models.gguf_write import Form
 from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve
 from server.text.tokenizer import Tokenizer
 
-NATIVE = {"native": "none", "native-int8-group": "int8-group"}
-"""Rows that no recipe makes, and the precision of their activations."""
+NATIVE = {"native": Form(True), "native-int8-group": Form(True, "int8-group")}
+"""Rows that no recipe makes."""
 PARTS = ("quality", "drafter", "speed")
 MEGABYTE = 1_000_000
 Say = Callable[[str], None]
@@ -110,7 +111,7 @@ class Table:
 
     def _source(self, name: str) -> ModelSource:
         if name in NATIVE:
-            return resolve(self.arguments.model, weights="native", native_activations=NATIVE[name])
+            return resolve(self.arguments.model, form=NATIVE[name])
         options = OptimizeOptions(self.arguments.model, name, device=self.arguments.device, skip_gate=True)
         bar = Bar()
         return resolve(str(Builder(options, bar.line, show=bar).artifact().directory))

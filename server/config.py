@@ -14,8 +14,7 @@ VERIFICATION_RULES = ("coupled", "ratio")
 SPEC_METRICS = ("none", "summary", "detailed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8")
-WEIGHTS = ("native", "dequantised")
-DEFAULT_WEIGHTS = "dequantised"
+WEIGHTS = ("auto", "native", "dequantised")
 """How engines run GGUF files unless they are told."""
 
 
@@ -56,7 +55,8 @@ class EngineConfig:
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
     restarted. `weights` says how GGUF files (the embedded model is one) are run: `native`, each layer in the precision
-    of its own blocks, or `dequantised`; other models leave nothing to choose.
+    of its own blocks, `dequantised`, or `auto`: native on a CPU whose kernels take the model. Other models leave
+    nothing to choose.
     """
 
     model: str = "smollm2-135m"
@@ -82,7 +82,7 @@ class EngineConfig:
     step_timeout_s: float = 60.0
     deterministic: bool = False
     cuda_graphs: bool = True
-    weights: str = DEFAULT_WEIGHTS
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, WEIGHTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optimize.recipe import Recipe
 from optimize.recipe_file import load_recipe
-from server.config import DEFAULT_WEIGHTS, DTYPES, WEIGHTS, ConfigError
+from server.config import DTYPES, WEIGHTS, ConfigError
 
 PARTS = ("quality", "greedy", "speed", "drafter", "layers", "tasks")
 DEFAULT_PARTS = PARTS[:-1]
@@ -39,8 +39,8 @@ class EvaluateOptions:
     repeats: int = 5
     device: str = "auto"
     dtype: str = "auto"
-    base_weights: str = DEFAULT_WEIGHTS
-    candidate_weights: str = DEFAULT_WEIGHTS
+    base_weights: str = "dequantised"
+    candidate_weights: str = "auto"
     drafter: str = "auto"
     max_draft_tokens: int = 4
     layer_seconds: float = 60.0
@@ -95,8 +95,8 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=_number, metavar="N", help="timed runs of each model and batch, alternating [5]")
     add("--device", metavar="VALUE", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", metavar="VALUE", help="of what is not quantised: auto, float32, bfloat16 or float16 [auto]")
-    add("--base-weights", metavar="FORM", help=f"how a GGUF base runs: {' or '.join(WEIGHTS)} [{DEFAULT_WEIGHTS}]")
-    add("--candidate-weights", metavar="FORM", help=f"how a GGUF candidate runs [{DEFAULT_WEIGHTS}]")
+    add("--base-weights", metavar="FORM", help=f"how a GGUF base runs: {', '.join(WEIGHTS)} [dequantised]")
+    add("--candidate-weights", metavar="FORM", help="how a GGUF candidate runs [auto, as served]")
     add("--drafter", metavar="DIR", help="a drafter's head, auto or none [auto]")
     add("--max-draft-tokens", type=_number, metavar="N", help="drafts a step when the drafter is measured [4]")
     add("--layer-seconds", type=float, metavar="S", help="time for finding the layers that cost most [60]")

@@ -16,6 +16,7 @@ from server.engine.footprint import tensor_bytes
 from server.engine.gpu.runner import GpuRunner
 from server.engine.runner import Runner
 from server.models.base import TargetModel
+from server.models.gguf_form import FormOn
 from server.models.loader import pick_device
 from server.models.paged_forward import PagedForward
 from server.models.source import ModelSource
@@ -74,8 +75,9 @@ class Pair:
 
 def find_pair(options: EvaluateOptions, texts: Sequence[str]) -> Pair:
     """Raises ModelSourceError, TokenizerError, or EvaluateError where the two do not read `texts` alike."""
-    base = find(options.base, options.base_weights)
-    candidate = find(options.candidate, options.candidate_weights)
+    device = pick_device(options.device).type
+    base = find(options.base, FormOn(options.base_weights, device, options.dtype))
+    candidate = find(options.candidate, FormOn(options.candidate_weights, device, options.dtype))
     candidate = replace(candidate, name=options.candidate_name or candidate.name)
     tokenizer = Tokenizer.from_directory(base.directory)
     try:

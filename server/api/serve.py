@@ -42,7 +42,7 @@ async def _run(config: ServerConfig, version: str, successor: Successor | None) 
 
 
 def _backend(arm: ArmConfig, engine: EngineClientLike) -> Backend:
-    return Backend(arm.engine, engine, lambda: load_text(arm.engine.model, arm.engine.weights), arm.name)
+    return Backend(arm.engine, engine, lambda: load_text(arm.engine.model), arm.name)
 
 
 def _say(line: str) -> None:

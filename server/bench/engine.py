@@ -12,14 +12,16 @@ import torch
 from server.bench.machine import num_cores, short_gpu_name
 from server.bench.options import BenchOptions, Load
 from server.bench.report import BenchError
-from server.config import DEFAULT_WEIGHTS, ConfigError, EngineConfig
+from server.config import ConfigError, EngineConfig
 from server.engine.build import build_engine
 from server.engine.core import EngineCore
+from server.engine.defaults import form_for
 from server.engine.messages import EngineInfo
+from server.models.gguf_write import DEQUANTISED
 from server.models.loader import pick_dtype
 from server.models.random_weights import random_source
 from server.models.shapes import RANDOM, SHORT_NAMES
-from server.models.source import ModelSource, resolve
+from server.models.source import FormFor, ModelSource, resolve
 
 BATCHED_TOKENS = 16384
 """Budget of a prefill step where none is given: the peer's. With less, large batches would begin to decode in parts."""
@@ -66,9 +68,9 @@ class Names:
         return "/".join((self.prefix, kind, self.model, *rest))
 
 
-def find(spec: str, weights: str = DEFAULT_WEIGHTS) -> ModelSource:
-    """A model by name as `serve` with these `weights` finds it, or `random:SHAPE`: a shape without files."""
-    return random_source(spec.removeprefix(RANDOM)) if spec.startswith(RANDOM) else resolve(spec, weights=weights)
+def find(spec: str, form: FormFor = DEQUANTISED) -> ModelSource:
+    """A model by name as `resolve` finds it, or `random:SHAPE`: a shape without files."""
+    return random_source(spec.removeprefix(RANDOM)) if spec.startswith(RANDOM) else resolve(spec, form=form)
 
 
 def make_plan(options: BenchOptions, device: torch.device) -> Plan:
@@ -101,7 +103,7 @@ def fit(options: BenchOptions, plan: Plan) -> EngineConfig:
     longest = max(load.input + load.output for load in plan.loads)
     given = options.given
     if "max_model_len" not in given:
-        own = _context(find(config.model, config.weights))
+        own = _context(find(config.model, form_for(config)))
         if longest > own:
             raise ConfigError(f"input: prompt and output make {longest} tokens; the model's context is {own}")
         config = replace(config, max_model_len=min(own, max(longest, USUAL_MODEL_LEN)))
@@ -158,7 +160,7 @@ def _short(spec: str) -> str:
 def start_engine(options: BenchOptions, plan: Plan, names: Names, say: Callable[[str], None]) -> Bench:
     """Builds the engine. Raises what `build_engine` raises, or BenchError."""
     config = fit(options, plan)
-    core, info = build_engine(config, say, find=partial(find, weights=config.weights))
+    core, info = build_engine(config, say, find=partial(find, form=form_for(config)))
     if options.accept is not None:
         force_acceptance(core, options.accept)
     return Bench(core, info, options, plan, torch.device(info.device), names, say)

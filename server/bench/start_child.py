@@ -36,8 +36,9 @@ def _steps(order: StartOrder) -> Iterator[str]:
     from server.bench.engine import find
     from server.bench.options import Load
     from server.engine.build import build_engine
+    from server.engine.defaults import form_for
 
-    core, info = build_engine(order.engine, lambda text: None, find=partial(find, weights=order.engine.weights))
+    core, info = build_engine(order.engine, lambda text: None, find=partial(find, form=form_for(order.engine)))
     yield "ready"
     for output in core.generate(make_requests(Load(1, order.num_input, 1), info.vocab_size, seed=0)):
         if output.error:

@@ -15,7 +15,7 @@ import torch
 from server.config import EngineConfig
 from server.engine.core import EngineCore
 from server.engine.costs import load_or_measure, warm_up
-from server.engine.defaults import max_positions
+from server.engine.defaults import form_for, max_positions
 from server.engine.drafters import load_draft_network, make_device_drafter, make_drafter
 from server.engine.gpu.graphs import GraphStats
 from server.engine.gpu.runner import GpuRunner
@@ -43,7 +43,7 @@ WAITING_KV_CACHES = 8
 
 def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) -> tuple[EngineCore, EngineInfo]:
     """Loads everything. `find` turns a model's name into its source (None: `resolve`, in the form that `config.weights`
-    says); a benchmark's knows models without files.
+    means on the device); a benchmark's knows models without files.
 
     Raises ConfigError, ModelSourceError, UnsupportedModelError or WeightsError with the reason.
     """
@@ -51,7 +51,7 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
     torch.set_grad_enabled(False)
     torch.set_num_threads(config.num_threads or _num_cores())
     device = pick_device(config.device)
-    find = cache(find or partial(resolve, weights=config.weights))
+    find = cache(find or partial(resolve, form=form_for(config)))
     source = find(config.model)
     plan = plan_engine(config, device, measure(device), find)
     plan.check()  # nothing is loaded yet

@@ -10,6 +10,8 @@ import torch
 from draft_models.packaged import WEIGHTS as PACKAGED
 from draft_models.packaged import packaged_head
 from server.config import ConfigError, EngineConfig
+from server.models.gguf_form import FormOn
+from server.models.loader import pick_device
 from server.models.source import ModelSource
 
 CPU_BATCHED_TOKENS = 256
@@ -39,6 +41,11 @@ def with_defaults(config: EngineConfig, device: torch.device, source: ModelSourc
         max_num_batched_tokens=config.max_num_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS),
         kv_memory_share=config.kv_memory_share or (GPU_KV_SHARE if on_gpu else CPU_KV_SHARE),
     )
+
+
+def form_for(config: EngineConfig) -> FormOn:
+    """In which form the engine runs GGUF files. Raises ConfigError for a device that is not there."""
+    return FormOn(config.weights, pick_device(config.device).type, config.dtype)
 
 
 def _drafter(config: EngineConfig, device: torch.device, source: ModelSource) -> tuple[str, str | None]:

@@ -39,7 +39,8 @@ def converted(path: Path, name: str, *, form: Form = DEQUANTISED, progress: Prog
 
     The directory is `<cache>/models/<name>-<identity>` and the form's suffix, the identity being the content's hash. A
     file with the path, size and time of modification that an existing conversion recorded is taken for the same
-    without reading it. With `progress`, what a native conversion could not keep is said on standard error.
+    without reading it; for the form without weights any other form does. With `progress`, what a native conversion
+    could not keep is said on standard error.
     Raises `ModelSourceError`.
     """
     path = path.resolve()
@@ -90,7 +91,7 @@ def _recorded(root: Path, name: str, path: Path, form: Form) -> Path | None:
         if _is_whole(directory):
             record = _read_record(directory)
             same = all(record["source"].get(key) == value for key, value in wanted.items())
-            if same and record.get("form", DEQUANTISED.recorded()) == form.recorded():
+            if same and (form.text or record.get("form", DEQUANTISED.recorded()) == form.recorded()):
                 return directory
     return None
 

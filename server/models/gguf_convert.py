@@ -111,7 +111,7 @@ def convert(
     _write_json(directory / "generation_config.json", generation_config(config, file))
     weights = directory / WEIGHTS_NAME
     if same_weights is None or not _linked(same_weights, weights):
-        write_weights(file, outputs, weights, progress or (lambda what, fraction: None))
+        write_weights(file, [] if form.text else outputs, weights, progress or (lambda what, fraction: None))
     _write_json(directory / RECORD_NAME, _record(file, directory, form, outputs))
 
 

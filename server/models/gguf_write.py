@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from server.config import WEIGHTS
 from server.models.gguf import GgufFile, GgufTensor, dequantize
 from server.models.gguf_native import Layout, layout, pack
 from server.quant.checkpoint import MINIMUMS, SCALES, VALUES
@@ -27,7 +26,6 @@ VALUES_PER_CHUNK = 1 << 21  # 8 MiB of float32 at a time: stays near the caches 
 Progress = Callable[[str, float], None]
 """Called as `progress(what, fraction)` with a fraction from 0 to 1."""
 
-NATIVE_ACTIVATIONS = ("none", "int8-group")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _NAMES = {np.float32: "F32", np.float16: "F16", np.int8: "I8", np.uint8: "U8"}
 _HALVES = ("F16", "BF16")
@@ -39,36 +37,30 @@ class Form:
     """What a GGUF file is converted to: everything in float32, or `native`, where layers keep their blocks' precision.
 
     `activations` is that of native layers: "none", or "int8-group", the arithmetic of llama.cpp's kernels (one scale
-    for as many columns as share one in the weights).
+    for as many columns as share one in the weights). `text` leaves the weights out: the tokenizer and configurations.
     """
 
     native: bool = False
     activations: str = "none"
+    text: bool = False
 
     @property
     def suffix(self) -> str:
         """Of a directory's name. The underscore keeps it apart from all names of models, which have none."""
         if not self.native:
-            return ""
+            return "_text" if self.text else ""
         return "_native" if self.activations == "none" else f"_native_{self.activations}"
 
     def recorded(self) -> dict[str, str]:
         """As the record has it; a record that says nothing is of the dequantised form."""
-        return {"weights": "native", "activations": self.activations} if self.native else {"weights": "dequantised"}
+        if self.native:
+            return {"weights": "native", "activations": self.activations}
+        return {"weights": "none" if self.text else "dequantised"}
 
 
 DEQUANTISED = Form()
-
-
-def form_of(weights: str, native_activations: str = "none") -> Form:
-    """From settings: "native" or "dequantised", and "none" or "int8-group". Raises ValueError for anything else."""
-    for name, value, valid in (
-        ("weights", weights, WEIGHTS),
-        ("native_activations", native_activations, NATIVE_ACTIVATIONS),
-    ):
-        if value not in valid:
-            raise ValueError(f"{name}: {value!r} is not valid; use one of {', '.join(valid)}")
-    return Form(True, native_activations) if weights == "native" else DEQUANTISED
+NATIVE = Form(native=True)
+TEXT = Form(text=True)
 
 
 @dataclass(frozen=True, slots=True)

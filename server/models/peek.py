@@ -16,10 +16,20 @@ from server.models.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, embedded_ggu
 from server.models.errors import ModelSourceError
 from server.models.gguf import GgufFile
 from server.models.gguf_convert import converted_shapes
-from server.models.gguf_write import Form, form_of
+from server.models.gguf_write import DEQUANTISED, Form
 from server.models.safetensors_index import INDEX_NAME
 from server.models.shapes import SHAPES, shape
-from server.models.source import HUB_FILES, HUB_ID, ModelSource, SourceKind, is_gguf, resolve, what_works
+from server.models.source import (
+    HUB_FILES,
+    HUB_ID,
+    FormFor,
+    ModelSource,
+    SourceKind,
+    form_of,
+    is_gguf,
+    resolve,
+    what_works,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -60,22 +70,22 @@ class ShapedTensors:
         return self.get(name) if exact is None else torch.empty(self._shapes[name], dtype=exact, device="meta")
 
 
-def peek(spec: str, weights: str = "dequantised") -> ModelSource:
-    """The model that `resolve` with these `weights` would find, and shapes beside: a name of `server.models.shapes`, or
+def peek(spec: str, form: FormFor = DEQUANTISED) -> ModelSource:
+    """The model that `resolve` with this `form` would find, and shapes beside: a name of `server.models.shapes`, or
     a directory that has a `config.json` and no weights yet.
 
     Its network can be sketched and not loaded. Raises `ModelSourceError` with what is wrong and what to do.
     """
     path = Path(spec).expanduser()
-    form = form_of(weights)
     if path.is_dir():
         return resolve(spec) if _has_weights(path) else _shape_only(spec, path.resolve().name, "directory")
     if path.is_file() and is_gguf(path):
-        return _gguf(path, path.stem, "gguf", form)
+        return _gguf(path, path.stem, "gguf", form_of(form, path))
     if path.is_file() or not spec.strip():
         return resolve(spec)
     if spec.lower() in EMBEDDED_ALIASES:
-        return _gguf(embedded_gguf(), EMBEDDED_NAME, "embedded", form)
+        path = embedded_gguf()
+        return _gguf(path, EMBEDDED_NAME, "embedded", form_of(form, path))
     if spec in SHAPES:
         return _shape_only(spec, spec, "random")
     if HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.models.conversion_cache import converted, safe_name, stderr_progress
-from server.models.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, embedded_directory
+from server.models.embedded import EMBEDDED_ALIASES, EMBEDDED_NAME, embedded_directory, embedded_gguf
 from server.models.errors import ModelSourceError
-from server.models.gguf_write import Form, Progress, form_of
+from server.models.gguf_write import DEQUANTISED, Form, Progress
 from server.models.safetensors_index import TensorEntry, load_index
 
 __all__ = ["ModelSource", "ModelSourceError", "SourceKind", "TensorEntry", "load_index", "resolve"]
@@ -41,19 +41,19 @@ class ModelSource:
     tensors: Callable[[Any, Any], Any] | None = None
 
 
-def resolve(
-    spec: str, *, weights: str = "dequantised", native_activations: str = "none", progress: Progress | None = None
-) -> ModelSource:
+FormFor = Form | Callable[[Path], Form]
+"""The form in which a GGUF file is wanted, or who chooses it for the file (`server.models.gguf_form.FormOn`)."""
+
+
+def resolve(spec: str, *, form: FormFor = DEQUANTISED, progress: Progress | None = None) -> ModelSource:
     """Find the model that `spec` names, converting or downloading it if need be.
 
     `spec` is `smollm2-135m` (the embedded model), a Hugging Face directory, a `.gguf` file, or a hub id such as
-    `Qwen/Qwen3-0.6B`. A directory or file of that name goes before a hub id. A GGUF file becomes a directory of
-    float32, or with `weights` "native" one of quantised layers, which say in their `config.json` that activations are
-    as `native_activations` says: "none", or "int8-group" (what llama.cpp computes in). Without `progress`, conversions
-    report on standard error. Raises `ModelSourceError` with what is wrong and what to do.
+    `Qwen/Qwen3-0.6B`. A directory or file of that name goes before a hub id. A GGUF file becomes a directory of `form`.
+    Without `progress`, conversions report on standard error. Raises `ModelSourceError` with what is wrong and what to
+    do.
     """
     path = Path(spec).expanduser()
-    form = form_of(weights, native_activations)
     if not spec.strip():
         raise ModelSourceError("the model's name is empty; " + what_works())
     if path.is_dir():
@@ -61,7 +61,7 @@ def resolve(
     if path.is_file():
         return _from_file(path, form, progress)
     if spec.lower() in EMBEDDED_ALIASES:
-        return _from_directory(embedded_directory(progress, form), EMBEDDED_NAME, "embedded")
+        return _from_directory(embedded_directory(progress, form_of(form, embedded_gguf())), EMBEDDED_NAME, "embedded")
     if HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
         return _from_directory(_download(spec), spec.split("/")[1], "hub")
     raise ModelSourceError(f"{spec}: there is no such file or directory; {what_works()}")
@@ -72,8 +72,14 @@ def what_works() -> str:
     return f"use {EMBEDDED_NAME}, a Hugging Face directory, a .gguf file, or a hub id (organisation/name)"
 
 
-def _from_file(path: Path, form: Form, progress: Progress | None) -> ModelSource:
+def form_of(form: FormFor, path: Path) -> Form:
+    """Of a file. Raises ModelSourceError if it has to be read and cannot be."""
+    return form if isinstance(form, Form) else form(path)
+
+
+def _from_file(path: Path, wanted: FormFor, progress: Progress | None) -> ModelSource:
     if is_gguf(path):
+        form = form_of(wanted, path)
         shown = progress or stderr_progress(f"converting {path.name} (once)")
         directory = converted(path, safe_name(path.stem), form=form, progress=shown)
         return _from_directory(directory, path.stem, "gguf")

@@ -11,6 +11,7 @@ from server.config import ConfigError
 from server.engine.memory import DeviceMemory, assume, measure
 from server.engine.plan import MemoryPlan, plan_engine
 from server.models.config import UnsupportedModelError
+from server.models.gguf_form import FormOn
 from server.models.loader import WeightsError, pick_device
 from server.models.peek import peek
 from server.plan.options import PlanOptions
@@ -30,9 +31,8 @@ def print_plan(options: PlanOptions) -> bool:
 def plan_for(options: PlanOptions) -> MemoryPlan:
     """The plan for this machine's device or for the one that the options describe."""
     device = _device(options)
-    return plan_engine(
-        options.engine, device, _memory(options, device), cache(partial(peek, weights=options.engine.weights))
-    )
+    form = FormOn(options.engine.weights, device.type, options.engine.dtype)
+    return plan_engine(options.engine, device, _memory(options, device), cache(partial(peek, form=form)))
 
 
 def _device(options: PlanOptions) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.native_gate import CPU, ReferenceLinear, compare, load, logits, reference_model, topics_ids
 from server.models.base import TargetModel
+from server.models.gguf_write import Form
 from server.models.llama import LlamaModel
 from server.models.loader import load_source
 from server.models.source import ModelSource, resolve
@@ -33,7 +34,7 @@ def network(source: ModelSource) -> TargetModel:
 
 
 def native(gguf: Path, activations: str = "none") -> LlamaModel:
-    source = resolve(str(gguf), weights="native", native_activations=activations)
+    source = resolve(str(gguf), form=Form(True, activations))
     return reference_model(source.directory, 64)
 
 

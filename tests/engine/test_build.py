@@ -18,6 +18,7 @@ from server.engine import drafters
 from server.engine.build import build_engine
 from server.engine.mixed_speculation import MixedSpeculation
 from server.models.errors import ModelSourceError
+from server.models.gguf_form import FormOn
 from tests.engine.tiny import EOS_ID, Answers, request
 
 
@@ -179,15 +180,15 @@ def test_a_hybrid_drafter_predicts_with_whatever_draft_model_is(
     assert heads == ["a", "b", "c", None]
 
 
-@pytest.mark.parametrize("weights", ["native", "dequantised"])
+@pytest.mark.parametrize("weights", ["auto", "native", "dequantised"])
 def test_models_come_in_the_form_that_the_settings_say(monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, object]] = []
 
-    def resolve(spec: str, *, weights: str) -> None:
-        asked.append((spec, weights))
+    def resolve(spec: str, *, form: object) -> None:
+        asked.append((spec, form))
         raise ModelSourceError("enough")
 
     monkeypatch.setattr("server.engine.build.resolve", resolve)
     with pytest.raises(ModelSourceError, match="enough"):
-        build_engine(EngineConfig(model="m.gguf", weights=weights), lambda text: None)
-    assert asked == [("m.gguf", weights)]
+        build_engine(EngineConfig(model="m.gguf", weights=weights, device="cpu"), lambda text: None)
+    assert asked == [("m.gguf", FormOn(weights, "cpu", "auto"))]

@@ -46,6 +46,8 @@ class Spec:
     metadata: dict[str, Any] = field(default_factory=dict)
     """Overrides by full key; a value of None leaves the key out."""
     extra: dict[str, Array] = field(default_factory=dict)
+    vocabulary: int = len(TOKENS)
+    """Beyond `TOKENS` there are ones that nothing uses."""
 
 
 def write_gguf(path: Path, spec: Spec) -> dict[str, Array]:
@@ -64,7 +66,7 @@ def write_gguf(path: Path, spec: Spec) -> dict[str, Array]:
             blocks = permute(blocks, _HEADS_OF[kind])
         writer.add_tensor(gguf, blocks, raw_dtype=type_id)
 
-    add("token_embd.weight", "model.embed_tokens.weight", (len(TOKENS), HIDDEN), "token_embd")
+    add("token_embd.weight", "model.embed_tokens.weight", (spec.vocabulary, HIDDEN), "token_embd")
     for layer in range(LAYERS):
         for kind, (hf, shape) in _NAMES.items():
             add(f"blk.{layer}.{kind}.weight", f"model.layers.{layer}.{hf}.weight", shape, kind)
@@ -75,7 +77,7 @@ def write_gguf(path: Path, spec: Spec) -> dict[str, Array]:
             add(f"blk.{layer}.attn_{kind}_norm.weight", f"model.layers.{layer}.self_attn.{kind}_norm.weight", (16,), "")
     add("output_norm.weight", "model.norm.weight", (HIDDEN,), "")
     if not spec.tied:
-        add("output.weight", "lm_head.weight", (len(TOKENS), HIDDEN), "output")
+        add("output.weight", "lm_head.weight", (spec.vocabulary, HIDDEN), "output")
     for name, values in spec.extra.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -92,7 +94,8 @@ def permute(blocks: NDArray[Any], num_heads: int) -> NDArray[Any]:
 
 
 def _write_metadata(writer: GGUFWriter, spec: Spec) -> None:
-    types = [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 258 + [TokenType.USER_DEFINED]
+    more = spec.vocabulary - len(TOKENS)
+    types = [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 258 + [TokenType.USER_DEFINED] + [TokenType.UNUSED] * more
     arch = spec.architecture
     values: dict[str, Any] = {
         f"{arch}.block_count": LAYERS,
@@ -106,7 +109,7 @@ def _write_metadata(writer: GGUFWriter, spec: Spec) -> None:
         f"{arch}.rope.dimension_count": HEAD_DIM if arch == "llama" else None,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.tokens": [*TOKENS, *(f"<unused{i}>" for i in range(more))],
         "tokenizer.ggml.token_type": [int(kind) for kind in types],
         "tokenizer.ggml.merges": MERGES,
         "tokenizer.ggml.bos_token_id": 1,

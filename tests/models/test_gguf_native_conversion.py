@@ -234,10 +234,10 @@ def test_a_sketch_has_the_stored_tensors(tmp_path: Path) -> None:
     """`outpace plan` sees the shapes and widths that a native conversion writes, without making it."""
     path = tmp_path / "m.gguf"
     write_gguf(path, Spec(types=MIXED))
-    sketched = peek(str(path), "native")
+    sketched = peek(str(path), NATIVE)
     assert sketched.tensors is not None
     found = sketched.tensors(torch.float32, torch.device("meta"))
-    native = resolve(str(path), weights="native")
+    native = resolve(str(path), form=NATIVE)
     assert sketched.config == native.config
     for name, tensor in tensors(native.directory).items():
         wanted = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -248,19 +248,15 @@ def test_sources_come_in_the_form_that_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, Spec(types=MIXED))
     assert layers_of(resolve(str(path)).config) is None
-    native = resolve(str(path), weights="native", native_activations="int8-group")
+    native = resolve(str(path), form=Form(True, "int8-group"))
     layers = layers_of(native.config) or {}
     assert len(layers) == 1 + 5 * LAYERS
-    assert resolve(str(path), weights="native").directory != native.directory
+    assert resolve(str(path), form=NATIVE).directory != native.directory
     assert (native.name, native.kind) == ("m", "gguf")
-    with pytest.raises(ValueError, match="weights: 'q4' is not valid; use one of native, dequantised"):
-        resolve(str(path), weights="q4")
-    with pytest.raises(ValueError, match="native_activations: 'int4' is not valid; use one of none, int8-group"):
-        resolve(str(path), weights="native", native_activations="int4")
 
 
 def test_the_embedded_model_is_the_same_in_both_forms(embedded_model_dir: Path) -> None:
-    source = resolve("smollm2-135m", weights="native")
+    source = resolve("smollm2-135m", form=NATIVE)
     assert_same_model(source.directory, embedded_model_dir)
     layers = layers_of(source.config) or {}
     names = {LinearFormat(**fields).name for fields in layers.values()}

@@ -222,7 +222,7 @@ class Worker:
 
 async def _load(arm: Arm) -> str:
     """The arm's text layer; its model's short name. Raises ValueError with what is wrong with the model."""
-    arm.text, name = await on_daemon_thread(lambda: load_text(arm.config.model, arm.config.weights))
+    arm.text, name = await on_daemon_thread(lambda: load_text(arm.config.model))
     if arm.model_name == arm.config.model:
         arm.model_name = name
     return name
