@@ -16,6 +16,7 @@ from server.quant.build import linear_of
 from server.quant.cpu.linear import round_to_int8, rounding_pays
 from server.quant.dense import MIN_PACKED_ROWS, Linear
 from server.quant.dense_bf16 import Bf16Linear, bf16_pays
+from server.quant.formats import stacked
 from server.quant.layer import LinearLayer
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Eagle3CpuNetwork:
         self.target_ids = w.target_ids
 
     def _linear(self, *parts: Tensor, bias: Tensor | None = None) -> AnyLinear:
-        weight = torch.cat([part.to(self.dtype) for part in parts])
+        weight = stacked([part.to(self.dtype) for part in parts])
         if self._eight_bits and rounding_pays(weight.shape[1]):
             return linear_of(round_to_int8(weight), bias, dtype=self.dtype)
         if bias is None:

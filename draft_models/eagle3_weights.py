@@ -68,6 +68,8 @@ class Eagle3Weights:
     @property
     def target_ids(self) -> Tensor:
         """The target's id of each draft token, [C] int64."""
+        if self.d2t.is_meta:
+            return self.d2t
         return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
 
     def state_dict(self, share_lm_head: bool = False) -> dict[str, Tensor]:
@@ -199,5 +201,7 @@ def random_weights(
 
 def drawable(d2t: Tensor, vocab_size: int) -> Tensor:
     """`t2d` [V] bool of `d2t` [C]: which target tokens can be drafted."""
+    if d2t.is_meta:  # torch's functions for tensors without memory import its compiler, which takes seconds
+        return d2t.new_empty(vocab_size, dtype=torch.bool)
     ids = d2t + torch.arange(d2t.shape[0], device=d2t.device)
     return torch.zeros(vocab_size, dtype=torch.bool, device=d2t.device).index_fill_(0, ids, True)

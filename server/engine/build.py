@@ -80,13 +80,16 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
             f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: "
             "longer requests are refused"
         )
+    if isinstance(runner, Runner):
+        kept = getattr(model, "kernels_kept", None)  # of a model with kernels that numba compiles
+        if kept is not None and not kept():
+            say("compiling kernels for this processor (once)")
+        warm_up(runner)  # before costs are measured: what runs first compiles
     costs = None
     if drafter is not None and config.adaptive:
         settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
         with explained(limits.kv_tokens):  # it runs the largest steps there are
             costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
-    if isinstance(runner, Runner):
-        warm_up(runner)
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
     layers = linear_layers(model, runner.linear_path)
     if layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from server.models.errors import WeightsError
 from server.models.norm import RMSNorm
 from server.models.rope import interleave_rows, rotate_, rotation_table
 from server.quant.build import Joined, Weight, linear_of, min_rows, parts_of
-from server.quant.formats import QuantizedWeight, can_join, join
+from server.quant.formats import QuantizedWeight, can_join, join, stacked
 from server.quant.layer import LinearLayer
 
 Get = Callable[[str], Weight]
@@ -170,9 +170,9 @@ def _together(weights: list[Weight], biases: list[Tensor], dtype: torch.dtype) -
     """One layer of all outputs, of several where formats differ. `biases` are of all parts, or none."""
     dense = [w for w in weights if isinstance(w, Tensor)]
     stored = [w for w in weights if isinstance(w, QuantizedWeight)]
-    bias = torch.cat(biases) if biases else None
+    bias = stacked(biases) if biases else None
     if not stored:
-        return linear_of(torch.cat(dense), bias)
+        return linear_of(stacked(dense), bias)
     if not dense and can_join(stored):
         return linear_of(join(stored), bias, dtype=dtype)
     each: Sequence[Tensor | None] = biases or [None] * len(weights)
@@ -184,7 +184,7 @@ def _maybe_interleave(name: str, weight: Weight, c: ModelConfig) -> Weight:
         return weight
     if isinstance(weight, Tensor):
         return interleave_rows(weight, c.head_dim)
-    return weight.rows(interleave_rows(torch.arange(weight.shape[0], device=weight.device), c.head_dim))
+    return weight.reordered(partial(interleave_rows, head_dim=c.head_dim))
 
 
 def plain(tensor: Weight) -> Tensor:

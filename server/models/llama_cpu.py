@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from server.quant.cpu.attention import results_size, scratch_size
 from server.quant.cpu.product import PackedWeight, aligned, pack
 from server.quant.cpu.product import why_not as why_not_packed
 from server.quant.cpu.team import team
-from server.quant.cpu.vectors import ISA
+from server.quant.cpu.vectors import ISA, cached
 from server.quant.dense import Linear
 from server.quant.formats import QuantizedWeight, can_join, join
 
@@ -95,7 +96,7 @@ def _joined(get: Get, config: ModelConfig, *names: str) -> QuantizedWeight | Non
         if not isinstance(weight, QuantizedWeight):
             return None
         if name.endswith(("q_proj", "k_proj")):
-            weight = weight.rows(interleave_rows(torch.arange(weight.shape[0]), config.head_dim))
+            weight = weight.reordered(partial(interleave_rows, head_dim=config.head_dim))
         parts.append(weight)
     return join(parts) if can_join(parts) else None
 
@@ -160,6 +161,11 @@ class LlamaCpuModel:
         return {name: (form, f"compiled:{ISA}") for name, form in named.items()} | {
             "lm_head": (self._head.format.name, f"compiled:{ISA}")
         }
+
+    @staticmethod
+    def kernels_kept() -> bool:
+        """Whether an earlier start has compiled them."""
+        return cached()
 
     @property
     def embedding(self) -> Tensor:

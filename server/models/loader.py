@@ -158,10 +158,8 @@ def _compiled(
 ) -> TargetModel | None:
     if device.type != "cpu" or dtype != torch.float32:
         return None
-    try:
-        from server.models.llama_cpu import LlamaCpuModel, cpu_weights, why_not  # numba, for those who need it
-    except ImportError:
-        return None
+    from server.models.llama_cpu import LlamaCpuModel, cpu_weights, why_not  # numba, for those who need it
+
     weights = cpu_weights(config, get, has)
     if weights is None or why_not(config, weights) is not None:
         return None

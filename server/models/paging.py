@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.models.attention import AttentionBatch, Row
 from server.models.base import KVLayer
+from server.models.host_memory import zeros
 
 
 def make_pools(kv_layers: Sequence[KVLayer], places: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -19,10 +20,14 @@ def make_pools(kv_layers: Sequence[KVLayer], places: int, dtype: torch.dtype, de
 
     Layers of one shape are views of one tensor, one layer after another.
     """
+
+    def made(*shape: int) -> Tensor:
+        return zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
     shapes = {(places, 2 * kv.num_kv_heads, kv.head_dim) for kv in kv_layers}
     if len(shapes) == 1:
-        return list(torch.zeros(len(kv_layers), *shapes.pop(), dtype=dtype, device=device).unbind(0))
-    return [torch.zeros(places, 2 * kv.num_kv_heads, kv.head_dim, dtype=dtype, device=device) for kv in kv_layers]
+        return list(made(len(kv_layers), *shapes.pop()).unbind(0))
+    return [made(places, 2 * kv.num_kv_heads, kv.head_dim) for kv in kv_layers]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ could compute two different functions. A row is quantised by itself, symmetrical
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -126,6 +126,8 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [O, K], computed in float32 and rounded once. `input_scales` are not in it: they belong to x."""
+        if self.values.is_meta:  # not by torch's functions for it: see `stacked`
+            return self.values.new_empty(self.shape, dtype=dtype)
         rows, columns = self.shape
         grouped = self.numbers().view(rows, -1, self.format.group_size or columns)
         result = grouped * self.scales.float().view(rows, -1, 1)
@@ -144,6 +146,12 @@ class QuantizedWeight:
         values = self.values.view(torch.uint8)[index].view(self.values.dtype)  # float8 has no indexing on a CPU
         return replace(self, values=values, scales=self.scales[index], minimums=minimums)
 
+    def reordered(self, reorder: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """Rows as `reorder` makes them of a tensor of as many rows; a row's groups move with it."""
+        minimums = None if self.minimums is None else reorder(self.minimums)
+        values = reorder(self.values.view(torch.uint8)).view(self.values.dtype)
+        return replace(self, values=values, scales=reorder(self.scales), minimums=minimums)
+
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same on a device."""
         move = {
@@ -152,6 +160,15 @@ class QuantizedWeight:
             if (tensor := getattr(self, name)) is not None
         }
         return replace(self, **move)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts, one part after another."""
+    first = parts[0]
+    if not first.is_meta:
+        return torch.cat(list(parts))
+    # torch.cat of tensors without memory imports torch's compiler, which takes seconds.
+    return first.new_empty(sum(len(part) for part in parts), *first.shape[1:])
 
 
 def can_join(parts: Sequence[QuantizedWeight]) -> bool:
@@ -171,9 +188,9 @@ def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     if not can_join(parts):
         raise ValueError(f"layers of formats {', '.join(part.format.name for part in parts)} cannot be joined")
     first = parts[0]
-    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
-    minimums = None if first.minimums is None else torch.cat([p.minimums for p in parts if p.minimums is not None])
-    return replace(first, values=values, scales=torch.cat([part.scales for part in parts]), minimums=minimums)
+    values = stacked([part.values.view(torch.uint8) for part in parts]).view(first.values.dtype)
+    minimums = None if first.minimums is None else stacked([p.minimums for p in parts if p.minimums is not None])
+    return replace(first, values=values, scales=stacked([part.scales for part in parts]), minimums=minimums)
 
 
 def quantize_activations(

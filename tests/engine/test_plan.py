@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -316,3 +318,19 @@ def test_memory_that_went_while_loading_is_noticed(loopy_dir: Path, monkeypatch:
 def test_sizes_for_people() -> None:
     shown = [size(n) for n in (0, 1023, 1024, 3 << 20, 1 << 30, 1500 << 30)]
     assert shown == ["0 bytes", "1,023 bytes", "1 KiB", "3 MiB", "1.00 GiB", "1,500.00 GiB"]
+
+
+def test_a_plan_is_made_without_torchs_compiler() -> None:
+    """Some functions of tensors without memory import it, and every start would wait for that."""
+    program = """
+import sys
+from server.config import EngineConfig
+from server.plan.options import PlanOptions
+from server.plan.run import plan_for
+for weights in ("native", "dequantised"):
+    plan = plan_for(PlanOptions(EngineConfig(device="cpu", weights=weights), None, False))
+    assert plan.config.drafter == "hybrid", plan.config
+print("torch._dynamo" in sys.modules, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "True"]

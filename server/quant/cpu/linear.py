@@ -79,10 +79,16 @@ def _padded(weight: QuantizedWeight) -> QuantizedWeight:
 
 def round_to_int8(weight: Tensor) -> QuantizedWeight:
     """W [O, K] rounded to 8 bits in groups of 32, scales in float16: half a step of the group's largest at most."""
+    form = LinearFormat("int8", "int8-group", GROUP)
+    if weight.is_meta:
+        groups = len(weight), weight.shape[1] // GROUP
+        return QuantizedWeight(
+            form, weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(groups, dtype=torch.float16)
+        )
     scales = (weight.float().unflatten(1, (-1, GROUP)).abs().amax(-1) / 127.0).half()
     divisor = scales.float().where(scales > 0, 1.0).unsqueeze(-1)
     values = (weight.float().unflatten(1, (-1, GROUP)) / divisor).round_().clamp_(-127, 127).to(torch.int8)
-    return QuantizedWeight(LinearFormat("int8", "int8-group", GROUP), values.flatten(1), scales)
+    return QuantizedWeight(form, values.flatten(1), scales)
 
 
 def rounding_pays(in_features: int) -> bool:

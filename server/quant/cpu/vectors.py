@@ -59,6 +59,13 @@ def _use_cache() -> None:
 
 
 _use_cache()
+
+
+def cached() -> bool:
+    """Whether compiled code of this version is kept."""
+    return any(Path(numba.config.CACHE_DIR).rglob("*.nbc"))
+
+
 jit: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 """Decorator of this package's functions."""
 
