@@ -50,20 +50,22 @@ LANES = 16 if ISA == "avx512-vnni" else 8
 """Outputs that a tile of a weight has: the 32-bit lanes of a register."""
 
 
-def _use_cache() -> None:
-    """Compiled code is kept where no change of this package can meet code of an older one."""
+def _own_cache() -> Path:
+    """Where compiled code is kept: no change of this package can meet code of an older one there."""
     digest = hashlib.sha256(f"{ISA}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    setattr(numba.config, "CACHE_DIR", str(cache_dir() / "cpu-kernels" / digest.hexdigest()[:16]))  # noqa: B010  # made at run time
+    directory = cache_dir() / "cpu-kernels" / digest.hexdigest()[:16]
+    setattr(numba.config, "CACHE_DIR", str(directory))  # noqa: B010  # made at run time
+    return directory
 
 
-_use_cache()
+_CACHE = _own_cache()
 
 
 def cached() -> bool:
     """Whether compiled code of this version is kept."""
-    return any(Path(numba.config.CACHE_DIR).rglob("*.nbc"))
+    return any(_CACHE.rglob("*.nbc"))
 
 
 jit: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
