@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import orjson
 
@@ -30,6 +31,10 @@ class ChunkWriter:
             around = self._templates.get(delta.index) or self._template(delta.index)
             return around[0] + orjson.dumps(delta.text) + around[1]
         return b"".join(map(event, self._format.chunk(delta)))
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """The same before it is written, for who adds to it."""
+        return [] if self._is_plain(delta) and not delta.text else self._format.chunk(delta)
 
     def _is_plain(self, delta: Delta) -> bool:
         return not (

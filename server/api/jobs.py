@@ -47,6 +47,7 @@ def job_of(
         format=style,
         stream=options.stream,
         include_usage=options.include_usage,
+        continuous_usage=options.continuous_usage,
         arrival=arrival,
         timeout_s=options.timeout_s,
         skip_special_tokens=options.skip_special_tokens,

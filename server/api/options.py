@@ -46,6 +46,7 @@ class Options:
     echo: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     return_token_ids: bool
     skip_special_tokens: bool
     speculation: SpeculationParams
@@ -98,6 +99,7 @@ def _options(
         echo=echo,
         stream=bool(body.stream),
         include_usage=params.include_usage(body),
+        continuous_usage=params.continuous_usage(body),
         return_token_ids=bool(body.return_token_ids),
         skip_special_tokens=body.skip_special_tokens is not False,
         speculation=speculation_params(body, headers, defaults.speculation),

@@ -64,10 +64,12 @@ def include_usage(body: Common) -> bool:
     if body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed when 'stream' is true."
         raise invalid(message, "stream_options", "invalid_value")
-    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
-        name = "stream_options.continuous_usage_stats"
-        raise unsupported(f"{name!r} is not supported; use 'stream_options.include_usage'.", name)
     return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+def continuous_usage(body: Common) -> bool:
+    """Whether every chunk of the stream has the usage so far."""
+    return body.stream_options is not None and bool(body.stream_options.continuous_usage_stats)
 
 
 def chat_max_tokens(body: ChatRequest) -> int | None:

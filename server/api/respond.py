@@ -50,6 +50,7 @@ class Job:
     spec_metrics: str = "none"
     discard: bool = False
     num_returned: int | None = None
+    continuous_usage: bool = False
     echoes: Sequence[Echo] = ()
 
 
@@ -234,7 +235,9 @@ class _Streamed:
         if delta.prompt_logprobs is not None and self._job.echoes:
             self._job.echoes[delta.index // self._job.n].score(delta.prompt_logprobs)
         if delta.finish_reason is not None and self._job.spec_metrics != "none" and not self._job.include_usage:
-            data = self._last_chunk(delta)
+            data = self._events_of(delta, _metrics(self._arm, self._job, self._parts))
+        elif self._job.continuous_usage:
+            data = self._events_of(delta, {})
         else:
             data = self._writer.chunk(delta)
         if not data:
@@ -248,9 +251,13 @@ class _Streamed:
             self._early.append(data)
             self._begin()
 
-    def _last_chunk(self, delta: Delta) -> bytes:
-        chunks = self._job.format.chunk(delta)
-        chunks[-1] |= _metrics(self._arm, self._job, self._parts)
+    def _events_of(self, delta: Delta, end: Json) -> bytes:
+        """A delta's events with the usage so far, where that is asked for; `end` goes into the last one."""
+        chunks = self._writer.chunks(delta)
+        if self._job.continuous_usage:
+            chunks = [{**chunk, "usage": _usage(self._job, self._parts)} for chunk in chunks]
+        if chunks:
+            chunks[-1] |= end
         return b"".join(map(event, chunks))
 
     def _begin(self) -> None:

@@ -74,7 +74,7 @@ _WHO = Meta(description="Whose request it is: where several arms share the traff
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: Annotated[bool | None, Meta(description="Ends the stream with a chunk that has the usage.")] = None
     include_obfuscation: Annotated[bool | None, Meta(description="Accepted: nothing is ever padded.")] = None
-    continuous_usage_stats: Annotated[bool | None, Meta(extra_json_schema={"enum": [False, None]})] = None
+    continuous_usage_stats: Annotated[bool | None, Meta(description="Every chunk has the usage so far.")] = None
 
 
 class Speculative(Struct, kw_only=True, forbid_unknown_fields=True):

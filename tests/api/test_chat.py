@@ -295,3 +295,21 @@ async def test_an_engine_that_dies_is_a_503(serve: Serve) -> None:
     assert caught.value.status_code == 503
     assert caught.value.response.headers["Retry-After"] == "1"
     assert (await live.get("/health"))[0] == 200
+
+
+@pytest.mark.parametrize("include", [True, False])
+async def test_every_chunk_may_tell_the_usage_so_far(serve: Serve, include: bool) -> None:
+    """How tools of others count the tokens of a chunk that carries several."""
+    live = await serve(FakeEngine(steps("He", "llo", b"\xc3", b"\xa9")))
+    options: Any = {"include_usage": include, "continuous_usage_stats": True}
+    stream = await live.client.chat.completions.create(model="fake", messages=USER, stream=True, stream_options=options)
+    chunks = [chunk async for chunk in stream]
+    told = [
+        (chunk.choices[0].delta.content, chunk.usage.completion_tokens)
+        for chunk in chunks
+        if chunk.choices and chunk.usage is not None
+    ]
+    assert told == [("He", 2), ("llo", 5), ("\N{LATIN SMALL LETTER E WITH ACUTE}", 8), (None, 8)]
+    assert chunks[1].usage is not None and chunks[1].usage.prompt_tokens == 9
+    assert [chunk.usage.total_tokens for chunk in chunks if not chunk.choices and chunk.usage] == [17] * include
+    assert len(chunks) == 5 + include, "no chunk without text"

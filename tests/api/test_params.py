@@ -57,6 +57,7 @@ def test_defaults() -> None:
         echo=False,
         stream=False,
         include_usage=False,
+        continuous_usage=False,
         return_token_ids=False,
         skip_special_tokens=True,
         speculation=SpeculationParams(),
@@ -228,19 +229,15 @@ def test_top_p_0_is_the_most_likely_token() -> None:
     assert (request.sampling.top_k, request.sampling.top_p) == (5, 0.5)
 
 
-@pytest.mark.parametrize("value", [False, None])
-def test_usage_in_each_chunk_may_be_declined(value: bool | None) -> None:
-    assert _chat(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": value}).include_usage
+@pytest.mark.parametrize("value", [True, False, None])
+def test_usage_in_each_chunk(value: bool | None) -> None:
+    options = _chat(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": value})
+    assert options.include_usage and options.continuous_usage is bool(value)
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        (
-            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-            "stream_options.continuous_usage_stats",
-            "unsupported_parameter",
-        ),
         ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "unknown_parameter"),
         (
             {"response_format": {"type": "text", "json_schema": {}}},
