@@ -7,7 +7,7 @@ from torch import Tensor
 
 from server.quant.cpu.activations import GROUP, SCALE_BYTES, quantize_rows
 from server.quant.cpu.barrier import wait
-from server.quant.cpu.product import aligned, multiply, pack
+from server.quant.cpu.product import PackedWeight, aligned, multiply, pack
 from server.quant.cpu.step import share
 from server.quant.cpu.team import team
 from server.quant.cpu.vectors import ISA, jit
@@ -59,6 +59,11 @@ class CpuLinear:
             self._team.run(run_linear, [(i, size, *fields) for i in range(size)])
         result = out[:, : self.out_features]
         return result if self.bias is None else result + self.bias
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the kernels read it, its outputs padded."""
+        return self._packed
 
     @property
     def format(self) -> str:
