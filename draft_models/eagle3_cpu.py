@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draft_models.eagle3_backlog import Backlog
-from draft_models.eagle3_cpu_network import Context, Eagle3CpuNetwork, attend
+from draft_models.eagle3_cpu_chain import Chain, CompiledChain, PartsChain
+from draft_models.eagle3_cpu_network import Context, Eagle3CpuNetwork
 from draft_models.eagle3_sampling import draw
 from server.models.attention import AttentionBatch
 from server.models.base import KVLayer
 from server.models.paging import Span, make_pools, ragged_batch, side_by_side
+from server.quant.cpu.draft_layer import Keys
 from server.sampling.state import SamplingBatch
 from server.spec.types import Carry, Drafts, Verdict
 
@@ -148,31 +150,23 @@ class Eagle3CpuDrafter:
         probs: list[Tensor],
     ) -> None:
         """Drafts for `rows`, those with the highest limits first, into `tokens` [R, width] and `probs`."""
-        net, heads = self.network, self.network.config.num_heads
-        qkv, x, contexts = self._catch_up(carry, rows, limits)
+        net, chain = self.network, self._catch_up(carry, rows, limits)
         order, whole = torch.tensor(rows), rows == list(range(len(limits)))
         known = carry.state.num_tokens[carry.slot_ids]
         positions = known if whole else known[order]
         for j in range(tokens.shape[1]):
             count = sum(limits[r] > j for r in rows)
             if j > 0:
-                ids, where = tokens[order[:count], j - 1], positions[:count] + (j - 1)
-                short = net.min_rows - count
-                if short > 0:
-                    ids, where = F.pad(ids, (0, short)), F.pad(where, (0, short))
-                qkv, x = net.project(ids, x[: len(ids)], where)
-                for context, kv in zip(contexts[:count], qkv[:, heads:], strict=False):
-                    context.append(kv)
-            x, logits = net.finish(attend(qkv, contexts[:count], heads), x)
-            logits = logits[:count]
+                chain.enter(tokens[order[:count], j - 1], positions[:count] + (j - 1))
+            logits = chain.leave(count)
             if not whole or count < len(limits):  # others draw from zeros; nobody looks
                 logits = logits.new_zeros(len(limits), logits.shape[1]).index_copy_(0, order[:count], logits)
             tokens[:, j], q = draw(logits, sampling, known + j, self.rule, net.target_ids, net.config.vocab_size)
             if q is not None:
                 probs.append(q)
 
-    def _catch_up(self, carry: Carry, rows: list[int], limits: list[int]) -> tuple[Tensor, Tensor, list[Context]]:
-        """Keys and values of all known tokens -> (last tokens' projections [M, …], stream [M, H], what they see)."""
+    def _catch_up(self, carry: Carry, rows: list[int], limits: list[int]) -> Chain:
+        """Keys and values of all known tokens; the chain goes on behind the last one of each row."""
         spans: list[Span] = []
         waiting: list[Tensor] = []
         ids: list[int] = []
@@ -185,12 +179,26 @@ class Eagle3CpuDrafter:
             ids += tail.tokens[tail.done : end]
             ends.append(len(ids) - 1)
         qkv, x, batch = self._remember(spans, ids, waiting)
+        net = self.network
+        if len(ids) > len(rows) or len(qkv) != max(len(rows), net.min_rows):
+            last = torch.tensor(ends + [0] * (net.min_rows - len(ends)))
+            qkv, x = qkv[last], x[last]
+        if net.layer is not None:
+            return CompiledChain(net.layer, self.pools[0], self._keys(carry, rows, limits), qkv, x)
         contexts = [self._context(carry, r, limits[r] - 1, batch, i) for i, r in enumerate(rows)]
-        if len(ids) == len(rows) and len(qkv) == max(len(rows), self.network.min_rows):
-            return qkv, x, contexts
-        ends += [0] * (self.network.min_rows - len(ends))
-        last = torch.tensor(ends)
-        return qkv[last], x[last], contexts
+        return PartsChain(net, contexts, qkv, x)
+
+    def _keys(self, carry: Carry, rows: list[int], limits: list[int]) -> Keys:
+        """Of each row from the first right one to the last known token's, and where its drafts' go."""
+        places, counts, size = [], [], self.block_size
+        for r in rows:
+            first, known = self.backlog.tails[carry.slots[r]].first, carry.tokens_host[r]
+            end = known + limits[r] - 1
+            table = np.asarray(carry.blocks[r][first // size : -(-end // size)], dtype=np.int64)
+            every = (table[:, None] * size + np.arange(size)).reshape(-1)
+            places.append(every[first % size : end - first // size * size])
+            counts.append(known - first)
+        return Keys(places, counts)
 
     def _context(self, carry: Carry, row: int, extra: int, batch: AttentionBatch, index: int) -> Context:
         """Keys and values from the first right one to the last known token's, and room for `extra` drafts'."""
@@ -217,7 +225,11 @@ class Eagle3CpuDrafter:
         if short:
             waiting = [*waiting, waiting[0].new_zeros(short, waiting[0].shape[1])]
         features = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-        qkv, x = net.project(torch.tensor(ids + [0] * short), net.fuse(features), batch.positions)
+        x, tokens = net.fuse(features), torch.tensor(ids + [0] * short)
+        if net.layer is not None:
+            slots = batch.slot_mapping.numpy()
+            return net.layer.enter(tokens, x, batch.positions, slots, self.pools[0]), x, batch
+        qkv, x = net.project(tokens, x, batch.positions)
         self.pools[0].index_copy_(0, batch.slot_mapping, qkv[:, net.config.num_heads :])
         return qkv, x, batch
 

@@ -34,7 +34,8 @@ class Eagle3CpuNetwork:
     bfloat16. Steps of fewer than `min_rows` tokens are padded to it by the caller (see server/quant/dense.py).
     """
 
-    _layer: DraftLayer | None = None
+    layer: DraftLayer | None = None
+    """`project`, attention and `finish` in two compiled calls, where its products are in 8 bits."""
 
     def __init__(
         self, config: Eagle3Config, weights: Eagle3Weights, embedding: Tensor, max_positions: int, fast: bool = False
@@ -45,10 +46,9 @@ class Eagle3CpuNetwork:
         self._input_norm, self._hidden_norm = self._rms_norm(w.input_layernorm), self._rms_norm(w.hidden_norm)
         self._norm = self._rms_norm(w.norm)
         self._use_output(self._linear(w.lm_head))
-        self._layer = self._compiled()
+        self.layer = self._compiled()
 
     def _compiled(self) -> DraftLayer | None:
-        """The layer in two compiled calls, where its products are in 8 bits."""
         c = self.config
         linears = (self._qkv, self._out, self._gate_up, self._down, self._head)
         if c.norm_before_residual or not fits(linears, c.hidden_size, c.head_dim):
@@ -59,7 +59,7 @@ class Eagle3CpuNetwork:
             [norm.weight for norm in norms],
             c.rms_norm_eps,
             [linear for linear in linears if isinstance(linear, CpuLinear)],
-            (c.num_heads + c.num_kv_heads, c.head_dim),
+            (c.num_heads, c.num_kv_heads, c.head_dim),
             self._rotations,
         )
 
@@ -109,9 +109,6 @@ class Eagle3CpuNetwork:
         `x` [N, H] is what the token before each hands over: fused features, or the layer's own output.
         """
         c = self.config
-        if self._layer is not None:
-            qkv = self._layer.enter(token_ids, x, positions)
-            return qkv.view(len(x), c.num_heads + 2 * c.num_kv_heads, c.head_dim), x
         inputs, residual = self._enter(F.embedding(token_ids, self.embedding), x)
         qkv = self._qkv(inputs)
         by_head = qkv.view(x.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
@@ -126,8 +123,6 @@ class Eagle3CpuNetwork:
 
     def finish(self, mixed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of the layer: attention's result [M, heads * D] -> (its output [M, H], logits [M, C])."""
-        if self._layer is not None:
-            return self._layer.leave(mixed, residual)
         x = self._out(mixed).add_(residual)
         gate, up = self._gate_up(self._post_norm(x)).chunk(2, dim=-1)
         x = self._down(F.silu(gate).mul_(up)).add_(x)
