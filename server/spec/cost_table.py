@@ -139,6 +139,14 @@ class CostTable:
         if not ms > 0.0:
             raise ValueError(f"ms: {ms!r} is not valid; use a time above 0")
         predicted = self._interpolate(self._verify, num_rows, np.array([num_tokens]), context)[0]
+        cells, weights = self._cells(num_rows, num_tokens, context)
+        self._correction.observe(cells, weights, ms / predicted)
+        factors = self._correction.cells.reshape(self.grid.shape)
+        self._corrected = self._verify * factors * self._correction.common
+        self._known.clear()
+
+    def _cells(self, num_rows: int, num_tokens: int, context: float) -> tuple[list[int], list[float]]:
+        """The cells of the grid between which a step lies, and what each counts there."""
         row, row_place = _locate(self.grid.rows, num_rows)
         draft, draft_place = _locate(self.grid.drafts, num_tokens / num_rows - 1.0)
         column, column_place = _locate(self.grid.contexts, context)
@@ -149,10 +157,15 @@ class CostTable:
             steps = [(low, 1.0 - place), (low + 1, place)]
             pairs = [(cell * size + at, w * v) for cell, w in zip(cells, weights, strict=True) for at, v in steps if v]
             cells, weights = [cell for cell, _ in pairs], [w for _, w in pairs]
-        self._correction.observe(cells, weights, ms / predicted)
-        factors = self._correction.cells.reshape(self.grid.shape)
-        self._corrected = self._verify * factors * self._correction.common
-        self._known.clear()
+        return cells, weights
+
+    def doubt(self, num_rows: int, num_tokens: int, other_tokens: int, context: float) -> float:
+        """Standard deviation of log(cost of `num_tokens` / cost of `other_tokens`), both of `num_rows` rows: how far
+        the table may be off between them. It falls as steps of both are measured, and rises with time.
+        """
+        cells, weights = self._cells(num_rows, num_tokens, context)
+        others, other_weights = self._cells(num_rows, other_tokens, context)
+        return self._correction.deviation([*cells, *others], [*weights, *(-w for w in other_weights)])
 
     def to_json(self) -> str:
         """The table with what was learned about its cells, but not today's common slowdown."""
