@@ -82,9 +82,11 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         )
     costs = None
     if drafter is not None and config.adaptive:
-        settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
+        settings = f"{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
         with explained(limits.kv_tokens):  # it runs the largest steps there are
-            costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
+            draft_source = find(config.draft_model) if config.draft_model and draft_network is not None else None
+            on_gpu = device.type == "cuda"
+            costs = load_or_measure(runner, source, say, settings if on_gpu else "", draft_source)
     if isinstance(runner, Runner):
         warm_up(runner)
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
