@@ -54,9 +54,9 @@ def load_or_measure(
     if isinstance(runner, GpuRunner):
         step = functools.partial(runner.executor.time_step, chain=not runner.program.can_copy)
         draft = _gpu_draft_timer(runner, grid.contexts[0])
-        table = measure(grid, step, draft, BUDGET_S, repeats=1)
+        table = measure(grid, step, draft, _follow_timer(runner, grid.contexts[0]), BUDGET_S, repeats=1)
     else:
-        table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
+        table = measure(grid, _verify_timer(runner), _draft_timer(runner), budget_s=BUDGET_S)
     _clear(runner)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
@@ -149,6 +149,18 @@ def _gpu_draft_timer(runner: GpuRunner, context: int) -> Callable[[int, int], fl
         return max(0.0, step(rows, k, context) - step(rows, k, context, chain=False))
 
     return draft
+
+
+def _follow_timer(runner: GpuRunner, context: int) -> Callable[[int], float] | None:
+    """A step without drafts that a drafter which reads features is shown, less one that it is not."""
+    if not runner.program.feature_layers:
+        return None
+    step = runner.executor.time_step
+
+    def follow(rows: int) -> float:
+        return max(0.0, step(rows, 0, context, follows=True) - step(rows, 0, context))
+
+    return follow
 
 
 def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:
