@@ -26,13 +26,15 @@ PROMPTS = ROOT.parent / "shared" / "prompts" / "spec_bench.jsonl"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. `spread` is (lowest, highest) of the repeats."""
+    """One measured number. `spread` is (lowest, highest) of the repeats, or what the note says that it is. `verdict` is
+    on its target where the value alone does not tell: "met", "missed" or "not shown"."""
 
     case: str
     value: float
     unit: str
     spread: tuple[float, float] | None = None
     note: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,17 @@ def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = Non
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
-        "rows": [asdict(r) for r in rows],
+        "rows": [_fields(r) for r in rows],
         **({"detail": detail} if detail else {}),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     for r in rows if show else ():
-        print(f"{r.case:60} {r.value:10.3f} {r.unit:8} {r.spread or ''} {r.note}")
+        print(f"{r.case:60} {r.value:10.3f} {r.unit:8} {r.spread or ''} {r.verdict} {r.note}")
     return file
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    """Without a verdict where there is none."""
+    return {name: value for name, value in asdict(row).items() if name != "verdict" or value}
