@@ -73,7 +73,7 @@ def eagle3(head: Path | None = None) -> EngineCore:
     )[0]  # fmt: skip
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_head_drafts_what_the_model_says(tmp_path: Path) -> None:
     """About half of the first drafts here, the share on the evaluation prompts being 0.67; the same head with one
     layer's rows in another order: hardly any."""
@@ -92,7 +92,7 @@ def test_the_head_drafts_what_the_model_says(tmp_path: Path) -> None:
     assert spoilt[0] < 0.2, spoilt
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_serving_the_embedded_model_drafts_with_its_head() -> None:
     """Words that are not in the prompt: what is copied is little, so what is accepted is the head's."""
     core, info = build_engine(
