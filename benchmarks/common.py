@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from server.bench.machine import commit, describe_gpu
+from benchmarks.inputs import note_file, noted
+from server.bench.machine import changed_files, commit, describe_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("OUTPACE_RESULTS") or ROOT / "benchmarks" / "results")
@@ -25,13 +26,15 @@ PROMPTS = ROOT.parent / "shared" / "prompts" / "spec_bench.jsonl"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. `spread` is (lowest, highest) of the repeats."""
+    """One measured number. `spread` is (lowest, highest) of the repeats, or what the note says that it is. `verdict` is
+    on its target where the value alone does not tell: "met", "missed" or "not shown"."""
 
     case: str
     value: float
     unit: str
     spread: tuple[float, float] | None = None
     note: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def load_prompts(path: Path = PROMPTS, per_category: int | None = None) -> list[
             f"{path}: the evaluation prompts are not part of the repository; give a path to a JSONL "
             "file with id, category, turns"
         )
+    note_file("prompts", path)
     seen: dict[str, int] = {}
     prompts: list[Prompt] = []
     for line in path.read_text().splitlines():
@@ -108,7 +112,10 @@ def median_row(case: str, values: Sequence[float], unit: str, note: str = "") ->
 
 
 def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = None, *, show: bool = True) -> Path:
-    """Writes `results/<name>.json` and prints the rows (`show`: or not, where they are not the last)."""
+    """Writes `results/<name>.json` and prints the rows (`show`: or not, where they are not the last).
+
+    With the rows go what the script has read, by content, and which files differ from the commit (null: not known).
+    """
     script, *rest = sys.argv
     arguments = [Path(word).name if Path(word).is_absolute() else word for word in rest]  # where files lay is private
     command = shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *arguments])
@@ -116,15 +123,22 @@ def write_result(name: str, rows: list[Row], detail: dict[str, Any] | None = Non
         "name": name,
         "command": command,
         "commit": commit() or "",
+        "changed_files": changed_files(),
+        "inputs": noted(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
-        "rows": [asdict(r) for r in rows],
+        "rows": [_fields(r) for r in rows],
         **({"detail": detail} if detail else {}),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     for r in rows if show else ():
-        print(f"{r.case:60} {r.value:10.3f} {r.unit:8} {r.spread or ''} {r.note}")
+        print(f"{r.case:60} {r.value:10.3f} {r.unit:8} {r.spread or ''} {r.verdict} {r.note}")
     return file
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    """Without a verdict where there is none."""
+    return {name: value for name, value in asdict(row).items() if name != "verdict" or value}

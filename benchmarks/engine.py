@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.common import Prompt
+from benchmarks.inputs import note_weights
 from server.bench.machine import num_cores, short_gpu_name
 from server.config import ConfigError, EngineConfig
 from server.core import Request, SamplingParams
@@ -19,7 +21,7 @@ from server.engine.speculation import Speculation
 from server.models.config import UnsupportedModelError
 from server.models.errors import ModelSourceError
 from server.models.loader import WeightsError
-from server.models.source import resolve
+from server.models.source import ModelSource, resolve
 from server.text.chat_template import ChatTemplate, encode_chat
 from server.text.tokenizer import Tokenizer
 
@@ -51,7 +53,14 @@ class Run:
 def build(drafter: str, *, find: Find | None = None, **settings: object) -> EngineCore:
     """An engine on the embedded model, silent. `find` as in `build_engine`."""
     config = EngineConfig(drafter=drafter, **{"kv_cache_tokens": 40_000, **settings})  # type: ignore[arg-type]
-    return build_engine(config, lambda text: None, find=find)[0]
+    inner = find or partial(resolve, weights=config.weights)
+
+    def noting(name: str) -> ModelSource:
+        source = inner(name)
+        note_weights(source)
+        return source
+
+    return build_engine(config, lambda text: None, find=noting)[0]
 
 
 def device_name(core: EngineCore) -> str:

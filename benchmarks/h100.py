@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import PROMPTS, RESULTS, ROOT
-from benchmarks.report import met, target_of
+from benchmarks.report import target_of, verdict
 
 STATE, LOG = "h100_state.json", "h100.log"
 BIG = ("--random-weights", "llama-3.1-8b")
@@ -118,7 +118,12 @@ PARTS = {
     "widened-speed": script(120, "emitted", *TEXT, *WIDENED, "--budget", "140"),
     "widened-int4": script(120, "emitted", *TEXT, *WIDENED_INT4, "--budget", "140"),
     "break-even": script(75, "break_even"),
-    "sweep": script(200, "load_sweep", *TEXT, "--budget", "190"),
+    "sweep": script(
+        340, "load_sweep", *TEXT, "--streams", "1,2,4,8", "--budget", "400", "--name", "h100_sweep_eagle3_few"
+    ),
+    "sweep-many": script(
+        520, "load_sweep", *TEXT, "--streams", "16,32,64,128", "--budget", "580", "--name", "h100_sweep_eagle3_many"
+    ),
     "http-135m": script(180, "gpu_http", "--case", "135m", "--model", "MODEL"),
     "http-8b": script(180, "gpu_http", "--case", "8b"),
 }
@@ -246,7 +251,8 @@ def line(row: dict[str, Any], target: dict[str, Any] | None) -> str:
     if row.get("spread"):
         text += f" [{row['spread'][0]:g}, {row['spread'][1]:g}]"
     if target is not None and "target" in target:
-        text += f"  {'' if met(row['value'], target) else 'MISSED '}target {target['target']:g}"
+        said = verdict(row, target)
+        text += f"  {'' if said == 'met' else said.upper() + ' '}target {target['target']:g}"
     if target is not None and "peer" in target:
         text += f"  peer {target['peer']:g} (x{row['value'] / target['peer']:.2f})"
     return text

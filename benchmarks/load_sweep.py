@@ -1,15 +1,17 @@
 """Throughput of the engine's own draft length beside plain decoding and every fixed length, from one stream to many.
 
-    python benchmarks/load_sweep.py [--drafter eagle3] [--draft-model DIR] [--streams 1,2,4,…] [--rounds 5] [--budget S]
+    python benchmarks/load_sweep.py [--drafter eagle3] [--draft-model DIR] [--streams 1,2,4,…] [--rounds 7] [--budget S]
 
 A closed loop: each stream sends its next prompt when the last is answered. A cell is one way at one number of streams;
 all ways get the same prompts in the same order, and a cell lasts for as long as there are prompts for all streams: the
 work is fixed, not the time, since texts differ more than ways do. Tokens until then by seconds, prompts included. A
-round is every way at every point, the order of ways reversed each time; ratios are of cells of one round, medians and
-ranges of rounds. One engine serves all ways but plain, its draft length set from cell to cell, so nothing is captured
-anew. Plain is an engine without a drafter (`--plain own`, on a GPU) or the same one with its drafter off (`same`, on a
-CPU, where a second copy of the weights differs in speed by where it lies). What is about to be run, and for how long,
-is printed before the first cell.
+round is every way at every point; each round begins with another way, and every second one goes backwards. A ratio is
+that of two ways' medians over rounds, its interval that of a bootstrap over rounds (95 %), and each has a verdict: met
+or missed where the whole interval lies on one side of the target, else not shown. The best fixed length is the one with
+the highest median, chosen from the same rounds, which favours it a little. One engine serves all ways but plain, its
+draft length set from cell to cell, so nothing is captured anew. Plain is an engine without a drafter (`--plain own`, on
+a GPU) or the same one with its drafter off (`same`, on a CPU, where a second copy of the weights differs in speed by
+where it lies). What is about to be run, and for how long, is printed before the first cell.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import gc
 import statistics
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +36,12 @@ import torch
 
 from benchmarks.common import PROMPTS, RESULTS, Prompt, Row, median_row, write_result
 from benchmarks.engine import Prompter, build, device_name
+from benchmarks.report import target_of
 from benchmarks.text.closed_loop import closed_loop
 from benchmarks.text.conversations import interleaved, load_conversations
 from benchmarks.text.draft_length import DraftLengths
 from benchmarks.text.plot import plot_sweep
+from benchmarks.text.ratios import ratio_of_medians
 from server.core import Request, SamplingParams
 from server.engine.collector import frozen_start
 from server.engine.core import EngineCore
@@ -48,10 +53,14 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True)
 class Defaults:
-    """What suits a device. `tok_s` is about what plain decoding does by number of streams: for the plan only."""
+    """What suits a device. A cell takes about `cell_s` seconds, from MANY streams on `many_s`, and has at least
+    `per_stream` prompts for each stream, so that streams mix. `tok_s` is about what plain decoding does by number of
+    streams: for the plan only."""
 
     streams: str
     cell_s: float
+    many_s: float
+    per_stream: int
     max_tokens: int
     max_prompt: int
     rounds: int
@@ -63,34 +72,40 @@ class Defaults:
 
 GPU = Defaults(
     streams="1,2,4,8,16,32,64,128",
-    cell_s=1.2,
+    cell_s=1.5,
+    many_s=2.5,
+    per_stream=4,
     max_tokens=128,
     max_prompt=1024,
-    rounds=4,
+    rounds=7,
     fixed=None,
     plain="own",
-    tok_s={1: 2200, 2: 4200, 4: 8000, 8: 15000, 16: 27000, 32: 35000, 64: 70000, 128: 90000},
+    tok_s={1: 2300, 2: 4300, 4: 7100, 8: 12300, 16: 17200, 32: 23800, 64: 37000, 128: 52700},
     prompt_tok_s=200_000,
 )
 CPU = Defaults(
     streams="1,2,4,8,16",
     cell_s=6.0,
+    many_s=9.0,
+    per_stream=2,
     max_tokens=48,
     max_prompt=200,
-    rounds=3,
+    rounds=7,
     fixed="2,5",
     plain="same",
     tok_s={1: 26, 2: 45, 4: 70, 8: 100, 16: 130},
     prompt_tok_s=600,
 )
+MANY = 16
+"""Streams from which on a cell has to be longer: it begins and ends with all of them at once."""
 MEAN_PROMPT_SHARE = 0.4
 """Of `max_prompt`: about what a prompt of the sample has."""
 
 
 def num_prompts(streams: int, d: Defaults) -> int:
-    """Prompts of a cell that takes about `cell_s` seconds plainly; at least two a stream, so that streams mix."""
+    """Prompts of a cell that takes as long as it should plainly."""
     seconds = d.max_tokens / d.tok_s[streams] + MEAN_PROMPT_SHARE * d.max_prompt / d.prompt_tok_s
-    return max(2 * streams, round(d.cell_s / seconds))
+    return max(d.per_stream * streams, round((d.many_s if streams >= MANY else d.cell_s) / seconds))
 
 
 def plan(points: list[int], num_ways: int, rounds: int, d: Defaults) -> tuple[str, float]:
@@ -120,13 +135,18 @@ class Sweep:
         self.lengths = DraftLengths(core)
         self.ways = [PLAIN, ADAPTIVE, *(f"k{k}" for k in (self.lengths.tiers if fixed is None else fixed))]
         self.rates: dict[tuple[int, str], list[float]] = {}
-        self._turn = 0
 
-    def point(self, streams: int, count: int, deadline: float) -> dict[str, float] | None:
-        """One cell of every way: tokens a second. None if not all could begin before `deadline` (time.monotonic)."""
-        self._turn += 1
+    def order(self, number: int) -> list[str]:
+        """The ways in the order of round `number`: each begins in turn, and goes before and after each other."""
+        at = number % len(self.ways)
+        ways = [*self.ways[at:], *self.ways[:at]]
+        return ways if number % 2 else ways[::-1]
+
+    def point(self, streams: int, count: int, deadline: float, number: int) -> dict[str, float] | None:
+        """One cell of every way in round `number`: tokens a second. None if not all could begin before `deadline`
+        (time.monotonic)."""
         found: dict[str, float] = {}
-        for way in self.ways if self._turn % 2 else self.ways[::-1]:
+        for way in self.order(number):
             if time.monotonic() > deadline:
                 return None
             found[way] = self.cell(way, streams, count)
@@ -163,7 +183,8 @@ def best_fixed(rates: dict[str, list[float]]) -> str:
 
 
 def rows_of(sweep: Sweep, points: list[int], device: str, name: str) -> list[Row]:
-    """Both ratios at every point that was run, and every way's tokens a second."""
+    """Both ratios at every point that was run, with verdicts, and every way's tokens a second."""
+    targets = tomllib.loads((Path(__file__).resolve().parent / "targets.toml").read_text())["cases"]
     rows: list[Row] = []
     for streams in points:
         rates = {way: sweep.rates[streams, way] for way in sweep.ways if (streams, way) in sweep.rates}
@@ -171,10 +192,13 @@ def rows_of(sweep: Sweep, points: list[int], device: str, name: str) -> list[Row
             continue
         best = best_fixed(rates)
         for kind, other in (("adaptive_vs_plain", PLAIN), ("adaptive_vs_best_fixed", best)):
-            ratios = [a / b for a, b in zip(rates[ADAPTIVE], rates[other], strict=True)]
+            case, ratio = f"{device}/{kind}/{name}/b{streams}", ratio_of_medians(rates[ADAPTIVE], rates[other])
+            target = target_of(case, targets)
+            verdict = ratio.verdict(float(target["target"])) if target is not None else ""
             ours, theirs = (statistics.median(rates[way]) for way in (ADAPTIVE, other))
-            note = f"{ours:.0f} to {theirs:.0f} tok/s ({other}); {len(ratios)} rounds"
-            rows.append(median_row(f"{device}/{kind}/{name}/b{streams}", ratios, "x", note))
+            note = f"{ours:.0f} to {theirs:.0f} tok/s ({other}); {len(rates[other])} rounds; spread: 95 % interval"
+            spread = (round(ratio.low, 4), round(ratio.high, 4))
+            rows.append(Row(case, round(ratio.value, 4), "x", spread, note, verdict))
         rows += [median_row(f"{device}/sweep_tok_s/{name}-{w}/b{streams}", r, "tok/s") for w, r in rates.items()]
     return rows
 
@@ -185,7 +209,7 @@ def run(sweep: Sweep, points: list[int], rounds: int, d: Defaults, deadline: flo
         for streams in points:
             count = num_prompts(streams, d) if number else streams
             started = time.monotonic()
-            rates = sweep.point(streams, count, deadline)
+            rates = sweep.point(streams, count, deadline, number)
             if rates is None:
                 return f"round {number} of {rounds} from {streams} streams on"
             took = time.monotonic() - started

@@ -37,6 +37,11 @@ def met(value: float, target: dict[str, Any]) -> bool:
     return value >= wanted if target["better"] == "higher" else value <= wanted
 
 
+def verdict(row: dict[str, Any], target: dict[str, Any]) -> str:
+    """The row's own, where its script knew how certain the value is; else by the value alone."""
+    return str(row.get("verdict") or ("met" if met(row["value"], target) else "missed"))
+
+
 SHOWN = ("torch", "triton", "transformers", "aiohttp", "uvloop")
 
 
@@ -44,7 +49,7 @@ def table(result: dict[str, Any], targets: dict[str, dict[str, Any]]) -> tuple[l
     """Markdown lines of one result file, and how many of its cases miss."""
     found = [(row, target_of(row["case"], targets) or {}) for row in result["rows"]]
     has_peer = any("peer" in target for _, target in found)
-    missed = [not met(row["value"], target) for row, target in found]
+    missed = [verdict(row, target) != "met" for row, target in found]
     lines = [_line(row, target, miss, has_peer) for (row, target), miss in zip(found, missed, strict=True)]
     ordered = [line for line, miss in zip(lines, missed, strict=True) if miss]
     ordered += [line for line, miss in zip(lines, missed, strict=True) if not miss]
@@ -75,7 +80,7 @@ def _line(row: dict[str, Any], target: dict[str, Any], missed: bool, has_peer: b
     sign = f"{'≥' if target['better'] == 'higher' else '≤'} {target['target']:g}" if "target" in target else ""
     peer = f"{target['peer']:g}, {row['value'] / target['peer']:.2f}" if "peer" in target else ""
     spread = f"{row['spread'][0]:g} … {row['spread'][1]:g}" if row["spread"] else ""
-    shown = f"**{row['value']:g} (missed)**" if missed else f"{row['value']:g}"
+    shown = f"**{row['value']:g} ({verdict(row, target)})**" if missed else f"{row['value']:g}"
     note = row["note"].split(";", 1)[-1].strip() if row["note"].startswith("target") else row["note"]
     cells = [f"`{row['case']}`", f"{shown} {row['unit']}", sign, *([peer] if has_peer else []), spread, note]
     return f"| {' | '.join(cells)} |"

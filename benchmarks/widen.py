@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.inputs import note_weights
 from benchmarks.widening.eagle3 import WidenedHead, head_config_json, widened_head_config
 from benchmarks.widening.geometry import Widening
 from benchmarks.widening.llama import WidenedLlama, token_constant, widened_config
@@ -72,6 +73,7 @@ class Widened:
         if not name.startswith(PREFIX):
             return resolve(name)
         found = resolve(name.removeprefix(PREFIX))
+        note_weights(found)
         return self._head(found) if "draft_vocab_size" in found.config else self._model(found)
 
     def _model(self, small: ModelSource) -> ModelSource:

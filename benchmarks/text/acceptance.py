@@ -46,6 +46,10 @@ class Total:
         """Share of the drafts at each position that were accepted."""
         return [a / d for a, d in zip(self.accepted, self.drafted, strict=True)]
 
+    def drafted_share(self) -> list[float]:
+        """Share of the verify steps in which something was drafted at each position."""
+        return [d / self.steps for d in self.drafted]
+
     def as_json(self) -> dict[str, Any]:
         return {
             "answers": self.answers,
@@ -72,16 +76,30 @@ def macro(totals: Mapping[str, Total]) -> float:
 
 def macro_survival(totals: Mapping[str, Total]) -> list[float]:
     """Share of accepted drafts by position, mean over the categories that drafted there."""
-    each = [t.survival() for t in totals.values()]
+    return _macro([t.survival() for t in totals.values()])
+
+
+def macro_drafted_share(totals: Mapping[str, Total]) -> list[float]:
+    """Share of verify steps in which something was drafted, by position, mean over the categories that took any; where
+    a category drafted nothing it counts as 0. A copying drafter's accepted share is of few steps.
+    """
+    each = [t.drafted_share() for t in totals.values() if t.steps]
+    width = max(map(len, each), default=0)
+    return _macro([[*s, *[0.0] * (width - len(s))] for s in each])
+
+
+def _macro(each: list[list[float]]) -> list[float]:
     width = max(map(len, each), default=0)
     return [statistics.mean(s[j] for s in each if j < len(s)) for j in range(width)]
 
 
 def table(totals: Mapping[str, Total]) -> str:
-    """A line a category: answers, emitted per step, accepted share of the drafts at each position."""
+    """A line a category: answers, emitted per step, at each position accepted share of the drafts and drafted share of
+    the steps."""
     lines = []
     for category, t in totals.items():
-        shares = " ".join(f"{share:5.2f}" for share in t.survival())
         if t.steps:
+            pairs = zip(t.survival(), t.drafted_share(), strict=True)
+            shares = " ".join(f"{share:5.2f} of {drafted:4.2f}" for share, drafted in pairs)
             lines.append(f"{category:16} {t.answers:4} answers {t.emitted_per_step:6.3f} a step | {shares}")
     return "\n".join(lines)

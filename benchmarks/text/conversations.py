@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.inputs import note_file
+
 LOOP_TOKENS = 48
 LOOP_REPEATS = 3
 
@@ -30,6 +32,7 @@ def load_conversations(path: Path, per_category: int | None = None) -> list[Conv
     """The first `per_category` of each category, in the order of the file. Raises FileNotFoundError."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; give a JSONL file with id, category, turns")
+    note_file("prompts", path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     found = [Conversation(raw["id"], raw["category"], raw["turns"]) for raw in lines]
     return [c for cs in by_category(found).values() for c in cs[:per_category]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.common import Row
 from benchmarks.engine import Prompter
-from benchmarks.text.acceptance import Total, macro, macro_survival, total
+from benchmarks.text.acceptance import Total, macro, macro_drafted_share, macro_survival, total
 from benchmarks.text.closed_loop import Answer, closed_loop
 from benchmarks.text.conversations import Conversation, by_category, loops
 from server.core import Request, SamplingParams
@@ -105,7 +105,11 @@ def rows_of(case: str, talk: Talk, what: str) -> list[Row]:
     unfinished = talk.wanted - len(talk.answers)
     cut = f"CUT OFF: {unfinished} of {talk.wanted} answers not run; " if unfinished else ""
     shares = " ".join(f"{share:.2f}" for share in macro_survival(everything))
-    note = f"{cut}mean of {len(everything)} categories, {what}; accepted by position {shares}"
+    drafted = " ".join(f"{share:.2f}" for share in macro_drafted_share(everything))
+    note = (
+        f"{cut}mean of {len(everything)} categories, {what}; accepted by position {shares} of the drafts there, "
+        f"drafted in {drafted} of the steps"
+    )
     rows = [Row(case, round(macro(everything), 3), "tokens", None, note)]
     if without:
         note = (

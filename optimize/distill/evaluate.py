@@ -9,6 +9,7 @@ given that outcome: the maximum is a Gumbel variable by itself, all other scores
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,6 +72,21 @@ def evaluate(
     conditional = (accepted / np.maximum(reached, 1)).tolist()
     survival = np.cumprod(conditional).tolist()
     return Acceptance(temperature, conditional, survival, emitted / max(1, num_steps), emitted)
+
+
+def sample(documents: Sequence[Document], temperature: float, most_tokens: int, seed: int = 0) -> list[Document]:
+    """About `most_tokens` tokens of the `documents` that were drawn at `temperature`, from all over them: always the
+    same ones, so that what is measured on them can be compared. At least one document, where there is any.
+    """
+    chosen = [d for d in documents if abs(d.temperature - temperature) < 1e-6]
+    found: list[Document] = []
+    num_tokens = 0
+    for d in random.Random(seed).sample(chosen, len(chosen)):
+        if found and num_tokens >= most_tokens:
+            break
+        found.append(d)
+        num_tokens += len(d.ids)
+    return found
 
 
 @torch.no_grad()

@@ -47,6 +47,14 @@ def commit() -> str | None:
     return found + ("+dirty" if _run(["git", "-C", str(ROOT), "status", "--porcelain", *_SOURCES]) else "")
 
 
+def changed_files() -> list[str] | None:
+    """Files of the checkout that differ from its commit, results apart; None outside a git checkout."""
+    if not (ROOT / ".git").exists() or not _run(["git", "-C", str(ROOT), "rev-parse", "HEAD"]):
+        return None
+    lines = _run(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"]) or ""
+    return [line.split(maxsplit=1)[1] for line in lines.splitlines()]
+
+
 def cpu() -> dict[str, Any]:
     """Processor, cores that this process may use, memory and load."""
     info = Path("/proc/cpuinfo")

@@ -87,9 +87,11 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
         warm_up(runner)  # before costs are measured: what runs first compiles
     costs = None
     if drafter is not None and config.adaptive:
-        settings = f"{config.draft_model}|{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
+        settings = f"{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
         with explained(limits.kv_tokens):  # it runs the largest steps there are
-            costs = load_or_measure(runner, source, say, settings if device.type == "cuda" else "")
+            draft_source = find(config.draft_model) if config.draft_model and draft_network is not None else None
+            on_gpu = device.type == "cuda"
+            costs = load_or_measure(runner, source, say, settings if on_gpu else "", draft_source)
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
     layers = linear_layers(model, runner.linear_path)
     if layers:

@@ -6,7 +6,9 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +17,10 @@ from draft_models.protocol import Drafter
 from server.config import cache_dir
 from server.engine.chain_timer import ChainTimer
 from server.engine.gpu.runner import GpuRunner
+from server.engine.linear_layers import linear_layers
 from server.engine.runner import Runner
 from server.models.base import TargetModel
+from server.models.content import content_identity
 from server.models.paging import Span, padded_batch, ragged_batch
 from server.models.source import ModelSource
 from server.spec.cost_measure import measure
@@ -27,24 +31,21 @@ _WARM_PROMPT = 32
 
 
 def load_or_measure(
-    runner: Runner | GpuRunner, source: ModelSource, say: Callable[[str], None], settings: str = ""
+    runner: Runner | GpuRunner,
+    source: ModelSource,
+    say: Callable[[str], None],
+    settings: str = "",
+    draft_source: ModelSource | None = None,
 ) -> CostTable:
-    """The cached table of this machine and model, or a new one. `settings` name what else a step's cost depends on.
+    """The cached table of this machine and model, or a new one. `settings` name what else a step's cost depends on,
+    `draft_source` is of the drafter's network.
 
     A GPU's steps are timed whole, drafting included; on the CPU, and where a hybrid drafter may leave its chain out,
     drafting is a cost of its own.
     """
     grid = _gpu_grid(runner) if isinstance(runner, GpuRunner) else _grid(runner)
     machine = {**machine_identity(), "device": str(runner.device), "threads": str(torch.get_num_threads())}
-    drafter = runner.drafter.name if runner.drafter is not None else "none"
-    draft_model = getattr(_chain_of(runner), "model", None)
-    if draft_model is not None:  # another draft model has other costs
-        drafter += f"|{draft_model.architecture}|{draft_model.num_parameters}|{draft_model.linear_path}"
-    chain = _chain_of(runner)
-    if isinstance(chain, Eagle3CpuDrafter):
-        drafter += f"|{chain.network.config}|{chain.network.linear_path}"
-    parts = (source.directory, runner.model.dtype, runner.linear_path, torch.__version__, drafter, settings)
-    artifact = "|".join(map(str, parts))
+    artifact = artifact_of(runner, source, draft_source, settings)
     file = cache_dir() / "costs" / f"{cache_key(machine, artifact, grid)}.json"
     cached = _read(file)
     if cached is not None:
@@ -53,15 +54,46 @@ def load_or_measure(
     if isinstance(runner, GpuRunner):
         step = functools.partial(runner.executor.time_step, chain=not runner.program.can_copy)
         draft = _gpu_draft_timer(runner, grid.contexts[0])
-        table = measure(grid, step, draft, BUDGET_S, repeats=1)
+        table = measure(grid, step, draft, _follow_timer(runner, grid.contexts[0]), BUDGET_S, repeats=1)
     else:
-        table = measure(grid, _verify_timer(runner), _draft_timer(runner), BUDGET_S)
+        table = measure(grid, _verify_timer(runner), _draft_timer(runner), budget_s=BUDGET_S)
     _clear(runner)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(table.to_json())
     partial.replace(file)
     return table
+
+
+def artifact_of(
+    runner: Runner | GpuRunner, source: ModelSource, draft_source: ModelSource | None, settings: str
+) -> str:
+    """All that a table holds for but the machine and the grid: what the files of both networks contain, how each of
+    their layers is computed here, and the versions of what computes them."""
+    drafter, chain = runner.drafter, _chain_of(runner)
+    networks: list[Any] = [runner.model, getattr(chain, "model", None), getattr(chain, "network", None)]
+    parts = [
+        _version(),
+        torch.__version__,
+        content_identity(source),
+        runner.model.dtype,
+        drafter.name if drafter is not None else "none",
+        content_identity(draft_source) if draft_source is not None else "",
+        settings,
+    ]
+    for network in networks:
+        if network is not None:
+            path = str(getattr(network, "linear_path", runner.linear_path))
+            parts += [type(network).__name__, path, linear_layers(network, path)]
+    parts += [runner.linear_path, getattr(getattr(chain, "network", None), "config", "")]
+    return "|".join(map(str, parts))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("outpace")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
 
 
 def warm_up(runner: Runner) -> None:
@@ -117,6 +149,18 @@ def _gpu_draft_timer(runner: GpuRunner, context: int) -> Callable[[int, int], fl
         return max(0.0, step(rows, k, context) - step(rows, k, context, chain=False))
 
     return draft
+
+
+def _follow_timer(runner: GpuRunner, context: int) -> Callable[[int], float] | None:
+    """A step without drafts that a drafter which reads features is shown, less one that it is not."""
+    if not runner.program.feature_layers:
+        return None
+    step = runner.executor.time_step
+
+    def follow(rows: int) -> float:
+        return max(0.0, step(rows, 0, context, follows=True) - step(rows, 0, context))
+
+    return follow
 
 
 def _verify_timer(runner: Runner) -> Callable[[int, int, int], float]:

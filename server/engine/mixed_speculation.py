@@ -46,6 +46,7 @@ class MixedSpeculation(Speculation):
         self.drafter = drafter
         self.acceptance = AcceptanceTracker(priors={name: _prior(name) for name in CLASS_NAMES})
         self._probing: set[int] = set()
+        self._chain = (0, 0)
         self._lengths: dict[tuple[int, int], int] = {}
         drafter.arbiter = self
 
@@ -122,6 +123,7 @@ class MixedSpeculation(Speculation):
         chained = [[] if takes else learned[:limit] for takes, limit in zip(copying, limits, strict=True)]
         before = self._state
         length, self._state = plan_chain(before, self.costs, copies, chained, context, self.tiers)
+        self._chain = (sum(map(bool, chained)), length)
         if length and self._state.previous_k == 0:
             self._probing.update(r for r, row in enumerate(chained) if row)
         return length, copying
@@ -159,6 +161,10 @@ class MixedSpeculation(Speculation):
         if name == ANY:
             return super()._probes_of(name)
         return name, f"copy {name}" if name != LEARNED else "chain"
+
+    def _chain_of(self, result: StepResult) -> tuple[int, int]:
+        """See Speculation. A step that nothing was to be drafted in has not asked how long its chain is to be."""
+        return self._chain if self.trims and any(result.num_drafted) else super()._chain_of(result)
 
     def _verify_ms(self, costs: CostTable, result: StepResult) -> float:
         """Where steps are timed whole, with the chain, its part is what it was measured to be."""

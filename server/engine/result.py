@@ -19,8 +19,9 @@ class StepResult:
 
     `num_tokens_run` counts the tokens that went through the target; `verify_ms` is what the step took, a host-side
     drafter's time apart, which is `draft_ms`. `caught_up`: the drafter computed tokens in it that a pause had hidden
-    from it, so it took longer than such a step does. `chained` marks rows that the drafter's own network ran on: it has
-    keys and values of the prompt chunk, or of all that was known before the verify step (None: of no row).
+    from it, so it took longer than such a step does. `followed`: a step without drafts that the drafter was shown, so
+    it took longer too. `chained` marks rows that the drafter's own network ran on: it has keys and values of the prompt
+    chunk, or of all that was known before the verify step (None: of no row).
     `broken` marks rows whose logits are not finite: nothing they emitted means anything. `prompt_logprobs` are of the
     next prompt tokens that were to be scored, row by row (None: no row has any). `num_copied` are a hybrid drafter's
     drafts that were copied, each row's first ones (None: all of a row's drafts are of its class); `chain_tokens` is the
@@ -37,6 +38,7 @@ class StepResult:
     verify_ms: float = 0.0
     draft_ms: float = 0.0
     caught_up: bool = False
+    followed: bool = False
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     num_copied: list[int] | None = None
     chain_tokens: int = 0

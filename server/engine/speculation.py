@@ -66,6 +66,7 @@ class Speculation:
         self._context = 1.0
         self._uncorrected_ms = CORRECT_EVERY_MS
         self._last_kind = 0
+        self._chain_rested = False
 
     def num_draft_tokens(self, num_rows: int, num_eligible: int) -> int:
         """Most drafts a row for a verify step of `num_rows` rows, `num_eligible` of which may draft at all."""
@@ -127,11 +128,7 @@ class Speculation:
         self._context = context
         if self.costs is not None:
             self._report(self.costs, result, context, counts)
-            verify_ms = self._verify_ms(self.costs, result)
-            if result.caught_up:  # no such step: the table would learn what it is not asked
-                self._charge(self.costs, result, context, verify_ms)
-            elif self._is_news(result, verify_ms):
-                self.costs.observe(len(result.emitted), result.num_tokens_run, context, verify_ms)
+            self._learn_costs(self.costs, result, context)
         if any(result.num_drafted):
             self.num_draft_steps += 1
         pairs = Counter(
@@ -148,6 +145,34 @@ class Speculation:
                 self.drafted_per_position[j] += count
             for j in range(accepted):
                 self.accepted_per_position[j] += count
+
+    def _learn_costs(self, costs: CostTable, result: StepResult, context: float) -> None:
+        """Corrects the table by what a step took; what of it a pause has cost is charged to the probes."""
+        num_rows, verify_ms = len(result.emitted), self._verify_ms(costs, result)
+        plain_ms, usual_ms = costs.verify_many(num_rows, [num_rows, result.num_tokens_run], context)
+        if result.followed:  # so that drafts can be tried again, or go on after a step that tried to do without
+            follow_ms = costs.follow_ms(num_rows)
+            self._state = charge(self._state, follow_ms / plain_ms)
+            verify_ms = max(verify_ms - follow_ms, 0.5 * verify_ms)
+        if result.caught_up:  # no such step: the table would learn what it is not asked
+            self._state = charge(self._state, (verify_ms - usual_ms) / plain_ms)
+        elif self._is_news(result, verify_ms):
+            costs.observe(num_rows, result.num_tokens_run, context, verify_ms)
+        if result.draft_ms > 0.0:  # timed apart
+            self._learn_drafting(costs, result, plain_ms)
+
+    def _learn_drafting(self, costs: CostTable, result: StepResult, plain_ms: float) -> None:
+        """The first chain after steps without one also computes what it has missed: that is no price of a chain."""
+        rows, k = self._chain_of(result)
+        if rows and k and self._chain_rested:
+            self._state = charge(self._state, (result.draft_ms - costs.draft_ms(rows, k)) / plain_ms)
+        elif rows and k:
+            costs.observe_draft(rows, k, result.draft_ms)
+        self._chain_rested = not (rows and k)
+
+    def _chain_of(self, result: StepResult) -> tuple[int, int]:
+        """Rows and drafts a row of the chain that the drafter's network ran in this step; (0, 0): none."""
+        return (0, 0) if self.trims else (sum(map(bool, result.num_drafted)), max(result.num_drafted, default=0))
 
     def _verify_ms(self, costs: CostTable, result: StepResult) -> float:
         """What of a step's time the table has as the cost of verifying."""
@@ -188,8 +213,3 @@ class Speculation:
         if self.trims:
             return "what was drafted last is not expected to be accepted often enough"
         return best_draft(costs, self._survival_of_any(), num_rows, context, self.tiers)
-
-    def _charge(self, costs: CostTable, result: StepResult, context: float, verify_ms: float) -> None:
-        num_rows = len(result.emitted)
-        plain_ms, usual_ms = costs.verify_many(num_rows, [num_rows, result.num_tokens_run], context)
-        self._state = charge(self._state, (verify_ms - usual_ms) / plain_ms)

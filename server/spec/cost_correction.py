@@ -61,6 +61,14 @@ class CostCorrection:
         self._mean += gain * (max(-bound, min(bound, surprise)) / variance)
         covariance -= np.outer(gain, gain / variance)
 
+    def deviation(self, cells: Sequence[int], weights: Sequence[float]) -> float:
+        """Standard deviation of log(sum of w · c): how far from right the factor of these cells may be.
+
+        Weights that sum to 0 ask for the ratio of two costs.
+        """
+        index, weight = np.asarray(cells) + 1, np.asarray(weights)
+        return math.sqrt(max(0.0, float(weight @ self._covariance[np.ix_(index, index)] @ weight)))
+
     def _age(self) -> None:
         """Uncertainty grows with time, up to what it was at first, so that old evidence can be overruled."""
         covariance = self._covariance

@@ -15,11 +15,13 @@ def measure(
     grid: CostGrid,
     run: Callable[[int, int, int], float],
     draft: Callable[[int, int], float] | None = None,
+    follow: Callable[[int], float] | None = None,
     budget_s: float = 5.0,
     repeats: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:
-    """Time `run(rows, drafts a row, context) -> ms` and `draft(rows, drafts a row) -> ms` over the grid.
+    """Time `run(rows, drafts a row, context) -> ms`, `draft(rows, drafts a row) -> ms` and `follow(rows) -> ms` over
+    the grid; the last is timed once, whatever the budget: it is asked for few cells.
 
     The median of `repeats` counts; repeats are passes over the whole grid, so that a short disturbance of the host
     hits many cells once instead of one cell every time. When `budget_s` seconds are over, measuring stops: cells go
@@ -44,7 +46,7 @@ def measure(
         single = CostGrid(grid.rows, grid.drafts, grid.contexts[:1])
         drafted = _fill(single, drafting)[:, :, 0]
         drafted[:, 0] = 0.0
-    return CostTable(grid, verify, drafted)
+    return CostTable(grid, verify, drafted, None if follow is None else np.array([follow(rows) for rows in grid.rows]))
 
 
 def _coarse_to_fine(shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:

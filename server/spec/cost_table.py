@@ -19,7 +19,7 @@ from server.spec.cost_correction import CostCorrection
 
 Array = NDArray[np.float64]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _CONTEXT_STEP = 32
 """Costs that are asked for in every step are kept for contexts that differ by fewer tokens."""
 
@@ -64,25 +64,31 @@ def _blend(values: Array, low: int, place: float) -> Array:
 class CostTable:
     """Milliseconds of verification per (rows, drafts a row, context) and of drafting per (rows, drafts a row).
 
-    `verify` [rows, drafts, contexts] and `draft` [rows, drafts] are in milliseconds, on the points of `grid`. Between
+    `verify` [rows, drafts, contexts] and `draft` [rows, drafts] are in milliseconds, on the points of `grid`; so is
+    `follow` [rows], what showing a step without drafts to the drafter adds to it. Between
     them cost is linear, in the tokens of a step for given rows, so a ragged batch costs what its total says. What was
     measured is kept even where more tokens were faster (small matrix products choose other kernels); only along the
     context, where a fall can be nothing but noise, the table is made monotone.
     """
 
-    def __init__(self, grid: CostGrid, verify: Array, draft: Array | None = None) -> None:
+    def __init__(self, grid: CostGrid, verify: Array, draft: Array | None = None, follow: Array | None = None) -> None:
         draft = np.zeros(grid.shape[:2]) if draft is None else draft
-        if verify.shape != grid.shape or draft.shape != grid.shape[:2]:
-            raise ValueError(f"verify and draft: {verify.shape}, {draft.shape} do not fit the grid {grid.shape}")
-        if not bool(
-            np.isfinite(verify).all() and (verify > 0).all() and np.isfinite(draft).all() and (draft >= 0).all()
+        follow = np.zeros(grid.shape[0]) if follow is None else follow
+        if verify.shape != grid.shape or draft.shape != grid.shape[:2] or follow.shape != grid.shape[:1]:
+            shapes = f"{verify.shape}, {draft.shape}, {follow.shape}"
+            raise ValueError(f"verify, draft and follow: {shapes} do not fit the grid {grid.shape}")
+        if not all(np.isfinite(costs).all() and (costs >= 0).all() for costs in (verify, draft, follow)) or (
+            (verify == 0).any()
         ):
-            raise ValueError("verify and draft: costs must be finite, of verify above 0 and of draft not below 0")
+            raise ValueError("verify, draft and follow: costs must be finite and not below 0, of verify above 0")
         self.grid = grid
         self._verify = np.maximum.accumulate(verify.astype(np.float64), axis=2)
         self._draft = draft.astype(np.float64)
+        self._follow = follow.astype(np.float64)
         places = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1).reshape(-1, 3)
         self._correction = CostCorrection(places * np.array([0.5, 0.5, 0.25]))
+        self._draft_correction = CostCorrection(places[places[:, 2] == 0][:, :2] * np.array([0.5, 0.5]))
+        self._corrected_draft = self._draft
         self._corrected = self._verify
         self._known: dict[tuple[int, int, int], float] = {}
 
@@ -118,8 +124,15 @@ class CostTable:
         """Milliseconds to draft `k` tokens for each of `num_rows` rows; 0 for k = 0, when the drafter does not run."""
         if k == 0:
             return 0.0
-        by_rows = _blend(self._draft, *_locate(self.grid.rows, num_rows))
+        return self._draft_ms(self._corrected_draft, num_rows, k)
+
+    def _draft_ms(self, draft: Array, num_rows: int, k: int) -> float:
+        by_rows = _blend(draft, *_locate(self.grid.rows, num_rows))
         return float(_blend(by_rows, *_locate(self.grid.drafts, k))) * self._correction.common
+
+    def follow_ms(self, num_rows: int) -> float:
+        """Milliseconds that the drafter takes of a step without drafts of `num_rows` rows that it is shown."""
+        return float(_blend(self._follow, *_locate(self.grid.rows, num_rows))) * self._correction.common
 
     def step_ms(self, num_rows: int, k: int, context: float) -> float:
         """Milliseconds to draft `k` tokens for each of `num_rows` rows and to verify them.
@@ -139,20 +152,42 @@ class CostTable:
         if not ms > 0.0:
             raise ValueError(f"ms: {ms!r} is not valid; use a time above 0")
         predicted = self._interpolate(self._verify, num_rows, np.array([num_tokens]), context)[0]
-        row, row_place = _locate(self.grid.rows, num_rows)
-        draft, draft_place = _locate(self.grid.drafts, num_tokens / num_rows - 1.0)
-        column, column_place = _locate(self.grid.contexts, context)
-        cells, weights = [0], [1.0]
-        corners = ((row, row_place), (draft, draft_place), (column, column_place))
-        for size, (low, place) in zip(self.grid.shape, corners, strict=True):
-            place = min(place, 1.0)
-            steps = [(low, 1.0 - place), (low + 1, place)]
-            pairs = [(cell * size + at, w * v) for cell, w in zip(cells, weights, strict=True) for at, v in steps if v]
-            cells, weights = [cell for cell, _ in pairs], [w for _, w in pairs]
+        cells, weights = self._cells(num_rows, num_tokens / num_rows - 1.0, context)
         self._correction.observe(cells, weights, ms / predicted)
         factors = self._correction.cells.reshape(self.grid.shape)
         self._corrected = self._verify * factors * self._correction.common
         self._known.clear()
+
+    def observe_draft(self, num_rows: int, k: int, ms: float) -> None:
+        """Correct what drafting `k` tokens for each of `num_rows` rows costs, where that is timed apart; beside a
+        slowdown of everything, of which verification tells."""
+        predicted = self._draft_ms(self._draft, num_rows, k)
+        if not ms > 0.0 or predicted <= 0.0:
+            return
+        self._draft_correction.observe(*self._cells(num_rows, k), ms / predicted)
+        factors = self._draft_correction.cells.reshape(self._draft.shape)
+        self._corrected_draft = self._draft * factors * self._draft_correction.common
+        self._known.clear()
+
+    def _cells(self, *at: float) -> tuple[list[int], list[float]]:
+        """The cells of the grid between which a step of so many rows, drafts a row and tokens before (drafting: rows
+        and drafts) lies, and what each counts there."""
+        cells, weights = [0], [1.0]
+        axes = (self.grid.rows, self.grid.drafts, self.grid.contexts)[: len(at)]
+        for size, (low, place) in zip(map(len, axes), map(_locate, axes, at), strict=True):
+            place = min(place, 1.0)
+            steps = [(low, 1.0 - place), (low + 1, place)]
+            pairs = [(cell * size + at, w * v) for cell, w in zip(cells, weights, strict=True) for at, v in steps if v]
+            cells, weights = [cell for cell, _ in pairs], [w for _, w in pairs]
+        return cells, weights
+
+    def doubt(self, num_rows: int, num_tokens: int, other_tokens: int, context: float) -> float:
+        """Standard deviation of log(cost of `num_tokens` / cost of `other_tokens`), both of `num_rows` rows: how far
+        the table may be off between them. It falls as steps of both are measured, and rises with time.
+        """
+        cells, weights = self._cells(num_rows, num_tokens / num_rows - 1.0, context)
+        others, other_weights = self._cells(num_rows, other_tokens / num_rows - 1.0, context)
+        return self._correction.deviation([*cells, *others], [*weights, *(-w for w in other_weights)])
 
     def to_json(self) -> str:
         """The table with what was learned about its cells, but not today's common slowdown."""
@@ -163,7 +198,8 @@ class CostTable:
             "drafts": self.grid.drafts,
             "contexts": self.grid.contexts,
             "verify_ms": verify.round(6).tolist(),
-            "draft_ms": self._draft.round(6).tolist(),
+            "draft_ms": self._corrected_draft.round(6).tolist(),
+            "follow_ms": self._follow.round(6).tolist(),
         }
         return json.dumps(content)
 
@@ -175,7 +211,7 @@ class CostTable:
             if content["version"] != _FORMAT_VERSION:
                 raise ValueError(f"version: {content['version']!r} is not valid; this is version {_FORMAT_VERSION}")
             grid = CostGrid(*(tuple(int(value) for value in content[axis]) for axis in ("rows", "drafts", "contexts")))
-            return CostTable(grid, np.array(content["verify_ms"], float), np.array(content["draft_ms"], float))
+            return CostTable(grid, *(np.array(content[f"{part}_ms"], float) for part in ("verify", "draft", "follow")))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a cost table: {error!r}") from error
 

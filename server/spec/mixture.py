@@ -8,14 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from server.spec.cost_table import CostTable
-from server.spec.policy import MAX_CREDIT, NEVER, PROBE_SHARE, PolicyState, choose_ragged, is_due, postpone, steps_to
+from server.spec.policy import HYSTERESIS, PolicyState, choose_ragged
+from server.spec.probes import (
+    MAX_CREDIT,
+    NEVER,
+    PLAIN,
+    PROBE_SHARE,
+    Probe,
+    doubtful,
+    is_due,
+    postpone,
+    price_probe,
+    steps_to,
+)
 
 Survival = Sequence[float]
 
 _CHAIN = "chain"
-_PLAIN = "plain"
 
 
 def joined(copy: Survival, learned: Survival) -> list[float]:
@@ -69,7 +81,7 @@ _NOTHING = Choice(0, False)
 
 
 def choose_mixture(
-    state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = 0.03
+    state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = HYSTERESIS
 ) -> Choice:
     """The choice of a uniform k that emits most per millisecond.
 
@@ -89,28 +101,34 @@ def _best(state: PolicyState, rates: Mapping[Choice, float], hysteresis: float) 
 
 
 def plan_mixture(
-    state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = 0.03
+    state: PolicyState, cost: CostTable, mixture: Mixture, tiers: Sequence[int], hysteresis: float = HYSTERESIS
 ) -> tuple[Choice, PolicyState]:
     """`choose_mixture`, and now and then a probe of what it advises against. Returns it and the next state."""
     rates = _rates(cost, mixture, tiers)
     best = _best(state, rates, hysteresis)
     credit, probes = min(state.credit + PROBE_SHARE, MAX_CREDIT), dict(state.probes)
-    other, name = _probe_of(best, tiers)
+    in_doubt = partial(_in_doubt, cost, mixture, rates, best)
+    found: tuple[Choice, float] | None = None
+    probe_in = 0 if best.chain else NEVER
     if best.k == 0:
-        postpone(probes, _PLAIN)
+        postpone(probes, PLAIN)
+    elif mixture.num_rows and is_due(probes, PLAIN, loss := 1.0 - rates[_NOTHING] / rates[best], credit):
+        found = _NOTHING, loss
     if best.chain:
         probes.pop(_CHAIN, None)
-    due, probe_in = False, 0 if best.chain else NEVER
-    if other in rates and mixture.num_rows:
-        # Judged by cost alone where the estimate may be what is wrong: a probe of the chain may gain nothing.
-        loss = 1.0 - rates[other] / rates[best] if name == _PLAIN else _slowdown(cost, mixture, best, other)
-        due = is_due(probes, name, loss, credit)
-        if due:
-            credit -= max(0.0, loss)
-        if not best.chain:
-            probe_in = steps_to(probes[name], loss, credit)
-    state = PolicyState(best.k, probes, credit, probe_in, rates[best] / rates[_NOTHING], best.chain)
-    return other if due else best, state
+    elif (other := Choice(best.k or min(tiers, default=0), True)) in rates:
+        # Judged by cost alone: the chain's estimate may be what is wrong, and a probe of it may gain nothing.
+        loss = _slowdown(cost, mixture, best, other)
+        if found is None and is_due(probes, _CHAIN, loss, credit):
+            found = other, loss
+            if best.k == 0 and (dear := in_doubt()) is not None and dear[1] <= credit:
+                found = dear
+        probe_in = steps_to(probes.get(_CHAIN, Probe()), loss, credit - (max(0.0, found[1]) if found else 0.0))
+    if found is None and best.k > 0:
+        found = price_probe(probes, credit, in_doubt)
+    tried, loss = found or (best, 0.0)
+    state = PolicyState(best.k, probes, credit - max(0.0, loss), probe_in, rates[best] / rates[_NOTHING], best.chain)
+    return tried, state
 
 
 def _rates(cost: CostTable, mixture: Mixture, tiers: Sequence[int]) -> dict[Choice, float]:
@@ -125,10 +143,15 @@ def _rates(cost: CostTable, mixture: Mixture, tiers: Sequence[int]) -> dict[Choi
     return rates
 
 
-def _probe_of(best: Choice, tiers: Sequence[int]) -> tuple[Choice, str]:
-    if best.chain:
-        return _NOTHING, _PLAIN
-    return Choice(best.k or min(tiers, default=0), True), _CHAIN
+def _in_doubt(
+    cost: CostTable, mixture: Mixture, rates: Mapping[Choice, float], best: Choice
+) -> tuple[Choice, float] | None:
+    """Another k for what is done now, or, where nothing is, for the chain, whose price is in doubt; what it loses."""
+    drafts = {choice: choice.k for choice in rates if choice == best or choice.chain == (best.chain or best.k == 0)}
+    found = doubtful(cost, rates, drafts, best, mixture.num_rows, mixture.context)
+    if found is None:
+        return None
+    return found, max(0.0, 1.0 - rates[found] / rates[best]) if best.k else _slowdown(cost, mixture, best, found)
 
 
 def _slowdown(cost: CostTable, mixture: Mixture, best: Choice, other: Choice) -> float:
@@ -144,7 +167,7 @@ def plan_chain(
     learned: Sequence[Survival],
     context: float,
     tiers: Sequence[int],
-    hysteresis: float = 0.03,
+    hysteresis: float = HYSTERESIS,
 ) -> tuple[int, PolicyState]:
     """How long a chain to run for the rows of a ragged step that do not copy; 0: for none.
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from draft_models.packaged import WEIGHTS, packaged_head
 from server.config import EngineConfig
@@ -41,28 +44,63 @@ def test_others_have_none() -> None:
     assert packaged_head("llama") is None
 
 
-def emitted_per_step(core: EngineCore, prompts: list[list[int]], num_tokens: int) -> float:
+TEXTS = ("Why is the sky blue?", "Describe a rainy day in a small town.", "What does a carpenter do?")
+
+
+def chat_prompts() -> list[list[int]]:
+    tokenizer = Tokenizer.from_directory(resolve(EMBEDDED_NAME).directory)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    return [encode_chat(tokenizer, template, [{"role": "user", "content": text}]) for text in TEXTS]
+
+
+def acceptance(core: EngineCore) -> list[float]:
+    """By position: how often a draft was accepted if those before it were, in greedy answers to three short prompts."""
     greedy = SamplingParams(temperature=0.0)
-    requests = [Request(str(i), ids, greedy, max_tokens=num_tokens) for i, ids in enumerate(prompts)]
-    outputs = [output for output in core.generate(requests) if output.error is None]
-    assert all(len(output.token_ids) >= 1 for output in outputs)
-    num_emitted = sum(len(output.token_ids) for output in outputs) - len(prompts)
-    return num_emitted / (len(outputs) - len(prompts))
+    requests = [Request(str(i), ids, greedy, max_tokens=40) for i, ids in enumerate(chat_prompts())]
+    assert all(output.error is None for output in core.generate(requests))
+    stats = core.stats()
+    reached = [stats.drafted_per_position[0], *stats.accepted_per_position]
+    return [took / max(1, tried) for tried, took in pairwise(reached)]
 
 
-@pytest.mark.timeout(300)
+def eagle3(head: Path | None = None) -> EngineCore:
+    return build_engine(
+        EngineConfig(
+            drafter="eagle3", draft_model=None if head is None else str(head), max_draft_tokens=4, adaptive=False,
+            kv_cache_tokens=1024, max_model_len=256, device="cpu",
+        ),
+        lambda text: None,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_the_head_drafts_what_the_model_says(tmp_path: Path) -> None:
+    """About half of the first drafts here, the share on the evaluation prompts being 0.67; the same head with one
+    layer's rows in another order: hardly any."""
+    found = acceptance(eagle3())
+    assert found[0] > 0.35 and found[1] > 0.25, found
+    head = packaged_head(EMBEDDED_NAME)
+    assert head is not None
+    shuffled = shutil.copytree(head, tmp_path / "shuffled")
+    for file in shuffled.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "fc.weight" in tensors:
+            order = torch.randperm(len(tensors["fc.weight"]), generator=torch.Generator().manual_seed(0))
+            tensors["fc.weight"] = tensors["fc.weight"][order].contiguous()
+            save_file(tensors, file)
+    spoilt = acceptance(eagle3(shuffled))
+    assert spoilt[0] < 0.2, spoilt
+
+
+@pytest.mark.timeout(600)
 def test_serving_the_embedded_model_drafts_with_its_head() -> None:
-    """Words that are not in the prompt: copying alone emits 1.08 a step here, a head that is read wrongly no more."""
+    """Words that are not in the prompt: what is copied is little, so what is accepted is the head's."""
     core, info = build_engine(
         EngineConfig(max_draft_tokens=4, adaptive=False, kv_cache_tokens=2048, max_model_len=512, device="cpu"),
         lambda text: None,
     )
     assert info.drafter == "hybrid" and info.max_draft_tokens == 4
-    tokenizer = Tokenizer.from_directory(resolve(EMBEDDED_NAME).directory)
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-    texts = ("Why is the sky blue?", "Describe a rainy day in a small town.", "What does a carpenter do?")
-    prompts = [encode_chat(tokenizer, template, [{"role": "user", "content": text}]) for text in texts]
-    assert emitted_per_step(core, prompts, 48) > 1.3
+    assert acceptance(core)[0] > 0.35
 
 
 def test_without_a_head_suffix_drafts() -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from draft_models.hybrid import HybridDrafter
 from server.config import ConfigError, EngineConfig
@@ -88,6 +89,49 @@ def test_the_cost_table_is_measured_once_and_read_again(
         assert found["r"] == greedy(prompt, 24)
     files = list((tmp_path / "cache" / "costs").glob("*"))
     assert [file.suffix for file in files] == ([] if drafter == "none" else [".json"])
+
+
+def _costs(directory: Path, draft: Path) -> str:
+    """The name of the file that was read or written."""
+    found: list[str] = []
+    text = Path.read_text
+
+    def noted(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.parent.name == "costs":
+            found.append(path.name)
+        return text(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", noted)
+        build(directory, drafter="small-lm", draft_model=str(draft), adaptive=True, max_draft_tokens=1)
+    (name,) = found
+    return name
+
+
+def test_a_cost_table_is_of_what_the_files_contain(
+    loopy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another head, another recipe or another version read no old table; the same files elsewhere do."""
+    target, draft = (shutil.copytree(loopy_dir, tmp_path / name) for name in ("target", "draft"))
+    first = _costs(target, draft)
+    assert _costs(loopy_dir, shutil.copytree(draft, tmp_path / "moved")) == first
+    seen = {first}
+    for directory in (draft, target):
+        file = next(directory.glob("*.safetensors"))
+        tensors = load_file(file)
+        next(iter(tensors.values())).mul_(1.5)
+        save_file(tensors, file)
+        seen.add(_costs(target, draft))
+    assert len(seen) == 3, "trained further, and quantised again"
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    seen.add(_costs(target, draft))
+    assert len(seen) == 4
+    monkeypatch.setattr("server.engine.costs.metadata.version", lambda name: "0.0.0")
+    seen.add(_costs(target, draft))
+    assert len(seen) == 5
+    monkeypatch.setattr("server.engine.costs.linear_layers", lambda model, path: ["int4-g64"])
+    assert _costs(target, draft) not in seen, "the same weights in another format"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"grid": 1}'])

@@ -93,7 +93,7 @@ def test_text_that_repeats_itself_is_copied_many_tokens_a_step(
     core = hybrid(model, other_model, device, costs())
     answers = run(core, [request("r", prompt, 60, prediction_ids=answer)])
     assert answers["r"] == answer
-    assert sum(steps(answers, "r")) / len(steps(answers, "r")) > 4.0
+    assert sum(steps(answers, "r")) / len(steps(answers, "r")) > 3.5  # probes of other lengths included
     assert any(name.startswith("predicted") for name in learned_of(core))
 
 

@@ -22,6 +22,7 @@ from draft_models.eagle3_weights import random_weights
 from draft_models.small_lm_device import SmallLMDeviceDrafter
 from server.core import Phase
 from server.engine.core import EngineCore
+from server.engine.costs import _follow_timer
 from server.engine.gpu.runner import GpuRunner
 from server.engine.result import StepResult
 from server.engine.speculation import Speculation
@@ -214,6 +215,80 @@ def test_a_step_that_catches_up_teaches_the_table_nothing(deep_model: Any, monke
     run(core, [request("r", prompts(1)[0], 60, ignore_eos=True)])
     assert {drafted for drafted, caught_up in seen if caught_up} == {K}
     assert sum(caught_up for _, caught_up in seen) < sum(drafted > 0 for drafted, _ in seen) / 2
+
+
+def step(num_rows: int, num_drafted: int, verify_ms: float, draft_ms: float = 0.0) -> StepResult:
+    result = StepResult.silent(num_rows, num_rows * (1 + num_drafted))
+    result.num_drafted, result.verify_ms, result.draft_ms = [num_drafted] * num_rows, verify_ms, draft_ms
+    return result
+
+
+def test_a_step_that_the_drafter_is_shown_is_paid_by_the_probes_and_teaches_the_plain_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = CostGrid((1, 2), (0, K), (16,))
+    table = FixedCosts(grid, np.array([[[1.0], [1.2]]] * 2), follow=np.array([0.1, 0.2]))
+    speculation, learned = Speculation(table, K, False), []
+    monkeypatch.setattr(table, "observe", lambda *seen: learned.append(seen))
+    credit = speculation._state.credit
+    shown = step(2, 0, 1.25)
+    shown.followed = True
+    speculation.record(shown, 16.0, [True, True])
+    assert speculation._state.credit == pytest.approx(credit - 0.2)
+    assert learned == [(2, 2, 16.0, pytest.approx(1.05))]
+    speculation.record(step(2, 0, 1.0), 16.0, [True, True])
+    assert speculation._state.credit == pytest.approx(credit - 0.2), "one that it is not shown costs nothing"
+
+
+def test_what_a_chain_has_missed_is_paid_by_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where drafting is timed apart: the first chain after a pause catches up, the second tells the price."""
+    table = CostTable(CostGrid((1, 2), (0, K), (16,)), np.ones((2, 2, 1)), np.array([[0.0, 0.3], [0.0, 0.4]]))
+    speculation = Speculation(table, K, False)
+    monkeypatch.setattr(table, "observe", lambda *seen: None)
+    speculation.record(step(2, 0, 1.0, 1e-6), 16.0, [True, True])
+    credit = speculation._state.credit
+    speculation.record(step(2, K, 1.0, 2.4), 16.0, [True, True])
+    assert speculation._state.credit == pytest.approx(credit - 2.0)
+    assert table.draft_ms(2, K) == 0.4
+    for _ in range(60):
+        speculation.record(step(2, K, 1.0, 0.8), 16.0, [True, True])
+    assert speculation._state.credit == pytest.approx(credit - 2.0)
+    assert table.draft_ms(2, K) == pytest.approx(0.8, rel=0.03), "a wrong start-up price is corrected"
+    assert table.draft_ms(1, K) == pytest.approx(0.6, rel=0.1), "elsewhere too, as far as it is likely"
+
+
+@pytest.mark.parametrize("drafter", ["eagle3", "small-lm"])
+def test_steps_say_that_the_drafter_was_shown_them(
+    deep_model: Any, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = overlapped(deep_model, drafter, costs(1.2, 1.5))
+    calls, seen = watch(core, monkeypatch), []
+    record = core.speculation.record
+
+    def noted(result: StepResult, context: float, counts: Sequence[bool]) -> None:
+        seen.append((result.followed, max(result.num_drafted)))
+        record(result, context, counts)
+
+    monkeypatch.setattr(core.speculation, "record", noted)
+    run(core, [request("r", prompts(1)[0], 180, ignore_eos=True)])
+    followed = [drafted for shown, drafted in seen if shown]
+    if drafter == "eagle3":
+        assert len(followed) == calls["after_verify"] - calls["draft"] > 0 and set(followed) == {0}
+    else:
+        assert not followed, "it has no features to see"
+
+
+def test_what_showing_a_step_costs_is_measured(deep_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = overlapped(deep_model, "eagle3", costs(1.2, 1.5))
+    calls, runner = watch(core, monkeypatch), core.runner
+    assert isinstance(runner, GpuRunner)
+    follow = _follow_timer(runner, 16)
+    assert follow is not None and follow(2) >= 0.0
+    assert calls["after_verify"] == calls["features"] == calls["forward"] / 2 > 0
+    found = run(core, [request("r", prompts(1)[0], 30, ignore_eos=True)])
+    assert found == run(engine(deep_model), [request("r", prompts(1)[0], 30, ignore_eos=True)])
+    blind = overlapped(deep_model, "small-lm", costs(1.2, 1.5)).runner
+    assert isinstance(blind, GpuRunner) and _follow_timer(blind, 16) is None
 
 
 class Switching(Speculation):

@@ -192,7 +192,9 @@ def test_measuring_takes_the_median_of_passes() -> None:
         return linear(rows, rows * (1 + drafts), context) * (9.0 if calls[cell] == 2 else 1.0)
 
     grid = CostGrid((1, 4), (0, 3, 7), (128, 1024))
-    table = measure(grid, run, draft=lambda rows, drafts: 0.5 * drafts, budget_s=60.0)
+    table = measure(grid, run, draft=lambda rows, drafts: 0.5 * drafts, follow=lambda rows: 0.25 * rows, budget_s=60.0)
+    assert [table.follow_ms(rows) for rows in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert CostTable.from_json(table.to_json()).follow_ms(4) == 1.0
     assert table.verify_ms(4, 16, 1024) == pytest.approx(linear(4, 16, 1024))
     assert table.draft_ms(1, 3) == pytest.approx(1.5)
     assert set(calls.values()) == {3, 4}

@@ -203,9 +203,11 @@ class Executor:
         for kind in SamplingClass:
             program.verify(num_rows, k, kind, Staged(drafts, logits, None, complete=False))
 
-    def time_step(self, num_rows: int, k: int, context: int, repeats: int = 3, chain: bool = True) -> float:
+    def time_step(
+        self, num_rows: int, k: int, context: int, repeats: int = 3, chain: bool = True, follows: bool = False
+    ) -> float:
         """Milliseconds of a greedy step of `num_rows` rows with `k` drafts and `context` tokens before, drafts
-        included.
+        included; `follows`: of one without drafts that the drafter sees.
 
         For start-up, before any request: it uses the first slots and whatever blocks, and leaves the slots unused.
         """
@@ -226,8 +228,10 @@ class Executor:
                 self.program.inputs.device[:num_rows] = torch.arange(num_rows, device=self.device)
             timer.start()
             started = time.perf_counter()
-            self.forward(rows, k, chain)
+            self.forward(rows, k, chain, follows)
             self.verify(rows, k, GREEDY)
+            if follows:
+                self.follow(rows)
             timer.end()
             elapsed = timer.wait() or (time.perf_counter() - started) * 1e3
             if attempt:

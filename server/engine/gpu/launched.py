@@ -86,6 +86,7 @@ class Launched:
     chain_tokens: int = 0
     caught_up: bool = False
     chained: bool = False
+    followed: bool = False
 
     def read(self) -> StepResult:
         """Waits for the step and unpacks what it emitted."""
@@ -93,6 +94,7 @@ class Launched:
         result = StepResult.silent(len(self.sequences), self.num_tokens_run)
         result.verify_ms, result.chain_tokens = elapsed_ms, self.chain_tokens
         result.caught_up, result.chained = self.caught_up, [self.chained] * len(self.sequences)
+        result.followed = self.followed
         if self.report is not None:
             self._unpack(result, self.report)
         if self.scores is not None:

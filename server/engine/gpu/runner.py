@@ -168,7 +168,7 @@ class GpuRunner:
         self.executor.forward(num_rows, k, chain, followed)
         launched = self._decide(num_rows, k, sequences, list(range(len(slots))), timer, len(slots) * (1 + k))
         launched.chain_tokens, launched.chained = k if chain else 0, chain and k > 0
-        launched.caught_up = caught_up
+        launched.caught_up, launched.followed = caught_up, followed
         if followed:
             self.executor.follow(num_rows)
         return launched

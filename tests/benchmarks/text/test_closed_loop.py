@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.engine import build
-from benchmarks.text.acceptance import macro, macro_survival, total
+from benchmarks.text.acceptance import macro, macro_drafted_share, macro_survival, total
 from benchmarks.text.closed_loop import Answer, closed_loop
 from server.core import Request, SamplingParams
 from server.engine.core import EngineCore
@@ -58,6 +58,13 @@ def test_the_mean_is_over_categories() -> None:
     b = total([Answer([1, 2], [(1, 0)]), Answer([1, 2], [(1, 0)])])
     assert macro({"a": a, "b": b, "none": total([])}) == 2.0
     assert macro_survival({"a": a, "b": b, "none": total([])}) == [0.5, 1.0]
+    assert macro_drafted_share({"a": a, "b": b, "none": total([])}) == [1.0, 0.5]
+
+
+def test_what_is_seldom_drafted_is_seen() -> None:
+    """All its drafts are accepted, but it drafts in one step of four."""
+    t = total([Answer([1] * 6, [(0, 0), (0, 0), (1, 1), (0, 0)])])
+    assert t.survival() == [1.0] and t.drafted_share() == [0.25]
 
 
 def test_streams_stay_busy_until_there_are_no_prompts() -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from draft_models.eagle3_config import parse_config
 from draft_models.eagle3_weights import TENSOR_NAMES, load_weights
 from optimize.distill import gather
 from optimize.distill.export import published_config
 from optimize.distill.interrupt import Stop
+from optimize.distill.packing import make_batch, pack
+from optimize.distill.target import teacher_of
 from optimize.distill.train import Trainer
 from server import cli
 from server.engine import build
 from server.models.config import ModelConfig
-from server.models.loader import Checkpoint
+from server.models.loader import Checkpoint, load_source
 from server.models.source import resolve
+from server.quant.formats import LinearFormat
+from tests.optimize.distill.conftest import MAX_POSITIONS, document
+from tests.quant.rounding import rounded, write_quantized
 
 SIZE = ("--tokens", "500", "--sequence", "96", "--batch-tokens", "192", "--device", "cpu")
 VOCABULARY = ("--draft-vocab", "150")
@@ -36,6 +44,36 @@ def distill(
 ) -> int:
     folders = ("--out", str(tmp_path / out), "--corpus", str(tmp_path / "corpus"))
     return cli.main(["distill", str(target_dir), *folders, *size, *more])
+
+
+def taught(path: Path) -> torch.Tensor:
+    """What a teacher says of one text."""
+    source = resolve(str(path))
+    teacher = teacher_of(load_source(source, torch.device("cpu"), torch.float32, MAX_POSITIONS))
+    batch = make_batch(pack([document(40, 1)], 48), np.arange(1), 2, torch.device("cpu"))
+    with torch.no_grad():
+        return teacher.logits(teacher.hidden(batch)[1].flatten(0, 1))[:40]
+
+
+@pytest.mark.timeout(300)
+def test_a_head_for_a_quantised_target(target_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights in int8 alone, as a recipe leaves them: what it learns from is what these say."""
+    int8 = LinearFormat("int8")
+    quantised = write_quantized(target_dir, tmp_path / "int8", lambda layer: int8 if "proj" in layer else None)
+    same = shutil.copytree(target_dir, tmp_path / "dequantised")
+    tensors = load_file(same / "model.safetensors")
+    for name in [n for n in tensors if "proj" in n]:
+        made = rounded(tensors[name], int8)
+        tensors[name] = made.values.float() * made.scales.float()[:, None]
+    save_file(tensors, same / "model.safetensors")
+    found = taught(quantised)
+    torch.testing.assert_close(found, taught(same), rtol=1e-4, atol=1e-4)
+    assert (found - taught(target_dir)).abs().max() > 1e-3
+    assert distill(quantised, tmp_path, "--steps", "3", "--max-draft-tokens", "2") == 0
+    assert "100%  update 3  loss " in capsys.readouterr().err
+    head = resolve(str(tmp_path / "head"))
+    files = Checkpoint(head.directory, torch.float32, torch.device("cpu"))
+    assert all(bool(files.get(name).isfinite().all()) for name in TENSOR_NAMES.values())
 
 
 @pytest.mark.timeout(300)

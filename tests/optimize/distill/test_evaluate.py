@@ -9,7 +9,7 @@ from scipy import stats
 
 from draft_models.eagle3_config import Eagle3Config
 from draft_models.eagle3_weights import random_weights
-from optimize.distill.evaluate import Acceptance, _walk, evaluate, noise_given, table
+from optimize.distill.evaluate import Acceptance, _walk, evaluate, noise_given, sample, table
 from optimize.distill.head import Eagle3Head
 from optimize.distill.packing import make_batch, pack
 from optimize.distill.shards import ANSWER, TEMPLATE, Document
@@ -35,6 +35,18 @@ def test_noise_given_its_outcome_is_gumbel_noise() -> None:
     for token in range(v):
         assert stats.kstest(noise[:, token].numpy(), "gumbel_r").pvalue > 1e-3
     assert abs(np.corrcoef(noise.T.numpy())[~np.eye(v, dtype=bool)]).max() < 0.06
+
+
+def test_a_glance_is_at_all_of_the_text() -> None:
+    """Not at how it begins, which may be its easiest part."""
+    kinds = np.full(50, ANSWER, np.uint8)
+    documents = [Document(np.full(50, i, np.int32), kinds, (0.0, 0.8)[i % 2]) for i in range(200)]
+    found = [int(d.ids[0]) for d in sample(documents, 0.0, 1000)]
+    assert len(found) == len(set(found)) == 20 and all(i % 2 == 0 for i in found)
+    assert 60 < np.mean(found) < 140 and min(found) < 50 < 150 < max(found)
+    assert found == [int(d.ids[0]) for d in sample(documents, 0.0, 1000)], "glances can be compared"
+    assert len(sample(documents, 0.8, 10**9)) == 100 and len(sample(documents, 0.8, 1)) == 1
+    assert sample(documents, 0.3, 1000) == []
 
 
 def test_noise_at_a_part_of_the_vocabulary_is_the_same_noise() -> None:
