@@ -27,6 +27,7 @@ from server.config import ConfigError, ServerConfig
 from server.plan.options import add_plan_options
 
 if TYPE_CHECKING:
+    from server.api.builds import Optimizer
     from server.api.successor import Successor
 
 
@@ -116,19 +117,26 @@ def _run_server(options: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"outpace serve: {error}", file=sys.stderr)
         return 2
-    if recipe is None:
+    if recipe is None and not any(arm.recipe for arm in config.arms):
         return _serve(config)
-    from optimize.serving import optimized, successor
+    from optimize.serving import arms_optimizer, optimized, successor
 
+    try:
+        optimizer = arms_optimizer(config)
+    except ConfigError as error:
+        print(f"outpace serve: {error}", file=sys.stderr)
+        return 2
+    if recipe is None:
+        return _serve(config, optimizer=optimizer)
     if background:
-        return _serve(config, successor(config, recipe))
+        return _serve(config, successor(config, recipe), optimizer)
     better = optimized(config, recipe)
-    return better if isinstance(better, int) else _serve(better)
+    return better if isinstance(better, int) else _serve(better, optimizer=optimizer)
 
 
-def _serve(config: ServerConfig, successor: Successor | None = None) -> int:
+def _serve(config: ServerConfig, successor: Successor | None = None, optimizer: Optimizer | None = None) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Only here: `outpace version` and --help should not pay for an HTTP server.
     from server.api.serve import serve
 
-    return serve(config, version()) if successor is None else serve(config, version(), successor)
+    return serve(config, version(), successor, optimizer)

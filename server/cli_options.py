@@ -36,6 +36,8 @@ HELP = {
     "max_num_seqs": "most sequences that are generated at once (default: 16 on a CPU, 64 on a GPU)",
     "max_num_batched_tokens": "most prompt tokens in one prefill step (default: 256 on a CPU, 2048 on a GPU)",
     "block_size": "tokens in a KV cache block",
+    "device_share": "most of the device's memory that the engine takes in all, weights included, 0 to 1 (default: what "
+    "is free)",
     "kv_memory_share": "share of the memory left after loading that the KV cache takes, 0 to 1 (default: 0.25 on a "
     "CPU, 0.85 on a GPU)",
     "kv_cache_dtype": f"what the KV cache stores: {', '.join(KV_CACHE_DTYPES)} (fp8: GPUs only, half the memory)",

@@ -25,6 +25,7 @@ from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, Routing
 from server.routing.plan import Plan, plan_of
 
 _TABLES = ("engine", "arms", "experiment", "routing")
+_ARM_FIELDS = {"name": str, "weight": float, "recipe": str}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -52,7 +53,7 @@ class SettingsFile:
     @staticmethod
     def _arm(number: int, arm: Mapping[str, Any], shared: Mapping[str, Any]) -> ArmConfig:
         engine = {**shared, **{name: value for name, value in arm.items() if name in _fields(EngineConfig)}}
-        own = {name: value for name, value in arm.items() if name in ("name", "weight")}
+        own = {name: value for name, value in arm.items() if name in _ARM_FIELDS}
         try:
             return ArmConfig(engine=EngineConfig(**engine), **own)
         except ConfigError as error:
@@ -90,7 +91,7 @@ def _settings(content: dict[str, Any]) -> SettingsFile:
     values = _checked(content, known, "")
     if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
         raise ConfigError("arms: not valid; use [[arms]] tables")
-    own = {"name": str, "weight": float}
+    own = _ARM_FIELDS
     found = []
     for number, arm in enumerate(arms, start=1):
         found.append(_checked(arm, _hints(EngineConfig) | own, f"arms[{number}]."))

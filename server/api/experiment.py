@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,14 +61,14 @@ class Watch:
 
 
 class Experiment:
-    """The conductor on the event loop. `ready` says whether candidate and baseline serve, `restarts` how often the
-    candidate's engine was restarted, `follow` makes everybody assign keys as it is told."""
+    """The conductor on the event loop. `not_ready` says why candidate or baseline do not serve, by arm, `restarts` how
+    often the candidate's engine was restarted, `follow` makes everybody assign keys as it is told."""
 
     def __init__(
         self,
         config: ServerConfig,
         *,
-        ready: Callable[[], bool],
+        not_ready: Callable[[], Mapping[str, str]],
         restarts: Callable[[], int],
         follow: Callable[[Assignment], None],
         say: Callable[[str], None],
@@ -76,7 +76,7 @@ class Experiment:
         assert config.experiment is not None
         self._ledger = Ledger(Path(config.experiment_ledger).expanduser())
         self.conductor = Conductor(plan_of(config.experiment), self._ledger)
-        self._ready, self._restarts, self._follow, self._say = ready, restarts, follow, say
+        self._not_ready, self._restarts, self._follow, self._say = not_ready, restarts, follow, say
         self._follow(self.conductor.assignment)
         if self.conductor.state is not None:
             say(f"Experiment {self.conductor.plan.name} goes on: {self._in_words()}")
@@ -108,7 +108,7 @@ class Experiment:
         """One look; an error of the ledger leaves everything as it was until the next."""
         before = self.conductor.state
         try:
-            changed = self.conductor.tick(ready=self._ready(), restarts=self._restarts())
+            changed = self.conductor.tick(ready=not self._not_ready(), restarts=self._restarts())
         except sqlite3.Error:
             logger.exception("the ledger cannot be written: the experiment stays as it is")
             return
@@ -123,7 +123,10 @@ class Experiment:
 
     async def told(self) -> list[dict[str, Any]]:
         """See ExperimentLike."""
-        return [self.conductor.report()]
+        report, why = self.conductor.report(), self._not_ready()
+        if self.conductor.state is None and why:
+            report["reason"] = "; ".join(f"arm {name}: {reason}" for name, reason in why.items())
+        return [{**report, "not_ready": why}]
 
     async def decisions(self) -> list[dict[str, Any]]:
         """See ExperimentLike."""
@@ -174,7 +177,7 @@ def experiment_of(state: ServerState, say: Callable[[str], None]) -> Experiment 
 
     made = Experiment.open(
         config,
-        ready=lambda: candidate.not_ready is None and baseline.not_ready is None,
+        not_ready=lambda: {arm.name: why[1] for arm in (candidate, baseline) if (why := arm.not_ready) is not None},
         restarts=lambda: candidate.engine.num_restarts,
         follow=follow,
         say=say,

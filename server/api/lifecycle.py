@@ -20,15 +20,18 @@ from server.api.access.control import AccessControl
 from server.api.access.keys import KeyFileError
 from server.api.arm import Arm
 from server.api.arms import Arms
-from server.api.banner import banner, summary
+from server.api.banner import banner
+from server.api.builds import Builds
 from server.api.experiment import conducted, experiment_of
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
+from server.api.starting import ArmStarts, StartError
 from server.api.state import ServerState
 from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineInfo
+from server.routing.plan import plan_of
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -41,21 +44,19 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-class StartError(RuntimeError):
-    """The server could not start; the message is one line for the person who typed the command."""
-
-
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """An arm to be served. `load_text` (called on a thread) gives the text layer and the model's short name.
+    """An arm to be served. `load_text` (called on a thread) gives the text layer and the model's short name; it raises
+    ValueError with what is wrong with the model.
 
-    It raises ValueError with what is wrong with the model.
+    `configure` gives the engine other settings before it starts: those of an optimised model.
     """
 
     config: EngineConfig
     engine: EngineClientLike
     load_text: LoadText
     name: str = CONTROL
+    configure: Callable[[EngineConfig], None] | None = None
 
 
 class Signals:
@@ -83,8 +84,16 @@ class Server:
     `url` is empty until the socket is bound.
     """
 
-    def __init__(self, config: ServerConfig, backends: Sequence[Backend], version: str, say: Say) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        backends: Sequence[Backend],
+        version: str,
+        say: Say,
+        builds: Builds | None = None,
+    ) -> None:
         self._config = config
+        self._builds = builds
         self._backends = backends
         self._say = say
         self.url = ""
@@ -159,16 +168,30 @@ class Server:
         self._say(banner(self._config, info, arm.model_name, self.url))
 
     async def _start_others(self) -> None:
-        """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
-        for arm, backend in zip(self.state.arms.every[1:], self._backends[1:], strict=True):
-            self._say(f"Loading arm {arm.name}: {arm.config.model}")
-            try:
-                info = await self._start_arm(arm, backend)
-            except StartError as error:
-                arm.progress = str(error)
-                self._say(f"Arm {arm.name} does not start: {error}; the control arm takes its share")
-                continue
-            self._say(f"Arm {arm.name} serves: {summary(info)}")
+        """One that does not start leaves the others serving."""
+        arms = {arm.name: arm for arm in self.state.arms.every}
+        backends = {backend.name: backend for backend in self._backends}
+        plan = plan_of(self._config.experiment) if self._config.experiment is not None else None
+
+        def failed(name: str, reason: str) -> None:
+            arms[name].failure = reason
+
+        async def start(name: str, config: EngineConfig) -> EngineInfo:
+            arm, backend = arms[name], backends[name]
+            if config != arm.config and backend.configure is not None:
+                arm.config = config
+                backend.configure(config)
+            return await self._start_arm(arm, backend)
+
+        starts = ArmStarts(
+            [arm for arm in self._config.arms if arm.name in backends],
+            plan,
+            self._builds,
+            start=start,
+            failed=failed,
+            say=self._say,
+        )
+        await starts.run()
 
     async def _start_arm(self, arm: Arm, backend: Backend) -> EngineInfo:
         arm.progress = "The model is being loaded."

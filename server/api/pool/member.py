@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from server.api.lifecycle import StartError
 from server.api.pool.messages import Assignment
+from server.api.starting import StartError
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,14 @@ class OwnedExperiment:
         if config.experiment is None:
             return
         plan = plan_of(config.experiment)
-        candidate, baseline = engines[plan.candidate], engines[plan.baseline]
+        candidate = engines[plan.candidate]
         self.experiment = Experiment.open(
             config,
-            ready=lambda: candidate.ready and baseline.ready,
+            not_ready=lambda: {
+                name: engines[name].failure or "its engine is not ready yet"
+                for name in (plan.candidate, plan.baseline)
+                if not engines[name].ready
+            },
             restarts=lambda: candidate.num_restarts,
             follow=lambda assignment: tell(m.Weights(dict(assignment.weights), assignment.salt), None),
             say=say,

@@ -20,18 +20,21 @@ from server.api.access.counters import SharedCounts
 from server.api.access.keys import KeyFileError
 from server.api.access.ledger import Ledger
 from server.api.access.tls import TlsContext
-from server.api.banner import banner, summary
+from server.api.banner import banner
+from server.api.builds import Builds
 from server.api.experiment import conducted
-from server.api.lifecycle import Say, Signals, StartError, bound_or_start_error, farewell, first_of, until_stopped
+from server.api.lifecycle import Say, Signals, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
 from server.api.pool.channel import OwnerChannel
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
 from server.api.pool.owned_experiment import OwnedExperiment
-from server.config import CONTROL, ConfigError, ServerConfig
+from server.api.starting import ArmStarts, StartError
+from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
-from server.engine.messages import EngineStats
+from server.engine.messages import EngineInfo, EngineStats
 from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
+from server.routing.plan import plan_of
 from server.telemetry.metrics import Metrics
 from server.telemetry.report import Report
 from server.telemetry.tracing import Tracing
@@ -44,8 +47,16 @@ _WORKERS_CLOSE_S = 4.0
 class Pool:
     """Runs until a signal. Raises StartError."""
 
-    def __init__(self, config: ServerConfig, version: str, say: Say, program: Sequence[str] = ENGINE_PROGRAM) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        version: str,
+        say: Say,
+        program: Sequence[str] = ENGINE_PROGRAM,
+        builds: Builds | None = None,
+    ) -> None:
         self._config = config
+        self._builds = builds
         self._version = version
         self._say = say
         self._supervisors = {arm.name: Supervisor(arm.engine, b"owner", program) for arm in config.all_arms}
@@ -149,17 +160,27 @@ class Pool:
         self._say(f"  {len(self._members)} API workers")
 
     async def _start_others(self) -> None:
-        """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
-        for arm in self._config.arms:
-            self._say(f"Loading arm {arm.name}: {arm.engine.model}")
-            supervisor = self._supervisors[arm.name]
-            await supervisor.start()
-            try:
-                info = await supervisor.wait_ready()
-            except EngineUnavailable as error:
-                self._say(f"Arm {arm.name} does not start: {error}; the control arm takes its share")
-                continue
-            self._say(f"Arm {arm.name} serves: {summary(info)}")
+        """One that does not start leaves the others serving."""
+
+        def failed(name: str, reason: str) -> None:
+            supervisor = self._supervisors[name]
+            supervisor.failure = reason
+            self._tell_all(_engine_state(name, supervisor))
+
+        plan = plan_of(self._config.experiment) if self._config.experiment is not None else None
+        starts = ArmStarts(
+            self._config.arms, plan, self._builds, start=self._start_engine, failed=failed, say=self._say
+        )
+        await starts.run()
+
+    async def _start_engine(self, name: str, config: EngineConfig) -> EngineInfo:
+        supervisor = self._supervisors[name]
+        supervisor.config = config
+        await supervisor.start()
+        try:
+            return await supervisor.wait_ready()
+        except EngineUnavailable as error:
+            raise StartError(str(error)) from error
 
     # -- end ---------------------------------------------------------------------------------------------------
 
