@@ -22,7 +22,7 @@ def optimized(config: ServerConfig, recipe: str) -> ServerConfig | int:
     results: list[ServerConfig] = []
 
     def work() -> int:
-        artifact = make(_options(config, recipe))
+        artifact = make(artifact_options(config, recipe))
         results.append(with_artifact(config, recipe, str(artifact.directory)))
         return 0
 
@@ -31,7 +31,7 @@ def optimized(config: ServerConfig, recipe: str) -> ServerConfig | int:
 
 
 def with_artifact(config: ServerConfig, recipe: str, directory: str) -> ServerConfig:
-    """`config` for an artifact: the API goes on calling the model what it is called. Arms that say neither another model
+    """`config` for an artifact: the API calls the model what it is called. Arms that say neither another model
     nor a recipe are as the control here too."""
     model, engine = config.engine.model, engine_with_artifact(config.engine, recipe, directory)
     arms = tuple(
@@ -45,7 +45,7 @@ def with_artifact(config: ServerConfig, recipe: str, directory: str) -> ServerCo
 
 
 def engine_with_artifact(config: EngineConfig, recipe: str, directory: str) -> EngineConfig:
-    """`config` for an artifact: the head that comes with the original goes on drafting, as the gate measured."""
+    """`config` for an artifact. The head that comes with the original goes on drafting, as the gate measured."""
     engine, source = replace(config, model=directory), resolve(config.model)
     head = packaged_head(source.name) if source.kind == "embedded" else None
     if head is not None and engine.drafter in ("auto", "eagle3", "hybrid") and engine.draft_model is None:
@@ -78,5 +78,6 @@ def _command(engine: EngineConfig, recipe: str) -> list[str]:
     return [*program, "--device", engine.device, "--dtype", engine.dtype, "--nice", NICE]
 
 
-def _options(config: ServerConfig, recipe: str) -> OptimizeOptions:
+def artifact_options(config: ServerConfig, recipe: str) -> OptimizeOptions:
+    """What `outpace optimize` is asked for."""
     return OptimizeOptions(config.engine.model, recipe, device=config.engine.device, dtype=config.engine.dtype)

@@ -14,6 +14,7 @@ from optimize.distill.options import add_distill_options
 from optimize.evaluate.options import add_evaluate_options
 from optimize.export.options import add_export_options
 from optimize.options import (
+    ServingOptions,
     add_artifact_commands,
     add_optimize_options,
     add_serving_options,
@@ -110,28 +111,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_server(options: argparse.Namespace) -> int:
     try:
-        recipe, background = take_serving_options(options)
-        config = parse_config(options)
-        if background and config.api_workers > 1:
-            raise ConfigError(f"api_workers: {config.api_workers} is not valid with --optimize-in-background; use 1")
+        wanted = take_serving_options(options)
+        config = parse_config(options, canary=wanted.background)
     except ConfigError as error:
         print(f"outpace serve: {error}", file=sys.stderr)
         return 2
-    if recipe is None and not any(arm.recipe for arm in config.arms):
+    if wanted.recipe is None and not any(arm.recipe for arm in config.arms):
         return _serve(config)
-    from optimize.serving import arms_optimizer, optimized, successor
+    return _serve_optimized(config, wanted)
 
-    try:
-        optimizer = arms_optimizer(config)
-    except ConfigError as error:
-        print(f"outpace serve: {error}", file=sys.stderr)
-        return 2
-    if recipe is None:
-        return _serve(config, optimizer=optimizer)
-    if background:
-        return _serve(config, successor(config, recipe), optimizer)
-    better = optimized(config, recipe)
-    return better if isinstance(better, int) else _serve(better, optimizer=optimizer)
+
+def _serve_optimized(config: ServerConfig, wanted: ServingOptions) -> int:
+    from optimize.canary import Background, in_background
+    from optimize.command import guarded
+    from optimize.serving import arms_optimizer, optimized
+
+    found: list[Background] = []
+
+    def prepare() -> int:
+        recipe, optimizer = wanted.recipe, arms_optimizer(config)
+        if recipe is not None and wanted.background:
+            found.append(in_background(config, recipe, swap=wanted.swap, say=_say))
+            return 0
+        better = config if recipe is None else optimized(config, recipe)
+        if isinstance(better, int):
+            return better
+        found.append(Background(better, None, optimizer))
+        return 0
+
+    status = guarded("serve", prepare)
+    return _serve(found[0].config, found[0].successor, found[0].optimizer) if found else status
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _serve(config: ServerConfig, successor: Successor | None = None, optimizer: Optimizer | None = None) -> int:

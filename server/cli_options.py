@@ -101,8 +101,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_group(parser, "engine", EngineConfig)
 
 
-def parse_config(options: argparse.Namespace) -> ServerConfig:
-    """The settings' file, then what the command line says. Raises ConfigError naming field, value and what is valid."""
+def parse_config(options: argparse.Namespace, *, canary: bool = False) -> ServerConfig:
+    """The settings' file, then what the command line says; `canary` as for `SettingsFile.settings`. Raises ConfigError
+    naming field, value and what is valid."""
     given = dict(vars(options))
     path = given.pop("config", None)
     file = SettingsFile() if path is None else read_settings(path)
@@ -111,7 +112,7 @@ def parse_config(options: argparse.Namespace) -> ServerConfig:
         if given.get("model", positional) != positional:
             raise ConfigError(f"model: given twice, as {positional!r} and as {given['model']!r}; use one")
         given["model"] = positional
-    return file.settings(given)
+    return file.settings(given, canary=canary)
 
 
 def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[EngineConfig] | type[ServerConfig]) -> None:

@@ -36,6 +36,12 @@ class Arm:
     _last_leave: float = 0.0
     _pace_s: float = 0.0
 
+    def take_over(self, other: Arm) -> None:
+        """`other`'s engine is this arm's from now on. What was admitted before leaves where it was admitted."""
+        self.engine, self.config, self.failure = other.engine, other.config, None
+        if other.text is not None:
+            self.text = other.text
+
     @property
     def not_ready(self) -> tuple[str, str] | None:
         """Why it does not serve, as (status, reason); None while it does."""

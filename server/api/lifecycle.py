@@ -22,11 +22,12 @@ from server.api.arm import Arm
 from server.api.arms import Arms
 from server.api.banner import banner
 from server.api.builds import Builds
+from server.api.conclusion import conclude, stop, told
 from server.api.experiment import conducted, experiment_of
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
-from server.api.starting import ArmStarts, StartError
+from server.api.starting import ArmStarts, StartError, pending
 from server.api.state import ServerState
 from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
@@ -96,6 +97,8 @@ class Server:
         self._builds = builds
         self._backends = backends
         self._say = say
+        self._leaving: list[EngineClientLike] = []
+        self._stopping: asyncio.Task[None] | None = None
         self.url = ""
         self.signals = Signals(self._on_stop, self._on_reload)
         try:
@@ -122,7 +125,9 @@ class Server:
             )
             self.state.reload = self.reload
             self._front = Front(self.state)
-            self._experiment = experiment_of(self.state, say)
+            self._experiment = experiment_of(self.state, say, self._conclude)
+            for name in pending(config):  # an engine that nobody has started is nothing to be alarmed of
+                metrics.forget_engine(name)
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
 
@@ -178,6 +183,7 @@ class Server:
 
         async def start(name: str, config: EngineConfig) -> EngineInfo:
             arm, backend = arms[name], backends[name]
+            self.state.metrics.watch_engine(name, arm.engine)
             if config != arm.config and backend.configure is not None:
                 arm.config = config
                 backend.configure(config)
@@ -191,7 +197,21 @@ class Server:
             failed=failed,
             say=self._say,
         )
-        await starts.run()
+        served = await starts.run()
+        if plan is not None and plan.retire and plan.candidate in served and plan.baseline not in served:
+            self._say(f"Arm {plan.candidate} has nothing to be compared with and stops; the control serves on")
+            self._leave(conclude(self.state, plan, promoted=False))
+
+    def _conclude(self, promoted: bool) -> None:
+        """The experiment is over, and what nobody needs any more stops."""
+        assert self._config.experiment is not None
+        plan = plan_of(self._config.experiment)
+        self._say(told(plan, promoted=promoted, control=self.state.control.name))
+        self._leave(conclude(self.state, plan, promoted=promoted))
+
+    def _leave(self, engines: list[EngineClientLike]) -> None:
+        self._leaving = engines
+        self._stopping = asyncio.create_task(stop(engines), name="stop-engines")
 
     async def _start_arm(self, arm: Arm, backend: Backend) -> EngineInfo:
         arm.progress = "The model is being loaded."
@@ -220,7 +240,10 @@ class Server:
     async def _close(self) -> None:
         """The engine goes first: handlers still at work learn it and can tell their clients."""
         try:
-            closing = asyncio.gather(*(arm.engine.close() for arm in self.state.arms.every))
+            if self._stopping is not None:
+                self._stopping.cancel()
+            engines = [*(arm.engine for arm in self.state.arms.every), *self._leaving]
+            closing = asyncio.gather(*(engine.close() for engine in engines))
             await asyncio.wait_for(closing, _ENGINE_CLOSE_S)
         except TimeoutError:
             logger.warning("the engine did not close within %g s", _ENGINE_CLOSE_S)

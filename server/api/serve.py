@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
-from server.api.builds import Builds, Optimizer
+from server.api.builds import BuildError, Builds, Optimizer
 from server.api.event_loop import loop_factory
+from server.api.experiment import settled
 from server.api.interfaces import EngineClientLike
 from server.api.lifecycle import Backend, Server
 from server.api.load_text import load_text
 from server.api.pool.owner import Pool
 from server.api.starting import StartError
 from server.api.successor import EngineRelay, Successor, succeeding
-from server.config import ArmConfig, ServerConfig
+from server.config import NO_RECIPE, ArmConfig, ServerConfig
 from server.engine.client import EngineClient
+from server.models.source import resolve
 
 
 def serve(
@@ -33,6 +36,7 @@ def serve(
 
 async def _run(config: ServerConfig, version: str, successor: Successor | None, optimizer: Optimizer | None) -> None:
     builds = None if optimizer is None else Builds(optimizer)
+    config = await _settled(config, builds)
     if config.api_workers > 1:
         await Pool(config, version, _say, builds=builds).run()
         return
@@ -46,6 +50,22 @@ async def _run(config: ServerConfig, version: str, successor: Successor | None, 
     relay = EngineRelay(EngineClient(control.engine))
     async with succeeding(relay, successor, EngineClient, _say):
         await Server(config, [_backend(control, relay), *backends], version, _say, builds).run()
+
+
+async def _settled(config: ServerConfig, builds: Builds | None) -> ServerConfig:
+    """What is served after an experiment that is over. Raises StartError."""
+    original = config.engine.model
+    config, recipe = settled(config, _say)
+    if recipe is None or recipe == NO_RECIPE:
+        return config
+    try:
+        if builds is None:
+            raise BuildError(f"recipe {recipe!r}: this server optimises nothing")
+        engine = await builds.made(config.engine, recipe)
+        name = config.served_model_name or resolve(original).name
+    except (BuildError, ValueError) as error:
+        raise StartError(str(error)) from error
+    return replace(config, engine=engine, served_model_name=name)
 
 
 def _backend(arm: ArmConfig, engine: EngineClientLike) -> Backend:

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from server.api.banner import summary
 from server.api.builds import BuildError, Builds
-from server.config import NO_RECIPE, ArmConfig, EngineConfig
+from server.config import NO_RECIPE, ArmConfig, EngineConfig, ServerConfig
 from server.engine.messages import EngineInfo
-from server.routing.plan import Plan
+from server.routing.plan import Plan, plan_of
 
 Start = Callable[[str, EngineConfig], Awaitable[EngineInfo]]
 """Starts the engine of the arm of that name with these settings. Raises StartError."""
@@ -22,6 +22,13 @@ Start = Callable[[str, EngineConfig], Awaitable[EngineInfo]]
 
 class StartError(RuntimeError):
     """The server, or an arm, could not start; the message is one line for the person who typed the command."""
+
+
+def pending(config: ServerConfig) -> set[str]:
+    """Arms whose engines wait for a build."""
+    waiting = {arm.name for arm in config.arms if arm.recipe not in (None, NO_RECIPE)}
+    plan = None if config.experiment is None else plan_of(config.experiment)
+    return waiting | ({plan.baseline} if plan is not None and plan.candidate in waiting else set())
 
 
 class ArmStarts:

@@ -23,13 +23,14 @@ from server.api.access.tls import TlsContext
 from server.api.banner import banner
 from server.api.builds import Builds
 from server.api.experiment import conducted
+from server.api.experiment_metrics import ExperimentMetrics
 from server.api.lifecycle import Say, Signals, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
 from server.api.pool.channel import OwnerChannel
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
 from server.api.pool.owned_experiment import OwnedExperiment
-from server.api.starting import ArmStarts, StartError
+from server.api.starting import ArmStarts, StartError, pending
 from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineInfo, EngineStats
@@ -84,9 +85,12 @@ class Pool:
         )
         self._metrics = PoolMetrics(own, self._ask_for_snapshots)
         for name, supervisor in self._supervisors.items():
-            own.watch_engine(name, supervisor)
+            if name not in pending(config):
+                own.watch_engine(name, supervisor)
         try:
             self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say)
+            if self._experiment.experiment is not None:
+                own.engine_registry.register(ExperimentMetrics(self._experiment.experiment.conductor.report))
         except ConfigError as error:
             raise StartError(str(error)) from error
 
@@ -176,6 +180,7 @@ class Pool:
     async def _start_engine(self, name: str, config: EngineConfig) -> EngineInfo:
         supervisor = self._supervisors[name]
         supervisor.config = config
+        self._metrics.own.watch_engine(name, supervisor)
         await supervisor.start()
         try:
             return await supervisor.wait_ready()
