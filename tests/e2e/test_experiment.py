@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +19,14 @@ from typing import Any
 
 import pytest
 
-PATIENCE_S = 120.0
+from server.api.access.keys import digest_of
+
+PATIENCE_S = 300.0
 SETTINGS = 'max_num_seqs = 4\nkv_cache_tokens = 2048\nnum_threads = 1\nadaptive = false\ndrafter = "ngram"\n'
+ADMIN, KEY = "sk-outpace-admin", "sk-outpace-user"
 CANARY_SERVER = str(Path(__file__).with_name("canary_server.py"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Running:
@@ -42,7 +44,7 @@ class Running:
             self.said.append(line)
 
     def until_said(self, pattern: str) -> str:
-        until(lambda: any(re.search(pattern, line) for line in list(self.said)), f"it says {pattern}: {self.said}")
+        until(lambda: any(re.search(pattern, line) for line in list(self.said)), f"it says {pattern}", self.said)
         return next(found[found.lastindex or 0] for line in self.said if (found := re.search(pattern, line)))
 
     @property
@@ -62,7 +64,8 @@ class Running:
         return sorted(found)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as response:
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             return json.load(response)
 
     def experiment(self) -> dict[str, Any]:
@@ -73,11 +76,14 @@ class Running:
     def arm_of(self, user: str, max_tokens: int = 2) -> str:
         """The arm that answers; every answer is a good one."""
         body = {"prompt": "the other", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "user": user}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+        with self.post("/v1/completions", body, KEY) as response:
             assert json.load(response)["usage"]["completion_tokens"] == max_tokens
             return str(response.headers.get("x-outpace-arm", "alone"))
+
+    def post(self, path: str, body: Any, key: str) -> Any:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        return urllib.request.urlopen(request, timeout=PATIENCE_S)
 
 
 @contextmanager
@@ -94,16 +100,19 @@ def running(command: list[str]) -> Iterator[Running]:
             server.process.wait()
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str, said: list[str] | None = None) -> None:
     end = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < end, f"waited {PATIENCE_S} s in vain: {what}"
+        assert time.monotonic() < end, f"waited {PATIENCE_S} s in vain: {what}: {said}"
         time.sleep(0.1)
 
 
 def served(tmp_path: Path, content: str) -> list[str]:
     file = tmp_path / "outpace.toml"
-    file.write_text(f'access_log = "off"\nexperiment_ledger = "{tmp_path / "ledger"}"\n{SETTINGS}{content}')
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[admin]\nsha256 = "{digest_of(ADMIN)}"\n[[key]]\nname = "user"\nsha256 = "{digest_of(KEY)}"\n')
+    paths = f'experiment_ledger = "{tmp_path / "ledger"}"\napi_keys = "{keys}"\n'
+    file.write_text(f'access_log = "off"\n{paths}{SETTINGS}{content}')
     return ["--port", "0", "--config", str(file)]
 
 
@@ -147,39 +156,32 @@ def test_kill_9_in_the_middle_goes_on_at_the_same_stage_with_the_same_keys(
 def test_a_canary_takes_the_controls_place(tiny_llama_dir: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "artifact"
     shutil.copytree(tiny_llama_dir, artifact)
-    flags = served(
-        tmp_path,
-        f'model = "{tiny_llama_dir}"\n[experiment]\nmargin = 1000\n'
-        "stages = [{share = 30, min_samples = 5, min_time_s = 1}, {share = 50, min_samples = 5, min_time_s = 1}, "
-        "{share = 100}]\n",
-    )
+    flags = served(tmp_path, f'model = "{tiny_llama_dir}"\n[experiment]\nstages = [{{share = 40}}, {{share = 100}}]\n')
     command = [sys.executable, CANARY_SERVER, str(artifact), *flags]
     with running(command) as server:
         server.until_said("Arm baseline serves")
         old = server.engines()
         assert len(old) == 3
+        until(lambda: server.experiment()["status"] == "running", "it begins")
+        assert {server.arm_of(f"user-{number}") for number in range(40)} == {"control", "canary", "baseline"}
         number = 0
-        seen = set()
-        while server.experiment()["status"] in ("waiting", "running"):
-            number += 1
-            assert number < 5000
-            seen.add(server.arm_of(f"user-{number}"))
-        assert seen >= {"control", "canary", "baseline"}
-        assert server.experiment()["status"] == "promoted", server.experiment()["reason"]
+        server.post("/admin/experiment/promote", {}, ADMIN).close()
+        assert server.experiment()["status"] == "promoted"
         server.until_said("Arm canary is the control now")
         while len(server.engines()) > 1:
             number += 1
-            assert number < 5000
+            assert number < 20000
             assert server.arm_of(f"user-{number}") == "alone"
         info = server.get("/server_info")
         assert info["ready"] and info["arms"] == {} and set(server.engines()) < set(old)
-        with urllib.request.urlopen(server.url + "/metrics") as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        ) as response:
             metrics = response.read().decode()
         assert re.findall(r'outpace_engine_ready\{arm="(\w+)"\} (\S+)', metrics) == [("control", "1.0")]
         verdict = json.loads((artifact / "verdict.json").read_text())
         assert (verdict["status"], verdict["attempt"]) == ("promoted", 1)
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(urllib.request.Request(server.url + "/v1/models/canary"))
+        assert [model["id"] for model in server.get("/v1/models")["data"]] == ["tiny-llama0"]
     with running(command) as server:
         server.until_said(r"Experiment artifact-1 is over: promoted")
         assert server.url and len(server.engines()) == 1

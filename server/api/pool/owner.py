@@ -22,11 +22,13 @@ from server.api.access.ledger import Ledger
 from server.api.access.tls import TlsContext
 from server.api.banner import banner
 from server.api.builds import Builds
+from server.api.conclusion import told
 from server.api.experiment import conducted
 from server.api.experiment_metrics import ExperimentMetrics
 from server.api.lifecycle import Say, Signals, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
 from server.api.pool.channel import OwnerChannel
+from server.api.pool.conclusion import conclude_engines, concluded, stop
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
 from server.api.pool.owned_experiment import OwnedExperiment
@@ -69,6 +71,8 @@ class Pool:
         self._idle = asyncio.Event()
         self._draining = False
         self._closing = False
+        self._leaving: list[Supervisor] = []
+        self._conclusion: m.Concluded | None = None
         try:
             self._access = AccessControl.from_file(config.api_keys)
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
@@ -88,7 +92,7 @@ class Pool:
             if name not in pending(config):
                 own.watch_engine(name, supervisor)
         try:
-            self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say)
+            self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say, self._conclude)
             if self._experiment.experiment is not None:
                 own.engine_registry.register(ExperimentMetrics(self._experiment.experiment.conductor.report))
         except ConfigError as error:
@@ -138,7 +142,7 @@ class Pool:
         config, num_workers = self._config, self._config.api_workers
         control, ledger = str(directory / "control.sock"), directory / "ledger"
         Ledger.create(ledger, num_workers)
-        counts = [str(directory / f"counts-{index}") for index in range(len(config.all_arms))]
+        counts = self._count_files = [str(directory / f"counts-{index}") for index in range(len(config.all_arms))]
         for path in counts:
             SharedCounts.create(path, num_workers)
         self._counts = [SharedCounts(path, num_workers, 0) for path in counts]
@@ -175,7 +179,10 @@ class Pool:
         starts = ArmStarts(
             self._config.arms, plan, self._builds, start=self._start_engine, failed=failed, say=self._say
         )
-        await starts.run()
+        served = await starts.run()
+        if plan is not None and plan.retire and plan.candidate in served and plan.baseline not in served:
+            self._say(f"Arm {plan.candidate} has nothing to be compared with and stops; the control serves on")
+            self._conclude(False)
 
     async def _start_engine(self, name: str, config: EngineConfig) -> EngineInfo:
         supervisor = self._supervisors[name]
@@ -208,7 +215,9 @@ class Pool:
         self._closing = True
         for member in self._members:
             member.stopping = True
-        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
+        if self._leaving:
+            self._stopping.cancel()
+        await asyncio.gather(*(engine.close() for engine in [*self._supervisors.values(), *self._leaving]))
         self._tell_all(m.Quit())
         await asyncio.gather(*(member.close(_WORKERS_CLOSE_S) for member in self._members))
 
@@ -227,6 +236,24 @@ class Pool:
         supervisor.on_up = lambda endpoint: self._tell_all(_engine_state(name, supervisor))
         supervisor.on_down = on_down
         supervisor.on_stats = on_stats
+
+    def _conclude(self, promoted: bool) -> None:
+        """The experiment is over, and what nobody needs any more stops."""
+        config = self._config
+        assert config.experiment is not None
+        plan = plan_of(config.experiment)
+        self._conclusion = m.Concluded(promoted)
+        self._leaving = conclude_engines(self._supervisors, self._metrics.own, plan, promoted=promoted)
+        control = self._supervisors[CONTROL]
+        self._follow(CONTROL, control)
+        self._tell_all(self._conclusion)
+        self._tell_all(_engine_state(CONTROL, control))
+        left = concluded(config, plan, control)
+        counts = {arm.name: path for arm, path in zip(config.all_arms, self._count_files, strict=True)}
+        for member in self._members:
+            member.assign(left, [counts[arm.name] for arm in left.all_arms])
+        self._say(told(plan, promoted=promoted, control=CONTROL))
+        self._stopping = asyncio.create_task(stop(self._leaving), name="stop-engines")
 
     # -- the workers -------------------------------------------------------------------------------------------
 
@@ -283,6 +310,8 @@ class Pool:
         """The worker listens: it learns how everything is."""
         identity = member.identity
         self._channel.send(m.Keys(self._access.table), identity)
+        if self._conclusion is not None and len(member.assigned.counts) > len(self._supervisors):
+            self._channel.send(self._conclusion, identity)  # it was started before, and hears it once
         for name, supervisor in self._supervisors.items():
             self._channel.send(_engine_state(name, supervisor), identity)
         self._experiment.greet(identity)
