@@ -17,11 +17,20 @@ from tests.api.test_experiment import World, world
 
 SENTENCE = "A sentence that is long enough to be looked at, of words that differ from one another, as text has."
 TEXT = [f"{word} " for word in SENTENCE.split(" ")]
-CLIENTS = 40
+PARTS = [" ".join(SENTENCE.split(" ")[at : at + 4]) + " " for at in range(0, 20, 4)]
+"""Few steps that take long: what a busy machine adds to them is small beside."""
+CLIENTS = 20
 PATIENCE_S = 60.0
 SPEED = 40.0
 """Seconds of the experiment's clock in one of ours: evidence is clustered by blocks of ten seconds and more."""
 HALVES = [{"share": 50, "min_samples": 1_000_000}, {"share": 100, "min_samples": 0}]
+
+
+TIMELESS = {
+    "guards": {"min_samples": 1_000_000},
+    "tolerances": dict.fromkeys(("ttft", "itl", "tpot", "e2e", "tokens_per_s"), 100.0),
+}
+"""What a busy machine does to latencies decides nothing."""
 
 
 class Losing(FakeEngine):
@@ -66,13 +75,14 @@ async def verdict(w: World) -> dict[str, Any]:
     return report
 
 
-async def test_a_third_slower(serve: Serve, tmp_path: Path) -> None:
+async def test_a_half_slower(serve: Serve, tmp_path: Path) -> None:
     w = await world(
         serve,
         tmp_path / "ledger",
-        FakeEngine(steps(*TEXT), step_s=0.016),
-        control=FakeEngine(steps(*TEXT), step_s=0.012),
+        FakeEngine(steps(*PARTS), step_s=0.09),
+        control=FakeEngine(steps(*PARTS), step_s=0.06),
         stages=HALVES,
+        guards=TIMELESS["guards"],
     )
     report = await verdict(w)
     assert report["status"] == "rolled_back"
@@ -80,7 +90,9 @@ async def test_a_third_slower(serve: Serve, tmp_path: Path) -> None:
 
 
 async def test_two_errors_in_a_hundred(serve: Serve, tmp_path: Path) -> None:
-    w = await world(serve, tmp_path / "ledger", Losing(steps(*TEXT)), control=FakeEngine(steps(*TEXT)), stages=HALVES)
+    w = await world(
+        serve, tmp_path / "ledger", Losing(steps(*TEXT)), control=FakeEngine(steps(*TEXT)), stages=HALVES, **TIMELESS
+    )
     report = await verdict(w)
     assert report["status"] == "rolled_back"
     assert report["reason"].startswith("errors is worse")
@@ -88,7 +100,7 @@ async def test_two_errors_in_a_hundred(serve: Serve, tmp_path: Path) -> None:
 
 async def test_garbled(serve: Serve, tmp_path: Path) -> None:
     garbage = FakeEngine(steps("la " * 60))
-    w = await world(serve, tmp_path / "ledger", garbage, control=FakeEngine(steps(*TEXT)), stages=HALVES)
+    w = await world(serve, tmp_path / "ledger", garbage, control=FakeEngine(steps(*TEXT)), stages=HALVES, **TIMELESS)
     report = await verdict(w)
     assert report["status"] == "rolled_back"
     assert report["reason"].split()[0] in ("garbled", "compression", "output_tokens")

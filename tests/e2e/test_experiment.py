@@ -21,7 +21,7 @@ import pytest
 
 from server.api.access.keys import digest_of
 
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 SETTINGS = 'max_num_seqs = 4\nkv_cache_tokens = 2048\nnum_threads = 1\nadaptive = false\ndrafter = "ngram"\n'
 ADMIN, KEY = "sk-outpace-admin", "sk-outpace-user"
 CANARY_SERVER = str(Path(__file__).with_name("canary_server.py"))
