@@ -26,7 +26,7 @@ SPEED = 40.0
 HALVES = [{"share": 50, "min_samples": 1_000_000}, {"share": 100, "min_samples": 0}]
 
 
-TIMELESS = {
+TIMELESS: dict[str, Any] = {
     "guards": {"min_samples": 1_000_000},
     "tolerances": dict.fromkeys(("ttft", "itl", "tpot", "e2e", "tokens_per_s"), 100.0),
 }
