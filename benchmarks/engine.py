@@ -17,6 +17,7 @@ from server.config import ConfigError, EngineConfig
 from server.core import Request, SamplingParams
 from server.engine.build import Find, build_engine
 from server.engine.core import EngineCore
+from server.engine.defaults import form_for
 from server.engine.speculation import Speculation
 from server.models.config import UnsupportedModelError
 from server.models.errors import ModelSourceError
@@ -53,7 +54,7 @@ class Run:
 def build(drafter: str, *, find: Find | None = None, **settings: object) -> EngineCore:
     """An engine on the embedded model, silent. `find` as in `build_engine`."""
     config = EngineConfig(drafter=drafter, **{"kv_cache_tokens": 40_000, **settings})  # type: ignore[arg-type]
-    inner = find or partial(resolve, weights=config.weights)
+    inner = find or partial(resolve, form=form_for(config))
 
     def noting(name: str) -> ModelSource:
         source = inner(name)

@@ -121,7 +121,9 @@ def first_layers(directory: Path, num_layers: int, into: Path) -> str:
 def run_case(
     case: Case, prompts: list[list[int]], max_tokens: int, sampling: SamplingParams, draft_model: str
 ) -> tuple[list[list[int]], str]:
-    settings: dict[str, Any] = {"device": "cpu", "prefix_cache": False, "adaptive": False, **case.settings}
+    settings: dict[str, Any] = {
+        "device": "cpu", "weights": "dequantised", "prefix_cache": False, "adaptive": False, **case.settings,
+    }  # fmt: skip
     if settings.get("kv_cache_tokens") == 0:
         settings["kv_cache_tokens"] = max(map(len, prompts)) + max_tokens + 64
     if case.drafter == "small-lm":

@@ -26,6 +26,7 @@ from typing import Any
 from optimize.errors import OptimizeError
 from server.config import cache_dir
 from server.models.conversion_cache import safe_name
+from server.routing.verdict import VERDICT
 
 MANIFEST = "artifact.json"
 STAGES = "stages.json"
@@ -215,7 +216,7 @@ def described(directory: Path, file_hash: Callable[[Path], str]) -> dict[str, di
     return {
         path.name: {"size": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        if path.name not in (MANIFEST, VERDICT)  # what is decided of it later
     }
 
 

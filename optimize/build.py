@@ -36,6 +36,7 @@ from optimize.recipe_file import load_recipe, recipe_fields
 from optimize.stage_runner import MODELOPT, ChildStages, RunStage, Say, require_libraries
 from server.config import ConfigError
 from server.models.source import ModelSource, load_index, resolve
+from server.routing.verdict import read_verdict
 
 BUILDER_VERSION = 1
 """Part of every key: raised when the same recipe is to give other bytes."""
@@ -261,6 +262,9 @@ def describe(artifact: Artifact) -> str:
     """One line for people."""
     formats = ", ".join(artifact.manifest["stages"]["quantize"].get("formats", []))
     words = [f"{formats}, {artifact.size / 1e6:,.1f} MB", *_judged(artifact.manifest)]
+    verdict = read_verdict(artifact.directory)
+    if verdict.status:
+        words.append(f"{verdict.status.replace('_', ' ')} on {verdict.at} ({verdict.reason})")
     return f"{artifact.directory.name}: {', '.join(words)}"
 
 

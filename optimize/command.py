@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from optimize.artifact import Artifact, ArtifactStore, DamagedError
 from optimize.build import PAGE, Builder, describe
@@ -15,6 +16,7 @@ from optimize.progress import Bar
 from optimize.recipe_file import load_recipe, recipe_names, recipe_text
 from server.config import ConfigError
 from server.models.errors import ModelSourceError
+from server.routing.verdict import allow_another, read_verdict
 from server.text.errors import ChatTemplateError, TokenizerError
 
 REFUSED, INTERRUPTED = 3, 130
@@ -45,7 +47,11 @@ def run_optimize(namespace: argparse.Namespace) -> int:
 def run_artifacts(namespace: argparse.Namespace) -> int:
     """Exit status: 0, 1 where a damaged one was found or a name is not there."""
     store = ArtifactStore()
-    actions = {"list": lambda: _list(store, namespace.verify), "prune": lambda: _prune(store, namespace.keep)}
+    actions = {
+        "list": lambda: _list(store, namespace.verify),
+        "prune": lambda: _prune(store, namespace.keep),
+        "retry": lambda: _retry(store, namespace.names),
+    }
     return guarded("artifacts", actions.get(namespace.action) or (lambda: _remove(store, namespace.names)))
 
 
@@ -90,13 +96,25 @@ def _prune(store: ArtifactStore, keep: int) -> int:
 
 
 def _remove(store: ArtifactStore, names: list[str]) -> int:
-    known = {path.name for path in (*store.artifacts(), *store.leftovers())}
-    for name in names:
-        if name not in known:
-            raise OptimizeError(f"{name}: there is no such artifact; `outpace artifacts list` shows all")
+    _check_names(names, [*store.artifacts(), *store.leftovers()])
     for name in names:
         _take_away(store, name)
     return 0
+
+
+def _retry(store: ArtifactStore, names: list[str]) -> int:
+    """What was rolled back, or promoted, is a canary again at the next start in the background."""
+    _check_names(names, store.artifacts())
+    for name in names:
+        before, after = read_verdict(store.root / name), allow_another(store.root / name)
+        print(f"{name}: {before.status.replace('_', ' ') or 'no verdict'} before; attempt {after.attempt} may begin")
+    return 0
+
+
+def _check_names(names: list[str], known: list[Path]) -> None:
+    for name in names:
+        if name not in {path.name for path in known}:
+            raise OptimizeError(f"{name}: there is no such artifact; `outpace artifacts list` shows all")
 
 
 def _take_away(store: ArtifactStore, name: str) -> None:

@@ -71,7 +71,7 @@ def parse_optimize(namespace: argparse.Namespace) -> OptimizeOptions:
 
 
 def add_artifact_commands(parser: argparse.ArgumentParser) -> None:
-    """`artifacts list | prune | remove NAME…`."""
+    """`artifacts list | prune | remove NAME… | retry NAME…`."""
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = commands.add_parser("list", help="artifacts in the cache")
     listing.add_argument("--verify", action="store_true", help="read every file and compare it with what was written")
@@ -79,10 +79,12 @@ def add_artifact_commands(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--keep", type=int, default=1, metavar="N", help="artifacts kept of a model and recipe [1]")
     remove = commands.add_parser("remove", help="remove artifacts by name")
     remove.add_argument("names", nargs="+", metavar="NAME")
+    retry = commands.add_parser("retry", help="forget that a canary was rolled back: the next start tries it again")
+    retry.add_argument("names", nargs="+", metavar="NAME")
 
 
 def add_serving_options(parser: argparse.ArgumentParser) -> None:
-    """`--optimize` and `--optimize-in-background`."""
+    """`--optimize`, `--optimize-in-background` and `--swap-when-built`."""
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--optimize",
@@ -94,16 +96,34 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--optimize-in-background",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="serve the original at once and the optimised model when it is ready",
+        help="serve the original at once; the optimised model enters as a canary when it is ready",
+    )
+    group.add_argument(
+        "--swap-when-built",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="in the background: no canary, the optimised model takes the original's place when it is ready",
     )
 
 
-def take_serving_options(namespace: argparse.Namespace) -> tuple[str | None, bool]:
-    """(recipe, whether in the background), taken out of the namespace. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class ServingOptions:
+    """Which recipe the served model is optimised by (None: it is not), and when."""
+
+    recipe: str | None = None
+    background: bool = False
+    swap: bool = False
+
+
+def take_serving_options(namespace: argparse.Namespace) -> ServingOptions:
+    """Taken out of the namespace. Raises ConfigError."""
     values = vars(namespace)
-    recipe, background = values.pop("optimize", None), values.pop("optimize_in_background", False)
-    if background and recipe is None:
+    names = {"recipe": "optimize", "background": "optimize_in_background", "swap": "swap_when_built"}
+    found = ServingOptions(**{field: values.pop(name) for field, name in names.items() if name in values})
+    if found.background and found.recipe is None:
         raise ConfigError("optimize: missing; --optimize-in-background needs --optimize RECIPE")
-    if recipe is not None:
-        load_recipe(recipe)
-    return recipe, background
+    if found.swap and not found.background:
+        raise ConfigError("swap_when_built: not valid here; it says what --optimize-in-background does")
+    if found.recipe is not None:
+        load_recipe(found.recipe)
+    return found

@@ -14,6 +14,7 @@ from optimize.distill.options import add_distill_options
 from optimize.evaluate.options import add_evaluate_options
 from optimize.export.options import add_export_options
 from optimize.options import (
+    ServingOptions,
     add_artifact_commands,
     add_optimize_options,
     add_serving_options,
@@ -27,6 +28,7 @@ from server.config import ConfigError, ServerConfig
 from server.plan.options import add_plan_options
 
 if TYPE_CHECKING:
+    from server.api.builds import Optimizer
     from server.api.successor import Successor
 
 
@@ -109,26 +111,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_server(options: argparse.Namespace) -> int:
     try:
-        recipe, background = take_serving_options(options)
-        config = parse_config(options)
-        if background and config.api_workers > 1:
-            raise ConfigError(f"api_workers: {config.api_workers} is not valid with --optimize-in-background; use 1")
+        wanted = take_serving_options(options)
+        config = parse_config(options, canary=wanted.background)
     except ConfigError as error:
         print(f"outpace serve: {error}", file=sys.stderr)
         return 2
-    if recipe is None:
+    if wanted.recipe is None and not any(arm.recipe for arm in config.arms):
         return _serve(config)
-    from optimize.serving import optimized, successor
-
-    if background:
-        return _serve(config, successor(config, recipe))
-    better = optimized(config, recipe)
-    return better if isinstance(better, int) else _serve(better)
+    return _serve_optimized(config, wanted)
 
 
-def _serve(config: ServerConfig, successor: Successor | None = None) -> int:
+def _serve_optimized(config: ServerConfig, wanted: ServingOptions) -> int:
+    from optimize.canary import Background, in_background
+    from optimize.command import guarded
+    from optimize.serving import arms_optimizer, optimized
+
+    found: list[Background] = []
+
+    def prepare() -> int:
+        recipe, optimizer = wanted.recipe, arms_optimizer(config)
+        if recipe is not None and wanted.background:
+            found.append(in_background(config, recipe, swap=wanted.swap, say=_say))
+            return 0
+        better = config if recipe is None else optimized(config, recipe)
+        if isinstance(better, int):
+            return better
+        found.append(Background(better, None, optimizer))
+        return 0
+
+    status = guarded("serve", prepare)
+    return _serve(found[0].config, found[0].successor, found[0].optimizer) if found else status
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _serve(config: ServerConfig, successor: Successor | None = None, optimizer: Optimizer | None = None) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Only here: `outpace version` and --help should not pay for an HTTP server.
     from server.api.serve import serve
 
-    return serve(config, version()) if successor is None else serve(config, version(), successor)
+    return serve(config, version(), successor, optimizer)

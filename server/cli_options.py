@@ -36,6 +36,8 @@ HELP = {
     "max_num_seqs": "most sequences that are generated at once (default: 16 on a CPU, 64 on a GPU)",
     "max_num_batched_tokens": "most prompt tokens in one prefill step (default: 256 on a CPU, 2048 on a GPU)",
     "block_size": "tokens in a KV cache block",
+    "device_share": "most of the device's memory that the engine takes in all, weights included, 0 to 1 (default: what "
+    "is free)",
     "kv_memory_share": "share of the memory left after loading that the KV cache takes, 0 to 1 (default: 0.25 on a "
     "CPU, 0.85 on a GPU)",
     "kv_cache_dtype": f"what the KV cache stores: {', '.join(KV_CACHE_DTYPES)} (fp8: GPUs only, half the memory)",
@@ -99,8 +101,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_group(parser, "engine", EngineConfig)
 
 
-def parse_config(options: argparse.Namespace) -> ServerConfig:
-    """The settings' file, then what the command line says. Raises ConfigError naming field, value and what is valid."""
+def parse_config(options: argparse.Namespace, *, canary: bool = False) -> ServerConfig:
+    """The settings' file, then what the command line says; `canary` as for `SettingsFile.settings`. Raises ConfigError
+    naming field, value and what is valid."""
     given = dict(vars(options))
     path = given.pop("config", None)
     file = SettingsFile() if path is None else read_settings(path)
@@ -109,7 +112,7 @@ def parse_config(options: argparse.Namespace) -> ServerConfig:
         if given.get("model", positional) != positional:
             raise ConfigError(f"model: given twice, as {positional!r} and as {given['model']!r}; use one")
         given["model"] = positional
-    return file.settings(given)
+    return file.settings(given, canary=canary)
 
 
 def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[EngineConfig] | type[ServerConfig]) -> None:

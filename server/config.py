@@ -54,9 +54,10 @@ class EngineConfig:
     `recent_outputs` is how many finished requests' outputs the suffix drafter may copy from (0: only the request's
     own tokens). The queue holds `max_waiting` sequences, and prompts of `max_waiting_tokens` tokens in all (None: as
     many as eight full KV caches). A step that takes longer than `step_timeout_s` seconds has hung, and the engine is
-    restarted. `weights` says how GGUF files (the embedded model is one) are run: `native`, each layer in the precision
-    of its own blocks, `dequantised`, or `auto`: native on a CPU whose kernels take the model. Other models leave
-    nothing to choose.
+    restarted. `device_share` is the most of the device's memory that this engine takes in all, weights included (None:
+    what is free). `weights` says how GGUF files (the embedded model is one) are run: `native`, each layer in the
+    precision of its own blocks, `dequantised`, or `auto`: native on a CPU whose kernels take the model. Other models
+    leave nothing to choose.
     """
 
     model: str = "smollm2-135m"
@@ -71,6 +72,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
+    device_share: float | None = None
     kv_memory_share: float | None = None
     kv_cache_dtype: str = "auto"
     kv_cache_tokens: int | None = None
@@ -109,14 +111,18 @@ class EngineConfig:
             if value is not None:
                 _at_least(name, value, 1)
         _at_least("step_timeout_s", self.step_timeout_s, 1)
-        if self.kv_memory_share is not None and not 0.0 < self.kv_memory_share <= 1.0:
-            raise ConfigError(f"kv_memory_share: {self.kv_memory_share!r} is not valid; use more than 0, at most 1")
+        for name in ("device_share", "kv_memory_share"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ConfigError(f"{name}: {value!r} is not valid; use more than 0, at most 1")
         if self.drafter == "small-lm" and self.draft_model is None:
             raise ConfigError("draft_model: missing; drafter 'small-lm' needs the model to draft with")
 
 
 CONTROL = "control"
 """The arm of `ServerConfig.engine`: what is served where no settings name arms."""
+NO_RECIPE = "none"
+"""What an arm says that serves the model as it is where the others are optimised."""
 ASSIGNMENT_KEYS = ("user", "api_key", "request")
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -125,12 +131,14 @@ _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class ArmConfig:
     """A further model that is served beside the control, which is `ServerConfig.engine`.
 
-    `weight` is its share of the traffic in percent.
+    `weight` is its share of the traffic in percent. With a `recipe` the model that `engine` names is optimised by it,
+    or what was made of it before is loaded, and the arm serves that (`none`: it serves the model as it is).
     """
 
     name: str
     engine: EngineConfig
     weight: float = 0.0
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         if not _ARM_NAME.fullmatch(self.name):

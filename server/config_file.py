@@ -25,6 +25,7 @@ from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, Routing
 from server.routing.plan import Plan, plan_of
 
 _TABLES = ("engine", "arms", "experiment", "routing")
+_ARM_FIELDS = {"name": str, "weight": float, "recipe": str}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -37,22 +38,27 @@ class SettingsFile:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     experiment: Mapping[str, Any] | None = None
 
-    def settings(self, given: Mapping[str, Any]) -> ServerConfig:
-        """`given` (from the command line) wins over the file; for arms too, unless they say. Raises ConfigError."""
+    def settings(self, given: Mapping[str, Any], *, canary: bool = False) -> ServerConfig:
+        """`given` (from the command line) wins over the file; for arms too, unless they say. With a `canary` the
+        experiment is its, and has no arms yet. Raises ConfigError."""
         values = {**self.values, **given}
         shared = {name: value for name, value in values.items() if name in _fields(EngineConfig)}
         own = {name: value for name, value in values.items() if name in _fields(ServerConfig)}
         arms = tuple(self._arm(number, arm, shared) for number, arm in enumerate(self.arms, start=1))
         engine, experiment = EngineConfig(**shared), self.experiment
-        if experiment is not None:
+        if canary and experiment is not None and "candidate" in experiment:
+            raise ConfigError("experiment.candidate: not valid with --optimize-in-background; it brings its own")
+        if experiment is not None and not canary:
+            if "candidate" not in experiment:
+                raise ConfigError("experiment.candidate: missing; name an arm (or use --optimize-in-background)")
             arms = _with_baseline(plan_of(experiment), arms, engine)
-            experiment = dict(experiment)
+        experiment = None if experiment is None else dict(experiment)
         return ServerConfig(engine=engine, arms=arms, routing=self.routing, experiment=experiment, **own)
 
     @staticmethod
     def _arm(number: int, arm: Mapping[str, Any], shared: Mapping[str, Any]) -> ArmConfig:
         engine = {**shared, **{name: value for name, value in arm.items() if name in _fields(EngineConfig)}}
-        own = {name: value for name, value in arm.items() if name in ("name", "weight")}
+        own = {name: value for name, value in arm.items() if name in _ARM_FIELDS}
         try:
             return ArmConfig(engine=EngineConfig(**engine), **own)
         except ConfigError as error:
@@ -90,7 +96,7 @@ def _settings(content: dict[str, Any]) -> SettingsFile:
     values = _checked(content, known, "")
     if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
         raise ConfigError("arms: not valid; use [[arms]] tables")
-    own = {"name": str, "weight": float}
+    own = _ARM_FIELDS
     found = []
     for number, arm in enumerate(arms, start=1):
         found.append(_checked(arm, _hints(EngineConfig) | own, f"arms[{number}]."))
@@ -105,7 +111,7 @@ def _experiment(table: Any) -> Mapping[str, Any] | None:
     if not isinstance(table, dict):
         raise ConfigError("experiment: not valid; use an [experiment] table")
     try:
-        plan_of(table)
+        plan_of({"candidate": "canary", **table})  # it may be missing where one is built in the background
     except ConfigError as error:
         raise ConfigError(f"experiment.{error}") from None
     return table

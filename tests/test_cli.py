@@ -148,7 +148,7 @@ def test_serve_hands_the_settings_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[tuple[ServerConfig, str]] = []
 
-    def serve(config: ServerConfig, version: str) -> int:
+    def serve(config: ServerConfig, version: str, *_: None) -> int:
         seen.append((config, version))
         return 7
 

@@ -55,6 +55,13 @@ def test_a_file(tmp_path: Path) -> None:
     )
 
 
+def test_an_arm_may_name_a_recipe_and_a_share_of_the_device(tmp_path: Path) -> None:
+    (arm,) = parse(tmp_path, '[[arms]]\nname = "a"\nrecipe = "fp8"\ndevice-share = 0.25\n').arms
+    assert arm == ArmConfig("a", EngineConfig(device_share=0.25), recipe="fp8")
+    with pytest.raises(ConfigError, match=r"arms\[1\]\.device_share: 1\.5 is not valid; use more than 0, at most 1"):
+        parse(tmp_path, '[[arms]]\nname = "a"\ndevice_share = 1.5\n')
+
+
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     assert parse(tmp_path, "") == ServerConfig()
 

@@ -19,13 +19,14 @@ SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 @dataclass(frozen=True)
 class Panel:
-    """`queries` are (expression, legend)."""
+    """`queries` are (expression, legend); `low` is where the axis begins (None: where the data do)."""
 
     title: str
     unit: str
     queries: tuple[tuple[str, str], ...]
     description: str = ""
     kind: str = "timeseries"
+    low: float | None = 0
 
 
 def _quantiles(title: str, metric: str, description: str = "") -> Panel:
@@ -64,6 +65,31 @@ def _versus(title: str, metric: str) -> Panel:
         title, "percentunit", ((f"{own} / ignoring(arm) group_left {control}", "{{arm}}"),), "100 %: as the control."
     )
 
+
+def _experiment(title: str, metric: str, kind: str = "timeseries", by: str = "", description: str = "") -> Panel:
+    legend = "{{experiment}}" + (f" {{{{{by}}}}}" if by else "")
+    unit = "percentunit" if metric == "weight" else "short"
+    return Panel(title, unit, ((f"outpace_experiment_{metric}", legend),), description, kind, None)
+
+
+def _effect(title: str, metric: str, description: str) -> Panel:
+    """What the candidate changes of a metric, between the bounds of its confidence sequence."""
+    return Panel(
+        title,
+        "percentunit",
+        tuple(
+            (f'outpace_experiment_{name}{{metric="{metric}"}}', f"{{{{experiment}}}} {legend}")
+            for name, legend in (("effect_lower", "at least"), ("effect", "estimate"), ("effect_upper", "at most"))
+        ),
+        description,
+        low=None,
+    )
+
+
+_LATER = (
+    "Candidate against baseline; above 0 is worse. The bounds hold at every moment; none are drawn before they exist."
+)
+_SHARE = "Whose the incidents are, less a half: at 50 % all are the candidate's."
 
 _FAILED = f'sum by (arm) (rate(outpace_requests_total{{{ARM},finish_reason="error"}}[$__rate_interval]))'
 _ENDED = f"sum by (arm) (rate(outpace_requests_total{{{ARM}}}[$__rate_interval]))"
@@ -151,6 +177,25 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         _rate("Tokens a second", "emitted_tokens_total"),
     ),
     "Experiment": (
+        _experiment("Stage", "stage", "stat", description="Of outpace_experiment_stages; 0: it has not begun."),
+        _experiment("Verdict", "verdict", "stat", description="1: promoted, -1: rolled back, 0: none yet."),
+        Panel("Status", "short", (("outpace_experiment_status == 1", "{{experiment}} {{status}}"),), kind="stat"),
+        _experiment("Share that arms are to have", "weight", by="arm"),
+        _experiment("Requests that count", "requests_total", by="arm"),
+        _experiment("What is proven", "claim", by="metric", description="1: better, -1: worse, 0: undecided."),
+        _effect(
+            "Tokens a second",
+            "tokens_per_s",
+            "Candidate against baseline; below 0 is worse. The bounds hold at any time.",
+        ),
+        _effect("Time to first token, P95", "ttft", _LATER),
+        _effect("Inter-token latency, P95", "itl", _LATER),
+        _effect("Time per output token, P95", "tpot", _LATER),
+        _effect("End to end, P95", "e2e", _LATER),
+        _effect("Output length", "output_tokens", "Candidate against baseline; either direction is worse."),
+        _effect("Errors", "errors", _SHARE),
+        _effect("Garbled answers", "garbled", _SHARE),
+        _experiment("Guard rails that tripped", "guard_trips_total", by="guard"),
         Panel("Share of the traffic", "percentunit", ((f"{_ENDED} / scalar({_ALL_ENDED})", "{{arm}}"),)),
         _rate("Choices that ended", "requests_total", "reqps"),
         _ERRORS,
@@ -230,12 +275,16 @@ def _panel(index: int, panel: Panel) -> dict[str, Any]:
         "type": panel.kind,
         "datasource": SOURCE,
         "gridPos": {"x": column * WIDTH, "y": row * HEIGHT, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "fieldConfig": {"defaults": _defaults(panel), "overrides": []},
         "targets": [
             {"refId": chr(ord("A") + number), "expr": expression, "legendFormat": legend, "datasource": SOURCE}
             for number, (expression, legend) in enumerate(panel.queries)
         ],
     }
+
+
+def _defaults(panel: Panel) -> dict[str, Any]:
+    return {"unit": panel.unit} | ({} if panel.low is None else {"min": panel.low})
 
 
 def files() -> dict[str, str]:

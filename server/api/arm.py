@@ -20,8 +20,8 @@ MAX_RETRY_AFTER_S = 30
 
 @dataclass(slots=True)
 class Arm:
-    """`text` is None until it is loaded, `progress` says what start-up is doing, `counts` has the engine's requests of
-    all API processes. `clock` is in seconds."""
+    """`text` is None until it is loaded, `progress` says what start-up is doing, `failure` why it never will serve,
+    `counts` has the engine's requests of all API processes. `clock` is in seconds."""
 
     name: str
     config: EngineConfig
@@ -31,9 +31,16 @@ class Arm:
     counts: SharedCounts = field(default_factory=SharedCounts)
     text: TextLayerLike | None = None
     progress: str = "starting"
+    failure: str | None = None
 
     _last_leave: float = 0.0
     _pace_s: float = 0.0
+
+    def take_over(self, other: Arm) -> None:
+        """`other`'s engine is this arm's from now on. What was admitted before leaves where it was admitted."""
+        self.engine, self.config, self.failure = other.engine, other.config, None
+        if other.text is not None:
+            self.text = other.text
 
     @property
     def not_ready(self) -> tuple[str, str] | None:
@@ -41,6 +48,8 @@ class Arm:
         engine = self.engine
         if engine.ready and engine.info is not None and self.text is not None:
             return None
+        if self.failure is not None:
+            return "failed", self.failure
         if engine.ready or engine.failure is None:
             return "starting", self.progress
         return "failed" if engine.info is None else "restarting", engine.failure

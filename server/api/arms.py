@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from aiohttp import web
 
@@ -31,7 +31,7 @@ class Arms:
     def __init__(
         self, every: Sequence[Arm], assign: Assign | None = None, key: Sequence[str] = ASSIGNMENT_KEYS
     ) -> None:
-        self.every = every
+        self.every = list(every)
         self.assign = assign
         self._key = key
         self._by_name = {arm.name: arm for arm in every}
@@ -51,6 +51,13 @@ class Arms:
     def named(self, name: str) -> Arm | None:
         """The arm of that name, None if there is none."""
         return self._by_name.get(name)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Those arms are gone, and with them the split of keys."""
+        for name in names:
+            del self._by_name[name]
+        self.every = [arm for arm in self.every if arm.name in self._by_name]
+        self.assign = None
 
     def of(self, request: web.Request, model: str | None, user: str | None, caller: str) -> Arm:
         """The arm for `request`, and notes it there.

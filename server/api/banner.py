@@ -44,7 +44,11 @@ def drafting(config: ServerConfig, info: EngineInfo) -> str:
 
 def curl(model: str, url: str) -> str:
     """A command line that asks for a streamed answer."""
-    body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True}
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of Germany?"}],
+        "stream": True,
+    }
     return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 

@@ -6,20 +6,23 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from server.api.experiment_metrics import ExperimentMetrics
 from server.api.generation import Part
 from server.api.observing import observation
 from server.config import ConfigError, ServerConfig
 from server.routing.assignment import Assignment
 from server.routing.conductor import LOOK_EVERY_S, Conductor
 from server.routing.evidence.observation import Observation
-from server.routing.experiment import Action
+from server.routing.experiment import Action, State
 from server.routing.ledger import Ledger
 from server.routing.plan import Plan, plan_of
+from server.routing.verdict import write_verdict
 
 if TYPE_CHECKING:
     from server.api.state import ServerState
@@ -61,22 +64,27 @@ class Watch:
 
 
 class Experiment:
-    """The conductor on the event loop. `ready` says whether candidate and baseline serve, `restarts` how often the
-    candidate's engine was restarted, `follow` makes everybody assign keys as it is told."""
+    """The conductor on the event loop. `not_ready` says why candidate or baseline do not serve, by arm, `restarts` how
+    often the candidate's engine was restarted, `follow` makes everybody assign keys as it is told. `artifact` is where
+    the candidate's optimised model lies (None: it has none), `on_over` hears of a verdict after which engines stop:
+    whether the candidate was promoted."""
 
     def __init__(
         self,
         config: ServerConfig,
         *,
-        ready: Callable[[], bool],
+        not_ready: Callable[[], Mapping[str, str]],
         restarts: Callable[[], int],
         follow: Callable[[Assignment], None],
         say: Callable[[str], None],
+        artifact: Callable[[], Path | None] = lambda: None,
+        on_over: Callable[[bool], None] = lambda promoted: None,
     ) -> None:
         assert config.experiment is not None
         self._ledger = Ledger(Path(config.experiment_ledger).expanduser())
         self.conductor = Conductor(plan_of(config.experiment), self._ledger)
-        self._ready, self._restarts, self._follow, self._say = ready, restarts, follow, say
+        self._not_ready, self._restarts, self._follow, self._say = not_ready, restarts, follow, say
+        self._artifact, self._on_over = artifact, on_over
         self._follow(self.conductor.assignment)
         if self.conductor.state is not None:
             say(f"Experiment {self.conductor.plan.name} goes on: {self._in_words()}")
@@ -108,7 +116,7 @@ class Experiment:
         """One look; an error of the ledger leaves everything as it was until the next."""
         before = self.conductor.state
         try:
-            changed = self.conductor.tick(ready=self._ready(), restarts=self._restarts())
+            changed = self.conductor.tick(ready=not self._not_ready(), restarts=self._restarts())
         except sqlite3.Error:
             logger.exception("the ledger cannot be written: the experiment stays as it is")
             return
@@ -123,7 +131,10 @@ class Experiment:
 
     async def told(self) -> list[dict[str, Any]]:
         """See ExperimentLike."""
-        return [self.conductor.report()]
+        report, why = self.conductor.report(), self._not_ready()
+        if self.conductor.state is None and why:
+            report["reason"] = "; ".join(f"arm {name}: {reason}" for name, reason in why.items())
+        return [{**report, "not_ready": why}]
 
     async def decisions(self) -> list[dict[str, Any]]:
         """See ExperimentLike."""
@@ -131,6 +142,9 @@ class Experiment:
 
     async def asked(self, action: Action, actor: str) -> str | None:
         """See ExperimentLike."""
+        state, plan = self.conductor.state, self.conductor.plan
+        if plan.retire and state is not None and state.over:
+            return f"the experiment is over ({state.status.replace('_', ' ')}) and the other engines are stopped"
         try:
             done = self.act(action, actor)
         except LookupError as error:
@@ -147,8 +161,28 @@ class Experiment:
     def _after(self, changed: bool, before: object) -> None:
         if changed:
             self._follow(self.conductor.assignment)
-        if self.conductor.state is not before:
-            self._say(f"Experiment {self.conductor.plan.name}: {self._in_words()}")
+        state, plan = self.conductor.state, self.conductor.plan
+        if state is before or state is None:
+            return
+        self._say(f"Experiment {plan.name}: {self._in_words()}")
+        if state.over:
+            self._mark(state)
+            if plan.retire:
+                self._on_over(state.status == "promoted")
+
+    def _mark(self, state: State) -> None:
+        artifact, name = self._artifact(), self.conductor.plan.name
+        if artifact is None:
+            return
+        try:
+            write_verdict(artifact, status=state.status, experiment=name, reason=state.reason)
+        except OSError:
+            logger.exception("the verdict could not be written beside the artifact; the ledger has it")
+        if state.status == "rolled_back":
+            self._say(
+                f"{artifact} is kept and marked as rolled back: it will not be tried again by itself. "
+                f"`outpace artifacts retry {artifact.name}` lets the next start try it again"
+            )
 
     def _in_words(self) -> str:
         state, shares = self.conductor.state, self.conductor.weights
@@ -157,7 +191,9 @@ class Experiment:
         return f"{state.status.replace('_', ' ')} ({state.reason or 'it begins'}); {percent}"
 
 
-def experiment_of(state: ServerState, say: Callable[[str], None]) -> Experiment | None:
+def experiment_of(
+    state: ServerState, say: Callable[[str], None], on_over: Callable[[bool], None] = lambda promoted: None
+) -> Experiment | None:
     """The experiment of the settings, where this process owns the engines; `state` knows of it from then on.
 
     Raises ConfigError where the ledger cannot be used.
@@ -166,21 +202,59 @@ def experiment_of(state: ServerState, say: Callable[[str], None]) -> Experiment 
     if config.experiment is None:
         return None
     state.watch = Watch(plan_of(config.experiment))
-    candidate, baseline = (arms.named(name) for name in state.watch.arms)
-    assert candidate is not None and baseline is not None
+    plan = plan_of(config.experiment)
+    compared = [arm for name in state.watch.arms if (arm := arms.named(name)) is not None]
+    candidate = arms.named(plan.candidate)
 
     def follow(assignment: Assignment) -> None:
         arms.assign = assignment
 
     made = Experiment.open(
         config,
-        ready=lambda: candidate.not_ready is None and baseline.not_ready is None,
-        restarts=lambda: candidate.engine.num_restarts,
+        not_ready=lambda: (
+            {arm.name: why[1] for arm in compared if (why := arm.not_ready) is not None}
+            if len(compared) == len(state.watch.arms)
+            else {plan.candidate: "it is not served by this server"}
+        ),
+        restarts=lambda: 0 if candidate is None else candidate.engine.num_restarts,
         follow=follow,
         say=say,
+        artifact=lambda: artifact_of(config, plan, "" if candidate is None else candidate.config.model),
+        on_over=on_over,
     )
     state.experiment = made
+    state.metrics.engine_registry.register(ExperimentMetrics(made.conductor.report))
     return made
+
+
+def artifact_of(config: ServerConfig, plan: Plan, model: str) -> Path | None:
+    """Where the candidate's optimised model lies, if it has one; `model` is what its engine was started with."""
+    arm = next((arm for arm in config.arms if arm.name == plan.candidate), None)
+    return Path(model) if arm is not None and model and model != arm.engine.model else None
+
+
+def settled(config: ServerConfig, say: Callable[[str], None]) -> tuple[ServerConfig, str | None]:
+    """Without the arms of an experiment that is over and whose plan says `retire`: a candidate that was promoted is
+    what the server serves. With the recipe that it needs. A ledger that cannot be read changes nothing here."""
+    if config.experiment is None or not plan_of(config.experiment).retire:
+        return config, None
+    plan = plan_of(config.experiment)
+    try:
+        ledger = Ledger(Path(config.experiment_ledger).expanduser())
+    except (OSError, sqlite3.Error):
+        return config, None
+    state = ledger.state(plan.name)
+    ledger.close()
+    if state is None or not state.over:
+        return config, None
+    arms = {arm.name: arm for arm in config.arms}
+    candidate = arms.pop(plan.candidate, None)
+    arms.pop(plan.baseline, None)
+    say(f"Experiment {plan.name} is over: {state.status.replace('_', ' ')} ({state.reason})")
+    config = replace(config, arms=tuple(arms.values()))
+    if state.status == "promoted" and candidate is not None:
+        return replace(config, engine=candidate.engine), candidate.recipe
+    return config, None
 
 
 @contextmanager

@@ -20,15 +20,19 @@ from server.api.access.control import AccessControl
 from server.api.access.keys import KeyFileError
 from server.api.arm import Arm
 from server.api.arms import Arms
-from server.api.banner import banner, summary
+from server.api.banner import banner
+from server.api.builds import Builds
+from server.api.conclusion import conclude, stop, told
 from server.api.experiment import conducted, experiment_of
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
+from server.api.starting import ArmStarts, StartError, pending
 from server.api.state import ServerState
 from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineInfo
+from server.routing.plan import plan_of
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -41,21 +45,19 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-class StartError(RuntimeError):
-    """The server could not start; the message is one line for the person who typed the command."""
-
-
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """An arm to be served. `load_text` (called on a thread) gives the text layer and the model's short name.
+    """An arm to be served. `load_text` (called on a thread) gives the text layer and the model's short name; it raises
+    ValueError with what is wrong with the model.
 
-    It raises ValueError with what is wrong with the model.
+    `configure` gives the engine other settings before it starts: those of an optimised model.
     """
 
     config: EngineConfig
     engine: EngineClientLike
     load_text: LoadText
     name: str = CONTROL
+    configure: Callable[[EngineConfig], None] | None = None
 
 
 class Signals:
@@ -83,10 +85,20 @@ class Server:
     `url` is empty until the socket is bound.
     """
 
-    def __init__(self, config: ServerConfig, backends: Sequence[Backend], version: str, say: Say) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        backends: Sequence[Backend],
+        version: str,
+        say: Say,
+        builds: Builds | None = None,
+    ) -> None:
         self._config = config
+        self._builds = builds
         self._backends = backends
         self._say = say
+        self._leaving: list[EngineClientLike] = []
+        self._stopping: asyncio.Task[None] | None = None
         self.url = ""
         self.signals = Signals(self._on_stop, self._on_reload)
         try:
@@ -113,7 +125,9 @@ class Server:
             )
             self.state.reload = self.reload
             self._front = Front(self.state)
-            self._experiment = experiment_of(self.state, say)
+            self._experiment = experiment_of(self.state, say, self._conclude)
+            for name in pending(config):  # an engine that nobody has started is nothing to be alarmed of
+                metrics.forget_engine(name)
         except (KeyFileError, ConfigError) as error:
             raise StartError(str(error)) from error
 
@@ -159,16 +173,45 @@ class Server:
         self._say(banner(self._config, info, arm.model_name, self.url))
 
     async def _start_others(self) -> None:
-        """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
-        for arm, backend in zip(self.state.arms.every[1:], self._backends[1:], strict=True):
-            self._say(f"Loading arm {arm.name}: {arm.config.model}")
-            try:
-                info = await self._start_arm(arm, backend)
-            except StartError as error:
-                arm.progress = str(error)
-                self._say(f"Arm {arm.name} does not start: {error}; the control arm takes its share")
-                continue
-            self._say(f"Arm {arm.name} serves: {summary(info)}")
+        """One that does not start leaves the others serving."""
+        arms = {arm.name: arm for arm in self.state.arms.every}
+        backends = {backend.name: backend for backend in self._backends}
+        plan = plan_of(self._config.experiment) if self._config.experiment is not None else None
+
+        def failed(name: str, reason: str) -> None:
+            arms[name].failure = reason
+
+        async def start(name: str, config: EngineConfig) -> EngineInfo:
+            arm, backend = arms[name], backends[name]
+            self.state.metrics.watch_engine(name, arm.engine)
+            if config != arm.config and backend.configure is not None:
+                arm.config = config
+                backend.configure(config)
+            return await self._start_arm(arm, backend)
+
+        starts = ArmStarts(
+            [arm for arm in self._config.arms if arm.name in backends],
+            plan,
+            self._builds,
+            start=start,
+            failed=failed,
+            say=self._say,
+        )
+        served = await starts.run()
+        if plan is not None and plan.retire and plan.candidate in served and plan.baseline not in served:
+            self._say(f"Arm {plan.candidate} has nothing to be compared with and stops; the control serves on")
+            self._leave(conclude(self.state, plan, promoted=False))
+
+    def _conclude(self, promoted: bool) -> None:
+        """The experiment is over, and what nobody needs any more stops."""
+        assert self._config.experiment is not None
+        plan = plan_of(self._config.experiment)
+        self._say(told(plan, promoted=promoted, control=self.state.control.name))
+        self._leave(conclude(self.state, plan, promoted=promoted))
+
+    def _leave(self, engines: list[EngineClientLike]) -> None:
+        self._leaving = engines
+        self._stopping = asyncio.create_task(stop(engines), name="stop-engines")
 
     async def _start_arm(self, arm: Arm, backend: Backend) -> EngineInfo:
         arm.progress = "The model is being loaded."
@@ -197,7 +240,10 @@ class Server:
     async def _close(self) -> None:
         """The engine goes first: handlers still at work learn it and can tell their clients."""
         try:
-            closing = asyncio.gather(*(arm.engine.close() for arm in self.state.arms.every))
+            if self._stopping is not None:
+                self._stopping.cancel()
+            engines = [*(arm.engine for arm in self.state.arms.every), *self._leaving]
+            closing = asyncio.gather(*(engine.close() for engine in engines))
             await asyncio.wait_for(closing, _ENGINE_CLOSE_S)
         except TimeoutError:
             logger.warning("the engine did not close within %g s", _ENGINE_CLOSE_S)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from server.api.builds import BuildError, output_of
 from server.api.interfaces import EngineClientLike
 from server.config import EngineConfig
 from server.core import Request, StepOutput
@@ -168,28 +169,14 @@ async def _succeed(
 ) -> None:
     try:
         await relay.wait_ready()  # the original goes first: it is what answers meanwhile
-        directory = await _output_of(successor.command)
-        if directory is None:
-            say("The optimised model could not be made (see above); the original goes on serving")
-            return
+        directory = await output_of(successor.command)
         config = successor.engine(directory)
         say(f"The optimised model is made; starting it: {directory}")
         await relay.replace(client(config))
         say("The optimised model serves; the original's engine is closed")
+    except BuildError as error:
+        say(f"The optimised model could not be made: {error}; the original goes on serving")
     except EngineUnavailable as error:
         say(f"The optimised model does not start: {error}; the original goes on serving")
     except Exception:
         log.exception("the optimised model could not take over; the original goes on serving")
-
-
-async def _output_of(command: Sequence[str]) -> str | None:
-    """The last line that the command prints, None if it fails. Ends the command when it is cancelled."""
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
-    lines = output.decode().strip().splitlines()
-    return lines[-1] if process.returncode == 0 and lines else None

@@ -30,6 +30,7 @@ from server.engine.step_runner import RunnerShape
 from server.models.base import TargetModel
 from server.models.loader import load_source, pick_device, pick_dtype
 from server.models.source import ModelSource, resolve
+from server.spec.cost_table import CostTable
 
 if TYPE_CHECKING:
     from server.engine.drafters import DraftNetwork
@@ -74,24 +75,14 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
     limits = Limits(shape.max_num_seqs, budget, max_len, config.block_size, memory.num_blocks, config.prefix_cache)
     with explained(limits.kv_tokens):
         runner = _runner(config, model, draft_network, shape, say)
-    drafter = runner.drafter
     if limits.kv_tokens < max_len:
         say(
             f"the KV cache holds {limits.kv_tokens} tokens, less than the context of {max_len}: "
             "longer requests are refused"
         )
-    if isinstance(runner, Runner):
-        kept = getattr(model, "kernels_kept", None)  # of a model with kernels that numba compiles
-        if kept is not None and not kept():
-            say("compiling kernels for this processor (once)")
-        warm_up(runner)  # before costs are measured: what runs first compiles
-    costs = None
-    if drafter is not None and config.adaptive:
-        settings = f"{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
-        with explained(limits.kv_tokens):  # it runs the largest steps there are
-            draft_source = find(config.draft_model) if config.draft_model and draft_network is not None else None
-            on_gpu = device.type == "cuda"
-            costs = load_or_measure(runner, source, say, settings if on_gpu else "", draft_source)
+    drafts = config.draft_model if draft_network is not None else None
+    with explained(limits.kv_tokens):  # it runs the largest steps there are
+        costs = _costs(config, runner, source, find(drafts) if drafts else None, say)
     speculation = make_speculation(costs, config.max_draft_tokens, runner)
     layers = linear_layers(model, runner.linear_path)
     if layers:
@@ -106,6 +97,22 @@ def build_engine(config: EngineConfig, say: Say, *, find: Find | None = None) ->
     )
     info = _info(config, source, core, memory, time.perf_counter() - started)
     return core, replace(info, linear_layers=layers)
+
+
+def _costs(
+    config: EngineConfig, runner: Runner | GpuRunner, source: ModelSource, draft_source: ModelSource | None, say: Say
+) -> CostTable | None:
+    """What steps take, for who chooses how much to draft. Before it is measured, what runs first has compiled."""
+    on_cpu = isinstance(runner, Runner)
+    if isinstance(runner, Runner):
+        kept = getattr(runner.model, "kernels_kept", None)  # of a model with kernels that numba compiles
+        if kept is not None and not kept():
+            say("compiling kernels for this processor (once)")
+        warm_up(runner)
+    if runner.drafter is None or not config.adaptive:
+        return None
+    settings = f"{config.kv_cache_dtype}|{config.cuda_graphs}|{config.verification}"
+    return load_or_measure(runner, source, say, "" if on_cpu else settings, draft_source)
 
 
 def _info(config: EngineConfig, source: ModelSource, core: EngineCore, memory: Memory, load_s: float) -> EngineInfo:

@@ -53,6 +53,10 @@ class EngineClient:
     def num_in_flight(self) -> int:
         return self._line.num_in_flight
 
+    def configure(self, config: EngineConfig) -> None:
+        """Other settings, for an engine that has not been started yet."""
+        self.supervisor.config = config
+
     async def start(self) -> None:
         """Starts the engine process and returns at once; see `wait_ready`."""
         await self.supervisor.start()

@@ -180,6 +180,14 @@ def assume(total: int, device: torch.device) -> DeviceMemory:
     return DeviceMemory(device.type, "GPU" if on_gpu else "CPU", total, free, assumed=True)
 
 
+def within(memory: DeviceMemory, share: float | None) -> DeviceMemory:
+    """What an engine that may take that share of the device finds there, whatever else is free."""
+    if share is None:
+        return memory
+    own = CUDA_CONTEXT_BYTES if memory.type == "cuda" else 0  # its process has that already
+    return replace(memory, free=min(memory.free, max(0, int(share * memory.total) - own)))
+
+
 def _system_memory() -> tuple[int, int]:
     """(all, available) bytes of the machine."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

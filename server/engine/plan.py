@@ -17,7 +17,7 @@ from server.config import ConfigError, EngineConfig
 from server.engine.defaults import max_positions, with_defaults
 from server.engine.drafters import draft_needs, load_draft_network
 from server.engine.footprint import META, as_on, tensor_bytes
-from server.engine.memory import SMALLER_STEPS, DeviceMemory, Memory, plan_memory
+from server.engine.memory import SMALLER_STEPS, DeviceMemory, Memory, plan_memory, within
 from server.models.base import TargetModel
 from server.models.loader import load_source, pick_dtype
 from server.models.source import ModelSource
@@ -119,6 +119,8 @@ class MemoryPlan:
         if steps and self.memory.step_bytes:
             parts.append(f"steps {size(self.memory.step_bytes + self.memory.slot_bytes)}")
         of = f"the {self.device.name} has {size(self.device.free)} free of {size(self.device.total)}"
+        if self.config.device_share is not None:
+            of += f" (device_share {self.config.device_share:g})"
         return f"{of}, {', '.join(parts)}" + (f": {size(short)} too much" if short else "")
 
     def _smaller_weights(self) -> str:
@@ -164,6 +166,7 @@ def make_plan(
     find: Find,
 ) -> MemoryPlan:
     """The plan of these networks, sketched or loaded; what `memory` calls free is so before they are loaded."""
+    memory = within(memory, config.device_share)
     target_bytes = tensor_bytes(model)
     draft_bytes = tensor_bytes([model, draft]) - target_bytes  # a head shares the target's embedding
     needs = draft_needs(draft, config.max_draft_tokens)

@@ -11,6 +11,9 @@ import numpy as np
 from server.routing.evidence.observation import Observation
 from server.routing.plan import Guards
 
+GUARDS = ("engine restarts", "error rate", "ttft_p99_ms", "tpot_p99_ms")
+"""What a violation begins with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Window:

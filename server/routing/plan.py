@@ -12,7 +12,7 @@ from server.routing.evidence.metrics import METRICS
 
 T = TypeVar("T")
 GOALS = ("improve", "no_worse")
-_WORDS: Final = {int: "a whole number", float: "a number", str: "text"}
+_WORDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _NAMES: Final = tuple(metric.name for metric in METRICS)
 
 
@@ -91,6 +91,8 @@ class Plan:
     proven less than `margin` worse. It is rolled back once a metric is proven worse and looks worse than its
     tolerance. `alpha` is the probability that two equal arms ever get a verdict, over all metrics and any number
     of looks. After `max_time_s` in a stage without a verdict a `hold` is noted, and the experiment goes on as it was.
+    With `retire` the engines that nobody needs after the verdict are stopped, and a candidate that was promoted takes
+    the control's place and name.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Plan:
     max_time_s: float = 24 * 3600.0
     max_observations: int = 50_000
     guards: Guards = field(default_factory=Guards)
+    retire: bool = False
 
     def __post_init__(self) -> None:
         if len({self.candidate, self.baseline, self.control}) < 3:
@@ -174,7 +177,7 @@ def _made(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     for name, value in values.items():
         wanted = hints[name]
         numeric = wanted is float and type(value) is int
-        if wanted in (int, float, str) and type(value) is not wanted and not numeric:
+        if wanted in _WORDS and type(value) is not wanted and not numeric:
             raise ConfigError(f"{where}{name}: {value!r} is not valid; use {_WORDS[wanted]}")
     try:
         return kind(**values)

@@ -43,6 +43,9 @@ class EngineStates:
     def watch(self, arm: str, engine: EngineLike) -> None:
         self._engines[arm] = engine
 
+    def forget(self, arm: str) -> None:
+        self._engines.pop(arm, None)
+
     def engines(self) -> Mapping[str, EngineLike]:
         """By arm."""
         return self._engines

@@ -63,6 +63,17 @@ class EngineStatsCollector:
             self._arms[arm] = _Arm()
         self._arms[arm].update(stats, self._clock())
 
+    def stopped(self, arm: str) -> None:
+        """The arm's engine is gone for good: counters stay, gauges say that nothing runs."""
+        if arm in self._arms:
+            self._arms[arm].restart()
+
+    def take_over(self, arm: str, other: str) -> None:
+        """`other`'s engine is `arm`'s from now on: what it has counted stays `other`'s."""
+        mine, theirs = self._arms.setdefault(arm, _Arm()), self._arms.setdefault(other, _Arm())
+        mine.continue_from(theirs.latest)
+        theirs.restart()
+
     def latest(self, arm: str) -> EngineStats:
         """What that arm's engine said last."""
         return self._arms[arm].latest if arm in self._arms else EngineStats()
@@ -132,7 +143,7 @@ class _Arm:
 
     def update(self, stats: EngineStats, now: float) -> None:
         if stats.num_steps < self.latest.num_steps:
-            self._restart()
+            self.restart()
         if not self._marks or now - self._marks[-1][0] >= 1.0:
             self._marks.append((now, self.latest))  # what was known until now
         self.latest = stats
@@ -142,7 +153,17 @@ class _Arm:
         while len(self._marks) > 1 and self._marks[1][0] <= now - _LATELY_S:
             self._marks.popleft()
 
-    def _restart(self) -> None:
+    def continue_from(self, stats: EngineStats) -> None:
+        """Another engine that has counted this much already."""
+        self.restart()
+        for field in self._before:
+            self._before[field] -= getattr(stats, field)
+        for field, before in self._before_positions.items():
+            self._before_positions[field] = _added(before, [-count for count in getattr(stats, field)])
+        self.latest = stats
+
+    def restart(self) -> None:
+        """What is counted from now on is counted from 0."""
         for field in self._before:
             self._before[field] += getattr(self.latest, field)
         for field, before in self._before_positions.items():

@@ -76,6 +76,16 @@ class Metrics:
         """Asks the arm's engine on every scrape how it is."""
         self.engines.watch(arm, engine)
 
+    def forget_engine(self, arm: str) -> None:
+        """The arm has no engine any more; what it counted stays."""
+        self.engines.forget(arm)
+        self.engine_stats.stopped(arm)
+
+    def take_over(self, arm: str, other: str, engine: EngineLike) -> None:
+        """`engine`, which was `other`'s, is `arm`'s from now on."""
+        self.engine_stats.take_over(arm, other)
+        self.engines.watch(arm, engine)
+
     def on_stats(self, arm: str, stats: EngineStats) -> None:
         """What the arm's engine counted since it started."""
         self.engine_stats.update(arm, stats)

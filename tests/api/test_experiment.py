@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,23 @@ class World:
         return str(self.experiment.conductor.report()["status"])
 
 
-async def world(serve: Serve, ledger: Path, new: FakeEngine | None = None, **plan: Any) -> World:
+async def world(
+    serve: Serve,
+    ledger: Path,
+    new: FakeEngine | None = None,
+    control: FakeEngine | None = None,
+    on_over: Callable[[bool], None] = lambda promoted: None,
+    **plan: Any,
+) -> World:
+    """The baseline is as the control."""
+    control = control or FakeEngine(steps(TEXT))
     engine = EngineConfig(model="fake-dir")
     live = await serve(
-        FakeEngine(steps(TEXT)),
-        others={"new": new or FakeEngine(steps(TEXT)), "baseline": FakeEngine(steps(TEXT))},
+        control,
+        others={
+            "new": new or FakeEngine(steps(TEXT)),
+            "baseline": FakeEngine(control.script, step_s=control.step_s),
+        },
         server={
             "arms": (ArmConfig("new", engine), ArmConfig("baseline", engine)),
             "experiment": {**PLAN, **plan},
@@ -69,7 +82,7 @@ async def world(serve: Serve, ledger: Path, new: FakeEngine | None = None, **pla
         },
     )
     said: list[str] = []
-    made = experiment_of(live.state, said.append)
+    made = experiment_of(live.state, said.append, on_over)
     assert made is not None
     return World(live, made, said)
 

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 
 from server.api import lifecycle
-from server.api.lifecycle import Backend, Server, StartError
+from server.api.lifecycle import Backend, Server
+from server.api.starting import StartError
 from server.config import EngineConfig, ServerConfig
 from tests.api.fakes import ByteText, FakeEngine, endless, steps
 

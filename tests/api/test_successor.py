@@ -119,7 +119,8 @@ async def test_a_successor_that_does_not_start_changes_nothing() -> None:
 async def test_the_command_decides(status: int) -> None:
     old, new, said = FakeEngine(), FakeEngine(), []
     relay = EngineRelay(old)
-    program = f"print('noise'); print('/made/here'); raise SystemExit({status})"
+    words = "print('outpace optimize: no room', file=sys.stderr)"
+    program = f"import sys; {words}; print('noise'); print('/made/here'); raise SystemExit({status})"
     models: list[str] = []
     ended = asyncio.Event()
 
@@ -138,7 +139,7 @@ async def test_the_command_decides(status: int) -> None:
     if status == 0:
         assert models == ["/made/here"] and relay.info is new.info and old.told[-1] == "close"
     else:
-        assert models == [] and "could not be made" in said[0] and relay.info is old.info
+        assert models == [] and "could not be made: no room" in said[0] and relay.info is old.info
 
 
 async def test_leaving_ends_the_command() -> None:

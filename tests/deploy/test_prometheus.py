@@ -1,7 +1,8 @@
-"""Dashboards and alerts through a real Prometheus that scrapes a real server under load, with two arms."""
+"""Dashboards and alerts through a real Prometheus that scrapes a real server under load, with an experiment."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ PATIENCE_S = 60.0
 NEEDS_GPU = re.compile(r"outpace_gpu_|outpace_energy_")
 NEEDS_COSTS = re.compile(r"speedup|verify_plain_seconds")
 """Drafting that is not adaptive measures no costs."""
+NEEDS_TIME = re.compile(r"outpace_experiment_effect")
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,7 +63,11 @@ def prometheus(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     config.write_text(
         f'model = "{tiny_llama_dir}"\ndrafter = "ngram"\nadaptive = false\nmax_num_seqs = 4\nkv_cache_tokens = 4096\n'
         'num_threads = 1\nprice_per_hour = 2.5\naccess_log = "off"\n'
-        '[[arms]]\nname = "other"\nweight = 40\nmax_draft_tokens = 3\n'
+        f'experiment_ledger = "{directory / "ledger"}"\n'
+        '[[arms]]\nname = "other"\nmax_draft_tokens = 3\n'
+        '[experiment]\nname = "try"\ncandidate = "other"\n'
+        "stages = [{share = 40, min_samples = 100000}, {share = 100}]\n"
+        "[experiment.guards]\nmin_samples = 100000\n"
     )
     with running([sys.executable, "-m", "server", "serve", "--port", "0", "--config", str(config)]) as server:
         url = says(server, r"Ready at (http://\S+)/v1")
@@ -71,7 +77,7 @@ def prometheus(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
         settings["rule_files"] = [str(ALERTS)]
         settings["scrape_configs"][0]["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
         (directory / "prometheus.yml").write_text(yaml.safe_dump(settings))
-        says(server, r"Arm other serves")
+        says(server, r"Arm baseline serves")
         command = [binary, "--config.file", str(directory / "prometheus.yml"), "--storage.tsdb.path", str(directory)]
         with running([*command, "--web.listen-address", f"127.0.0.1:{port}", "--log.level", "error"]), load(url):
             base = f"http://127.0.0.1:{port}"
@@ -100,15 +106,15 @@ class running:  # noqa: N801 - used as a function
 
 
 class load:  # noqa: N801 - used as a function
-    """Two clients that ask each arm in turn while the block runs."""
+    """A client of each arm, and one of many users, while the block runs."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(2)
+        self._pool = ThreadPoolExecutor(3)
 
     def __enter__(self) -> None:
-        self._clients = [self._pool.submit(self._ask, arm) for arm in ("control", "other")]
+        self._clients = [self._pool.submit(self._ask, arm) for arm in ("control", "other", None)]
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -116,10 +122,12 @@ class load:  # noqa: N801 - used as a function
         for client in self._clients:
             client.result()
 
-    def _ask(self, arm: str) -> None:
+    def _ask(self, arm: str | None) -> None:
         body = {"prompt": "the other the other the other", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-        headers = {"Content-Type": "application/json", "X-Outpace-Arm": arm}
+        headers = {"Content-Type": "application/json", **({} if arm is None else {"X-Outpace-Arm": arm})}
+        users = itertools.count()
         while not self._over.wait(0.05):
+            body["user"] = f"user-{next(users)}"
             request = urllib.request.Request(self._url + "/v1/completions", json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
                 response.read()
@@ -179,6 +187,11 @@ def has_scraped(base: str) -> bool:
         return False
 
 
+def exists(base: str, expression: str) -> bool:
+    """Whether there is such a series, whatever its value: bounds of effects are infinite for the first minutes."""
+    return bool(ask(base, "query", query=expression)["result"])
+
+
 def may_be_empty(expression: str) -> bool:
     return bool(NEEDS_GPU.search(expression) or NEEDS_COSTS.search(expression))
 
@@ -186,7 +199,8 @@ def may_be_empty(expression: str) -> bool:
 def test_every_panel_shows_something(prometheus: str) -> None:
     empty = []
     for place, expression in expressions().items():
-        if not results(prometheus, expression) and not may_be_empty(expression):
+        shown = exists if NEEDS_TIME.search(expression) else results
+        if not shown(prometheus, expression) and not may_be_empty(expression):
             empty.append((place, expression))
     assert not empty
 
@@ -204,8 +218,21 @@ def test_every_window_has_quantiles_of_both_arms(prometheus: str) -> None:
     for window in ("1m", "10m", "1h"):
         found = results(prometheus, f'outpace_inter_token_latency_quantile_seconds{{window="{window}"}}')
         assert {(r["metric"]["arm"], r["metric"]["quantile"]) for r in found} == {
-            (arm, share) for arm in ("control", "other") for share in ("0.5", "0.95", "0.99")
+            (arm, share) for arm in ("control", "other", "baseline") for share in ("0.5", "0.95", "0.99")
         }
+
+
+def test_the_experiment_is_told(prometheus: str) -> None:
+    def values(name: str, label: str) -> dict[str, float]:
+        found = results(prometheus, f'outpace_experiment_{name}{{experiment="try"}}')
+        return {entry["metric"].get(label, ""): float(entry["value"][1]) for entry in found}
+
+    assert values("stage", "") == {"": 1} and values("verdict", "") == {"": 0}
+    assert values("weight", "arm") == {"control": 0.2, "other": 0.4, "baseline": 0.4}
+    requests = values("requests_total", "arm")
+    assert requests["other"] > 0 and requests["baseline"] > 0
+    assert set(values("claim", "metric")) >= {"ttft", "itl", "tpot", "e2e", "tokens_per_s", "errors", "garbled"}
+    assert set(values("guard_trips_total", "guard").values()) == {0}
 
 
 def test_gauges_and_histograms_agree(prometheus: str) -> None:

@@ -11,7 +11,16 @@ import torch
 
 from server.config import ConfigError, EngineConfig
 from server.engine.drafters import DraftNeeds
-from server.engine.memory import CUDA_CONTEXT_BYTES, DeviceMemory, Memory, assume, explained, measure, plan_memory
+from server.engine.memory import (
+    CUDA_CONTEXT_BYTES,
+    DeviceMemory,
+    Memory,
+    assume,
+    explained,
+    measure,
+    plan_memory,
+    within,
+)
 from server.engine.working_memory import StepSizes, hidden_size, working_bytes
 from server.models.base import KVLayer
 
@@ -168,3 +177,11 @@ def test_a_capture_that_broke_off_is_explained() -> None:
 def test_other_errors_are_not() -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), explained(1):
         raise RuntimeError("shapes differ")
+
+
+def test_a_share_of_the_device_bounds_what_an_engine_finds_free() -> None:
+    gpu = DeviceMemory("cuda", "GPU", total=80 << 30, free=70 << 30)
+    assert within(gpu, None) == gpu
+    assert within(gpu, 0.5).free == (40 << 30) - CUDA_CONTEXT_BYTES
+    assert within(replace(gpu, free=10 << 30), 0.5).free == 10 << 30
+    assert within(DeviceMemory("cpu", "CPU", 8 << 30, 8 << 30), 0.25).free == 2 << 30

@@ -8,8 +8,8 @@ import pytest
 
 from draft_models.packaged import WEIGHTS
 from optimize import serving
-from optimize.serving import with_artifact
-from server.config import EngineConfig, ServerConfig
+from optimize.serving import arms_optimizer, with_artifact
+from server.config import ArmConfig, ConfigError, EngineConfig, ServerConfig
 from server.models.source import ModelSource
 
 
@@ -52,3 +52,28 @@ def test_a_float8_kv_cache_is_the_recipes(tmp_path: Path) -> None:
     recipe.write_text('kv_cache = "fp8"\n')
     assert served("other", str(recipe)).kv_cache_dtype == "fp8"
     assert served("other").kv_cache_dtype == "auto"
+
+
+def test_arms_that_say_nothing_else_are_optimised_as_the_control() -> None:
+    original, other = EngineConfig(model="mine"), EngineConfig(model="other")
+    arms = (
+        ArmConfig("baseline", original),
+        ArmConfig("plain", replace(original, drafter="none")),
+        ArmConfig("original", original, recipe="none"),
+        ArmConfig("int8", original, recipe="int8-weight-only"),
+        ArmConfig("other", other),
+    )
+    served = with_artifact(ServerConfig(engine=original, arms=arms), "fp8", "artifact")
+    assert [arm.engine.model for arm in served.arms] == ["artifact", "artifact", "mine", "mine", "other"]
+    assert served.arms[0].engine == served.engine
+
+
+def test_recipes_of_arms_are_checked_at_the_start() -> None:
+    def config(recipe: str | None) -> ServerConfig:
+        return ServerConfig(arms=(ArmConfig("new", EngineConfig(), recipe=recipe),))
+
+    assert arms_optimizer(config(None)) is None and arms_optimizer(config("none")) is None
+    found = arms_optimizer(config("fp8"))
+    assert found is not None and "fp8" in found.command(EngineConfig(), "fp8")
+    with pytest.raises(ConfigError, match=r"arms: new: .*no-such"):
+        arms_optimizer(config("no-such"))

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from server.api.lifecycle import StartError
 from server.api.pool.messages import Assignment
+from server.api.starting import StartError
+from server.config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Member:
         self.num_deaths = 0
         self.process: asyncio.subprocess.Process | None = None
         self._template = template
+        self.assigned = template
         self._on_spawn = on_spawn
         self._on_death = on_death
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -44,6 +46,10 @@ class Member:
     def start(self) -> None:
         """Starts the process and keeps one running."""
         self._task = asyncio.create_task(self._keep_alive(), name=f"api-worker-{self.index}")
+
+    def assign(self, config: ServerConfig, counts: list[str]) -> None:
+        """What the next process is started with."""
+        self._template = msgspec.structs.replace(self._template, config=config, counts=counts)
 
     async def wait_ready(self) -> None:
         """Waits for the first readiness. Raises StartError with the worker's reason."""
@@ -113,7 +119,8 @@ class Member:
         self._on_spawn(self)
         try:
             assert process.stdin is not None
-            process.stdin.write(msgspec.json.encode(self._assignment()))
+            self.assigned = self._assignment()
+            process.stdin.write(msgspec.json.encode(self.assigned))
             process.stdin.close()
             return await process.wait()
         finally:

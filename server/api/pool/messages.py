@@ -98,6 +98,12 @@ class Weights(msgspec.Struct, tag="weights"):
     salt: str
 
 
+class Concluded(msgspec.Struct, tag="concluded"):
+    """The experiment is over and its engines stop; a candidate that was promoted is the control's from now on."""
+
+    promoted: bool
+
+
 class Acted(msgspec.Struct, tag="acted"):
     """What is wrong with what `Act` of this number asked for; None: it was done."""
 
@@ -105,7 +111,9 @@ class Acted(msgspec.Struct, tag="acted"):
     problem: str | None
 
 
-ToWorker = EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped | Reloaded | Weights | Acted
+ToWorker = (
+    EngineState | Stats | Keys | Reload | Drain | Quit | Collect | Scraped | Reloaded | Weights | Concluded | Acted
+)
 
 # -- worker to owner -----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import orjson
 
-from server.api.experiment import Experiment
+from server.api.experiment import Experiment, artifact_of
 from server.api.pool import messages as m
 from server.config import ServerConfig
 from server.engine.supervisor import Supervisor
@@ -21,7 +21,12 @@ class OwnedExperiment:
     """`experiment` is None where there is none. Raises ConfigError where the ledger cannot be used."""
 
     def __init__(
-        self, config: ServerConfig, engines: Mapping[str, Supervisor], tell: Tell, say: Callable[[str], None]
+        self,
+        config: ServerConfig,
+        engines: Mapping[str, Supervisor],
+        tell: Tell,
+        say: Callable[[str], None],
+        on_over: Callable[[bool], None],
     ) -> None:
         self._tell = tell
         self._answering: set[asyncio.Future[None]] = set()
@@ -29,13 +34,23 @@ class OwnedExperiment:
         if config.experiment is None:
             return
         plan = plan_of(config.experiment)
-        candidate, baseline = engines[plan.candidate], engines[plan.baseline]
+        names = (plan.candidate, plan.baseline)
+        compared = {name: engines[name] for name in names if name in engines}  # they leave after the verdict
+        candidate = compared.get(plan.candidate)
         self.experiment = Experiment.open(
             config,
-            ready=lambda: candidate.ready and baseline.ready,
-            restarts=lambda: candidate.num_restarts,
+            not_ready=lambda: {
+                name: "it is not served by this server"
+                if name not in compared
+                else compared[name].failure or "its engine is not ready yet"
+                for name in names
+                if name not in compared or not compared[name].ready
+            },
+            restarts=lambda: 0 if candidate is None else candidate.num_restarts,
             follow=lambda assignment: tell(m.Weights(dict(assignment.weights), assignment.salt), None),
             say=say,
+            artifact=lambda: artifact_of(config, plan, "" if candidate is None else candidate.config.model),
+            on_over=on_over,
         )
 
     def greet(self, identity: bytes) -> None:

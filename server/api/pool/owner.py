@@ -20,18 +20,24 @@ from server.api.access.counters import SharedCounts
 from server.api.access.keys import KeyFileError
 from server.api.access.ledger import Ledger
 from server.api.access.tls import TlsContext
-from server.api.banner import banner, summary
+from server.api.banner import banner
+from server.api.builds import Builds
+from server.api.conclusion import told
 from server.api.experiment import conducted
-from server.api.lifecycle import Say, Signals, StartError, bound_or_start_error, farewell, first_of, until_stopped
+from server.api.experiment_metrics import ExperimentMetrics
+from server.api.lifecycle import Say, Signals, bound_or_start_error, farewell, first_of, until_stopped
 from server.api.pool import messages as m
 from server.api.pool.channel import OwnerChannel
+from server.api.pool.conclusion import conclude_engines, concluded, stop
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
 from server.api.pool.owned_experiment import OwnedExperiment
-from server.config import CONTROL, ConfigError, ServerConfig
+from server.api.starting import ArmStarts, StartError, pending
+from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
-from server.engine.messages import EngineStats
+from server.engine.messages import EngineInfo, EngineStats
 from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
+from server.routing.plan import plan_of
 from server.telemetry.metrics import Metrics
 from server.telemetry.report import Report
 from server.telemetry.tracing import Tracing
@@ -44,8 +50,16 @@ _WORKERS_CLOSE_S = 4.0
 class Pool:
     """Runs until a signal. Raises StartError."""
 
-    def __init__(self, config: ServerConfig, version: str, say: Say, program: Sequence[str] = ENGINE_PROGRAM) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        version: str,
+        say: Say,
+        program: Sequence[str] = ENGINE_PROGRAM,
+        builds: Builds | None = None,
+    ) -> None:
         self._config = config
+        self._builds = builds
         self._version = version
         self._say = say
         self._supervisors = {arm.name: Supervisor(arm.engine, b"owner", program) for arm in config.all_arms}
@@ -57,6 +71,8 @@ class Pool:
         self._idle = asyncio.Event()
         self._draining = False
         self._closing = False
+        self._leaving: list[Supervisor] = []
+        self._conclusion: m.Concluded | None = None
         try:
             self._access = AccessControl.from_file(config.api_keys)
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
@@ -73,9 +89,12 @@ class Pool:
         )
         self._metrics = PoolMetrics(own, self._ask_for_snapshots)
         for name, supervisor in self._supervisors.items():
-            own.watch_engine(name, supervisor)
+            if name not in pending(config):
+                own.watch_engine(name, supervisor)
         try:
-            self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say)
+            self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say, self._conclude)
+            if self._experiment.experiment is not None:
+                own.engine_registry.register(ExperimentMetrics(self._experiment.experiment.conductor.report))
         except ConfigError as error:
             raise StartError(str(error)) from error
 
@@ -123,7 +142,7 @@ class Pool:
         config, num_workers = self._config, self._config.api_workers
         control, ledger = str(directory / "control.sock"), directory / "ledger"
         Ledger.create(ledger, num_workers)
-        counts = [str(directory / f"counts-{index}") for index in range(len(config.all_arms))]
+        counts = self._count_files = [str(directory / f"counts-{index}") for index in range(len(config.all_arms))]
         for path in counts:
             SharedCounts.create(path, num_workers)
         self._counts = [SharedCounts(path, num_workers, 0) for path in counts]
@@ -149,17 +168,31 @@ class Pool:
         self._say(f"  {len(self._members)} API workers")
 
     async def _start_others(self) -> None:
-        """One after the other: each measures what memory is left. One that does not start leaves the others serving."""
-        for arm in self._config.arms:
-            self._say(f"Loading arm {arm.name}: {arm.engine.model}")
-            supervisor = self._supervisors[arm.name]
-            await supervisor.start()
-            try:
-                info = await supervisor.wait_ready()
-            except EngineUnavailable as error:
-                self._say(f"Arm {arm.name} does not start: {error}; the control arm takes its share")
-                continue
-            self._say(f"Arm {arm.name} serves: {summary(info)}")
+        """One that does not start leaves the others serving."""
+
+        def failed(name: str, reason: str) -> None:
+            supervisor = self._supervisors[name]
+            supervisor.failure = reason
+            self._tell_all(_engine_state(name, supervisor))
+
+        plan = plan_of(self._config.experiment) if self._config.experiment is not None else None
+        starts = ArmStarts(
+            self._config.arms, plan, self._builds, start=self._start_engine, failed=failed, say=self._say
+        )
+        served = await starts.run()
+        if plan is not None and plan.retire and plan.candidate in served and plan.baseline not in served:
+            self._say(f"Arm {plan.candidate} has nothing to be compared with and stops; the control serves on")
+            self._conclude(False)
+
+    async def _start_engine(self, name: str, config: EngineConfig) -> EngineInfo:
+        supervisor = self._supervisors[name]
+        supervisor.config = config
+        self._metrics.own.watch_engine(name, supervisor)
+        await supervisor.start()
+        try:
+            return await supervisor.wait_ready()
+        except EngineUnavailable as error:
+            raise StartError(str(error)) from error
 
     # -- end ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +215,9 @@ class Pool:
         self._closing = True
         for member in self._members:
             member.stopping = True
-        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
+        if self._leaving:
+            self._stopping.cancel()
+        await asyncio.gather(*(engine.close() for engine in [*self._supervisors.values(), *self._leaving]))
         self._tell_all(m.Quit())
         await asyncio.gather(*(member.close(_WORKERS_CLOSE_S) for member in self._members))
 
@@ -201,6 +236,24 @@ class Pool:
         supervisor.on_up = lambda endpoint: self._tell_all(_engine_state(name, supervisor))
         supervisor.on_down = on_down
         supervisor.on_stats = on_stats
+
+    def _conclude(self, promoted: bool) -> None:
+        """The experiment is over, and what nobody needs any more stops."""
+        config = self._config
+        assert config.experiment is not None
+        plan = plan_of(config.experiment)
+        self._conclusion = m.Concluded(promoted)
+        self._leaving = conclude_engines(self._supervisors, self._metrics.own, plan, promoted=promoted)
+        control = self._supervisors[CONTROL]
+        self._follow(CONTROL, control)
+        self._tell_all(self._conclusion)
+        self._tell_all(_engine_state(CONTROL, control))
+        left = concluded(config, plan, control)
+        counts = {arm.name: path for arm, path in zip(config.all_arms, self._count_files, strict=True)}
+        for member in self._members:
+            member.assign(left, [counts[arm.name] for arm in left.all_arms])
+        self._say(told(plan, promoted=promoted, control=CONTROL))
+        self._stopping = asyncio.create_task(stop(self._leaving), name="stop-engines")
 
     # -- the workers -------------------------------------------------------------------------------------------
 
@@ -257,6 +310,8 @@ class Pool:
         """The worker listens: it learns how everything is."""
         identity = member.identity
         self._channel.send(m.Keys(self._access.table), identity)
+        if self._conclusion is not None and len(member.assigned.counts) > len(self._supervisors):
+            self._channel.send(self._conclusion, identity)  # it was started before, and hears it once
         for name, supervisor in self._supervisors.items():
             self._channel.send(_engine_state(name, supervisor), identity)
         self._experiment.greet(identity)

@@ -24,6 +24,7 @@ from server.api.access.ledger import Ledger
 from server.api.access.limits import RateLimiter
 from server.api.arm import Arm
 from server.api.arms import Arms
+from server.api.conclusion import conclude, stop
 from server.api.event_loop import loop_factory
 from server.api.experiment import Watch
 from server.api.front import Front
@@ -160,8 +161,8 @@ class Worker:
                     self._front.reload()
             case m.Collect():
                 self._channel.send(m.Snapshot(message.number, *self._state.metrics.measured()))
-            case m.Weights():
-                self._state.arms.assign = Assignment(message.weights, message.salt)
+            case m.Weights() | m.Concluded():
+                self._follow(message)
             case m.Scraped() | m.Reloaded() | m.Acted():
                 self._answered(message)
             case m.Drain():
@@ -170,6 +171,26 @@ class Worker:
             case m.Quit():
                 if not self._ended.done():
                     self._ended.set_result(None)
+
+    def _follow(self, message: m.Weights | m.Concluded) -> None:
+        """The experiment has decided. After its end engines are known by the arms that they are now."""
+        state, engines = self._state, self._engines
+        if isinstance(message, m.Weights):
+            state.arms.assign = Assignment(message.weights, message.salt)
+            return
+        assert state.config.experiment is not None
+        plan = plan_of(state.config.experiment)
+        candidate = state.arms.named(plan.candidate)
+        if candidate is None:  # it was told before
+            return
+        leaving = conclude(state, plan, promoted=message.promoted)
+        winner, _ = engines.pop(plan.candidate), engines.pop(plan.baseline)
+        if message.promoted:
+            engines[state.control.name] = winner
+            if candidate.text is None:
+                state.control.text = None
+                self._loading = asyncio.ensure_future(_load_others([state.control]))
+        self._stopping = asyncio.ensure_future(stop(leaving))
 
     async def _say_when_idle(self) -> None:
         await self._state.idle.wait()

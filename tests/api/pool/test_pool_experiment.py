@@ -8,8 +8,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
+from server.api.access.keys import digest_of
 from tests.api.pool.test_pool import Pool, pool
 from tests.api.pool.test_pool_arms import USERS, arm_of
 
@@ -84,3 +86,66 @@ async def test_a_crash_of_the_candidate_ends_it(embedded_model_dir: Path, tmp_pa
 
 def _started(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().split()[21])
+
+
+RETIRE = """
+experiment_ledger = "{ledger}"
+api_keys = "{keys}"
+[[arms]]
+name = "candidate"
+[experiment]
+name = "retire"
+candidate = "candidate"
+retire = true
+stages = [{{share = 40, min_samples = 100000}}, {{share = 100, min_samples = 0}}]
+"""
+ADMIN, USER = "sk-outpace-admin", "sk-outpace-user"
+
+
+async def test_after_the_verdict_every_worker_has_one_engine(embedded_model_dir: Path, tmp_path: Path) -> None:
+    keys, file = tmp_path / "keys.toml", tmp_path / "outpace.toml"
+    keys.write_text(f'[admin]\nsha256 = "{digest_of(ADMIN)}"\n[[key]]\nname = "user"\nsha256 = "{digest_of(USER)}"\n')
+    file.write_text(RETIRE.format(ledger=tmp_path / "ledger", keys=keys))
+    headers = {"Authorization": f"Bearer {USER}"}
+
+    async def arms(server: Pool, count: int = 24) -> set[str]:
+        found = set()
+        for number in range(count):
+            body = {"prompt": [1000], "max_tokens": 2, "ignore_eos": True, "user": f"user-{number}"}
+            async with (
+                aiohttp.ClientSession(headers=headers) as http,
+                http.post(server.url + "/v1/completions", json=body) as response,
+            ):
+                assert response.status == 200, await response.text()
+                found.add(response.headers.get("x-outpace-arm", "alone"))
+        return found
+
+    with pool("--config", str(file), last="Arm baseline serves") as server:
+
+        async def spread() -> bool:
+            return await arms(server) == {"control", "candidate", "baseline"}
+
+        await server.until(spread, "every worker follows")
+        engines = set(server.pids("scripted_engine.py"))
+        admin = {"Authorization": f"Bearer {ADMIN}"}
+        url = server.url + "/admin/experiment/promote"
+        async with aiohttp.ClientSession() as http, http.post(url, json={}, headers=admin) as response:
+            assert response.status == 200, await response.text()
+
+        async def one_engine() -> bool:
+            assert await arms(server, 4) <= {"alone", "candidate", "control", "baseline"}, "nobody is turned away"
+            return len(server.pids("scripted_engine.py")) == 1
+
+        await server.until(one_engine, "the other engines stop")
+        assert set(server.pids("scripted_engine.py")) < engines
+        assert await arms(server) == {"alone"}
+        os.kill(server.workers[0], signal.SIGKILL)
+
+        async def two_workers() -> bool:
+            return len(server.workers) == 2 and await arms(server) == {"alone"}
+
+        await server.until(two_workers, "a new worker knows one arm")
+        async with aiohttp.ClientSession(headers=headers) as http, http.get(server.url + "/metrics") as response:
+            metrics = await response.text()
+        assert 'outpace_engine_ready{arm="control"} 1' in metrics and 'engine_ready{arm="candidate"}' not in metrics
+        assert 'outpace_experiment_verdict{experiment="retire"} 1' in metrics

@@ -154,7 +154,7 @@ def test_layers_are_looked_at_where_quality_failed_only(tiny_llama_dir: Path, te
         (["--recipe", "int3"], 2, "recipe: 'int3' is not valid; use"),
         (["--dtype", "int3"], 2, "dtype: 'int3' is not valid"),
         (["--window", "4"], 2, "window: 4 is not valid; use 16 or more"),
-        (["--candidate-weights", "x"], 2, "candidate_weights: 'x' is not valid; use one of native"),
+        (["--candidate-weights", "x"], 2, "candidate_weights: 'x' is not valid; use one of auto, native"),
         (["--text", "nowhere.jsonl"], 2, "text: nowhere.jsonl: cannot be read: No such file"),
         (["--drafter", "nowhere"], 2, "drafter: 'nowhere' is not valid; use auto, none or"),
         (["--task-dir", "nowhere"], 2, "task_dir: 'nowhere' is not valid"),
