@@ -165,7 +165,7 @@ class LlamaCpuModel:
     @staticmethod
     def kernels_kept() -> bool:
         """Whether an earlier start has compiled them."""
-        return cached()
+        return cached(step.run_step.py_func.__name__)
 
     @property
     def embedding(self) -> Tensor:

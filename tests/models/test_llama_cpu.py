@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +192,15 @@ def test_says_what_it_cannot_serve() -> None:
 
 def test_path_names_format_and_kernel() -> None:
     assert both()[0].linear_path == f"int4-g32-min+int8-group:{ISA}"
+
+
+def test_whether_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed start has left of them does not count."""
+    monkeypatch.setattr("server.quant.cpu.vectors._CACHE", tmp_path)
+    assert not LlamaCpuModel.kernels_kept()
+    folder = tmp_path / "cpu_0123"
+    folder.mkdir()
+    (folder / "step.embed-21.py311.1.nbc").touch()
+    assert not LlamaCpuModel.kernels_kept()
+    (folder / "step.run_step-189.py311.1.nbc").touch()
+    assert LlamaCpuModel.kernels_kept()

@@ -63,9 +63,9 @@ def _own_cache() -> Path:
 _CACHE = _own_cache()
 
 
-def cached() -> bool:
-    """Whether compiled code of this version is kept."""
-    return any(_CACHE.rglob("*.nbc"))
+def cached(function: str) -> bool:
+    """Whether this version's compiled code of a function of that name is kept."""
+    return any(_CACHE.rglob(f"*.{function}-*.nbc"))
 
 
 jit: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
