@@ -140,7 +140,7 @@ def multiply(kind, w, q, s, groups, out, step, rows, add, first, end):
 
     `q` and `s` are the rows as `activations` makes them; `add`: 1 adds to what is in `out`.
     """
-    # Addresses come signed and unsigned, flags as constants: cast, each kind is compiled once and not for every mixture.
+    # Addresses come signed and unsigned, flags as constants: cast, each kind is compiled once, not for every mixture.
     w, q, s, out, groups, step = np.int64(w), np.int64(q), np.int64(s), np.int64(out), np.int64(groups), np.int64(step)
     rows, add, first, end = np.int64(rows), np.int64(add), np.int64(first), np.int64(end)
     if kind == 0:
