@@ -170,7 +170,7 @@ def main() -> None:
     prompter = Prompter()
     # One engine, one copy of the weights in memory: where a copy lies is worth ten per cent of a step. Plain decoding
     # is the same engine with speculation switched off by the request, as any client can.
-    core = build("suffix", device="cpu", prefix_cache=False)
+    core = build("suffix", device="cpu", weights="dequantised", prefix_cache=False)
     reference = Reference(prompter)
     short = [p for p in (prompter.ids(p) for p in load_prompts(args.prompts)) if len(p) < 300]
     sixteen = short[:: len(short) // 16][:16]

@@ -64,7 +64,7 @@ class Clocks:
 
 
 def profile(drafter: str, ids: list[int], sampling: SamplingParams, num_steps: int) -> list[dict[str, float]]:
-    core = build(drafter, device="cpu", prefix_cache=False)
+    core = build(drafter, device="cpu", weights="dequantised", prefix_cache=False)
     clocks = Clocks()
     restore = {name: getattr(runner_module, name) for name in ("process", "verify")}
     clocks.around(core.runner.model, "forward", "forward")
