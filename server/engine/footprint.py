@@ -21,6 +21,10 @@ from server.quant.sketch import LinearSketch
 META = torch.device("meta")
 
 
+_WITHOUT_WEIGHTS = ("server.quant.cpu.team", "server.quant.cpu.draft_layer")
+"""Threads; and addresses of what a network holds itself."""
+
+
 def tensor_bytes(root: object) -> int:
     """Bytes of all tensors and arrays that an object holds, directly or through others of ours; shared ones once."""
     sizes: dict[int, int] = {}
@@ -86,7 +90,7 @@ def _children(item: Any) -> list[Any]:
     if isinstance(item, torch.nn.Module):
         return [*item.parameters(), *item.buffers(), *item.modules(), *vars(item).values()]
     module = type(item).__module__
-    if not module.startswith(("server.", "draft_models.")) or module == "server.quant.cpu.team":  # its threads
+    if not module.startswith(("server.", "draft_models.")) or module in _WITHOUT_WEIGHTS:
         return []
     slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
     return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name, None) for name in slots)]

@@ -6,6 +6,7 @@ A draft is a handful of small products: called one by one, waking threads and to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -143,10 +144,7 @@ class DraftLayer:
         self._team = team(torch.get_num_threads())
         _, kv_heads, dim = heads
         self._mixed = heads[0] * dim
-        self._results = aligned(4 * FEW * results_size(kv_heads, dim, len(rotations))).view(np.float32)
-        self._work = [
-            aligned(4 * scratch_size(kv_heads, dim)).view(np.float32) for _ in range(self._team.size)
-        ]  # of each thread
+        self._scratch_for = (kv_heads, dim, len(rotations), self._team.size)
 
     def enter(self, token_ids: Tensor, x: Tensor, positions: Tensor, slots: NDArray[np.int64], pool: Tensor) -> Tensor:
         """Queries of tokens [N], rotated, and what has become keys and values in `pool` at `slots` [N]: [N, width].
@@ -175,10 +173,11 @@ class DraftLayer:
         fields = (
             qkv.contiguous().view(-1).numpy(), np.empty(n * self._mixed, np.float32), x.numpy(), keys.rows[:n],
             keys.places, pool.data_ptr(), self._behind, self._eps, self._shape, self._exit, wide.data_ptr(),
-            logits.data_ptr(), int(q.ctypes.data), int(s.ctypes.data), self._results,
+            logits.data_ptr(), int(q.ctypes.data), int(s.ctypes.data),
         )  # fmt: skip
+        results, work = _attention_scratch(*self._scratch_for)
         size, barrier = self._team.size, self._team.barrier
-        self._team.run(run_exit, [(i, size, *fields, self._work[i], barrier) for i in range(size)])
+        self._team.run(run_exit, [(i, size, *fields, results, work[i], barrier) for i in range(size)])
         return x, logits[:, : output.out_features]
 
 
@@ -190,6 +189,15 @@ def fits(linears: Sequence[object], hidden: int, head_dim: int) -> bool:
         isinstance(linear, CpuLinear) and linear.packed.out_features == linear.out_features for linear in linears[:-1]
     )
     return whole and hidden % GROUP == 0 and head_dim % 16 == 0
+
+
+@cache
+def _attention_scratch(
+    kv_heads: int, dim: int, positions: int, threads: int
+) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+    """Of all layers alike, which never run at the same time: results of spans of keys; of each thread its own."""
+    results = aligned(4 * FEW * results_size(kv_heads, dim, positions)).view(np.float32)
+    return results, [aligned(4 * scratch_size(kv_heads, dim)).view(np.float32) for _ in range(threads)]
 
 
 def _kind_and_address(packed: PackedWeight) -> tuple[int, int, int]:
