@@ -96,7 +96,8 @@ PARTS = {
     "8b-int4-eagle3": low("8b-int4-eagle3", 80, "int4", "--head", "fp8-weights", *LOW_DRAFTED),
     "8b-fp8-eagle3": low("8b-fp8-eagle3", 80, "fp8", "--head", "fp8-weights", *LOW_DRAFTED),
     "headline": script(260, "headline", "--budget", "280"),
-    "kernels-8bit": script(150, "kernels_8bit"),
+    "kernels-8bit": script(60, "kernels_8bit"),
+    "kernels-int4": script(60, "kernels_8bit", "--kinds", "int4", "--name", "kernels_int4"),
     "kernels-attention": script(120, "kernels_attention"),
     "kernels-prefill": script(30, "kernels_prefill"),
     "kernels-linear": script(120, "kernels_linear"),
@@ -128,8 +129,10 @@ PARTS = {
     "http-8b": script(180, "gpu_http", "--case", "8b"),
 }
 GROUPS = {
-    "kernels": tuple(name for name in PARTS if name.startswith("kernels-") and name != "kernels-8bit"),
-    "low": ("kernels-8bit", "8b-fp8", "8b-int8", "8b-int4", "8b-fp8-eagle3", "8b-int4-eagle3"),
+    "kernels": tuple(
+        name for name in PARTS if name.startswith("kernels-") and name not in ("kernels-8bit", "kernels-int4")
+    ),
+    "low": ("kernels-8bit", "kernels-int4", "8b-fp8", "8b-int8", "8b-int4", "8b-fp8-eagle3", "8b-int4-eagle3"),
 }
 TABLE = ("8b", "135m", "8b-eagle3", "8b-draft1b", "135m-eagle3", "kernels", "start")
 """What is measured unless told otherwise."""

@@ -76,10 +76,9 @@ class Case:
 
     def tiles(self) -> list[EightTile]:
         shape = self.shape
-        size, group = self.x.values.element_size(), self.weights[0].group
-        return [
-            t for t in candidates(shape.kind, self.num_tokens, shape.n, shape.k, size, group) if t not in self.failed
-        ]
+        size, weight = self.x.values.element_size(), self.weights[0]
+        found = candidates(shape.kind, self.num_tokens, shape.n, shape.k, size, weight.group, weight.per)
+        return [tile for tile in found if tile not in self.failed]
 
     def launch(self, weight: Weight, tile: EightTile) -> Tensor | Sums:
         kind, x = self.shape.kind, self.x
@@ -218,6 +217,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,64")
     parser.add_argument("--large", default="512,4096")
     parser.add_argument("--chain", default="1,8,64")
+    parser.add_argument("--name", default="kernels_8bit", help="of the result")
     args = parser.parse_args()
     tokens, large, steps = ([int(m) for m in text.split(",") if m] for text in (args.tokens, args.large, args.chain))
     models, kinds = args.models.split(","), args.kinds.split(",")
@@ -236,7 +236,7 @@ def main() -> None:
     for case in cases:
         rows += measure(case, best)
     for model in models:
-        for m in tokens + large:
+        for m in tokens + large if any(KINDS[kind] != "none" for kind in kinds) else []:
             rows += measure_quantising(model, m)
         for kind in kinds:
             for m in steps:
@@ -245,7 +245,7 @@ def main() -> None:
                 for shape in shapes_of(model)[:-1]:
                     rows += measure_large(shape, kind, m, buffer)
     print(f"{time.perf_counter() - begun:.0f} s in all")
-    write_result("kernels_8bit", rows, {"gpu": torch.cuda.get_device_name(), "wrong": wrong}, show=False)
+    write_result(args.name, rows, {"gpu": torch.cuda.get_device_name(), "wrong": wrong}, show=False)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from benchmarks.common import Row
 from benchmarks.kernels_chain import graph_us
-from server.kernels.eightbit_large import dequantized_groups, large_parts, total
-from server.kernels.eightbit_tiles import EightTile, Weight
+from server.kernels.eightbit_large import dequantized_groups, large_parts, plain_words, total
+from server.kernels.eightbit_tiles import PAIR, EightTile, Weight
+from server.kernels.int4_product import WORD
 from server.kernels.quantize import (
     Precision,
     Sums,
@@ -42,7 +43,15 @@ MODELS = {
     "135m": (576, 1536, Heads(9, 3, 64), 49152, 30),
 }
 """Hidden size, intermediate size, heads, vocabulary, layers."""
-KINDS: dict[str, Precision] = {"fp8": "fp8", "int8": "int8", "w8a16": "none", "w4a8": "int8", "w4a8-fp8": "fp8"}
+KINDS: dict[str, Precision] = {
+    "fp8": "fp8",
+    "int8": "int8",
+    "w8a16": "none",
+    "w4a8": "int8",
+    "w4a8-fp8": "fp8",
+    "int4": "none",
+    "int4-min": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -76,20 +85,29 @@ def shapes_of(model: str) -> list[Shape]:
 
 def weights_of(shape: Shape, kind: str, buffer: Tensor, at_most: int = MAX_LAUNCHES) -> list[Weight]:
     """Slices of `buffer` (bytes that are finite as float8) as weights, more than the L2 cache holds."""
-    group = (64 if shape.k % 128 else 128) if kind.startswith("w4") else 0
-    width = -(-shape.k // (2 * group)) * group if group else shape.k
+    words = kind.startswith("int4")
+    group = (64 if shape.k % 128 else 128) if words or kind.startswith("w4") else 0
+    per = WORD if words else PAIR
+    width = -(-shape.k // (per * group)) * (per // 2) * group if group else shape.k  # bytes
     count = shape.rows * width
     copies = max(1, min(at_most, -(-ROTATED_BYTES // count), buffer.numel() // count))
-    dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
-    scale = {"fp8": 1.0, "int8": 70.0, "w8a16": 70.0, "w4a8": 80.0, "w4a8-fp8": 0.01}[kind] * shape.k**0.5
+    dtype = {"fp8": torch.float8_e4m3fn}.get(kind, torch.int16 if words else torch.int8)
+    sizes = {"fp8": 1.0, "int8": 70.0, "w8a16": 70.0, "w4a8": 80.0, "w4a8-fp8": 0.01, "int4": 5.0, "int4-min": 5.0}
     size = (2 * width // group, shape.rows) if group else (shape.rows,)
-    scales = (0.5 + torch.rand(size, device=buffer.device)) / scale
-    parts = [buffer[i * count : (i + 1) * count].view(dtype).view(shape.rows, width) for i in range(copies)]
-    return [Weight(values, scales, shape.k, group) for values in parts]
+    scales = (0.5 + torch.rand(size, device=buffer.device)) / (sizes[kind] * shape.k**0.5)
+    if words:
+        scales = scales.to(DTYPE)
+    minimum = kind == "int4-min"
+    if minimum:
+        scales = torch.cat([scales, -7.5 * scales])
+    parts = [buffer[i * count : (i + 1) * count].view(dtype).view(shape.rows, -1) for i in range(copies)]
+    return [Weight(values, scales, shape.k, group, minimum) for values in parts]
 
 
 def plain(weight: Weight, activations: torch.dtype) -> Tensor:
     """W [N, K] float32."""
+    if weight.per == WORD:
+        return plain_words(weight, torch.float32)
     if weight.group:
         return dequantized_groups(weight, activations)
     return weight.values.float() * weight.scales[:, None]

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.eightbit_tiles import Weight
+from server.kernels.int4_product import WORD, unpacked
 from server.kernels.quantize import Quantized, Sums
 from server.kernels.runtime import ceil_div, next_power_of_2, pdl_options
 
@@ -57,6 +58,8 @@ def _total_kernel(
 def large_parts(x: Quantized, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Sums:
     """Product x Wᵀ + bias [1, M, N] of any number of tokens, scales not all applied; x [M, K] of `dtype` if plain."""
     values, scales = x.values, x.scales
+    if weight.per == WORD:
+        return Sums(F.linear(values, plain_words(weight, values.dtype))[None], None, None, bias)
     if weight.group:
         wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         product = F.linear(values.to(wide), dequantized_groups(weight, values.dtype).to(wide))
@@ -91,6 +94,12 @@ def dequantized_groups(weight: Weight, activations: torch.dtype) -> Tensor:
     pairs = torch.stack([part.view(weight.rows, -1, weight.group) for part in (low, high)], dim=2).float()
     scales = weight.scales.t().reshape(weight.rows, -1, 2, 1) * factor
     return (pairs * scales).flatten(1)[:, : weight.columns]
+
+
+def plain_words(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """W [N, K] of `dtype`, of words (int4_product.pack_quads)."""
+    w = weight
+    return unpacked(w.values, w.scales, w.columns, w.group, dtype, minimum=w.minimum)
 
 
 def total(sums: Sums, dtype: torch.dtype) -> Tensor:

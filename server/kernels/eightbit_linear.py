@@ -10,6 +10,7 @@ from torch import Tensor
 
 from server.kernels.eightbit_product import grouped_product, product
 from server.kernels.eightbit_tiles import EightTile, Weight, candidates, constants
+from server.kernels.int4_product import quad_product
 from server.kernels.quantize import Quantized, Sums
 from server.kernels.runtime import ceil_div
 from server.kernels.skinny_product import ahead, prefetch_rows, w_rows
@@ -42,7 +43,8 @@ def prepared(
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             if PREFETCH > 0:
-                prefetch_rows(w_ptr + begin // 2, first, N, STRIDE, ROWS, PAIR, PREFETCH, THREADS)
+                PER: tl.constexpr = 4 if w_ptr.dtype.element_ty == tl.int16 else 2
+                prefetch_rows(w_ptr + begin // PER, first, N, STRIDE, ROWS, PAIR, PREFETCH, THREADS)
     return w, tail
 
 
@@ -61,6 +63,7 @@ def scaled_product(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    MINIMUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,6 +84,11 @@ def scaled_product(
             N, K, BLOCK_M, ROWS, BLOCK_K, TAIL, SHARE, SPLIT, PAIR, SWAP, PRECISION,
         )  # fmt: skip
         acc *= column
+    elif w_ptr.dtype.element_ty == tl.int16:
+        acc = quad_product(
+            x_ptr, present, w_ptr, column_scales_ptr, first, begin,
+            N, K, STRIDE, GROUP, MINIMUM, BLOCK_M, ROWS, SHARE, PAIR, SWAP, PRECISION, PACKED,
+        )  # fmt: skip
     else:
         acc = grouped_product(
             x_ptr, present, w_ptr, column_scales_ptr, first, begin,
@@ -105,6 +113,7 @@ def _linear_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    MINIMUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -134,7 +143,8 @@ def _linear_kernel(
         tl.extra.cuda.gdc_wait()
     acc = scaled_product(
         x_ptr, row_scales_ptr, w_ptr, column_scales_ptr, w, tail, present, first, begin,
-        N, K, STRIDE, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, TAIL, SHARE, SPLIT, False, SWAP, ROW_SCALES, PRECISION, PACKED,
+        N, K, STRIDE, GROUP, MINIMUM, BLOCK_M, BLOCK_N, BLOCK_K, TAIL, SHARE, SPLIT, False, SWAP, ROW_SCALES, PRECISION,
+        PACKED,
     )  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -156,6 +166,7 @@ def _gate_up_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    MINIMUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -183,8 +194,8 @@ def _gate_up_kernel(
         tl.extra.cuda.gdc_wait()
     acc = scaled_product(
         x_ptr, row_scales_ptr, w_ptr, column_scales_ptr, w, tail, present, first, 0,
-        N, K, STRIDE, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K, TAIL, SHARE, SPLIT, True, SWAP, ROW_SCALES, PRECISION,
-        PACKED,
+        N, K, STRIDE, GROUP, MINIMUM, BLOCK_M, 2 * BLOCK_N, BLOCK_K, TAIL, SHARE, SPLIT, True, SWAP, ROW_SCALES,
+        PRECISION, PACKED,
     )  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + w_rows(tl.arange(0, 2 * BLOCK_N), first, N, True)).to(tl.float32)[None, :]
@@ -209,7 +220,7 @@ def linear8(
     of more than one part is asked for.
     """
     size = x.values.element_size()
-    tile = tile or candidates(Kind.HEAD, len(x.values), weight.rows, weight.columns, size, weight.group)[0]
+    tile = tile or candidates(Kind.HEAD, len(x.values), weight.rows, weight.columns, size, weight.group, weight.per)[0]
     if tile.parts != 1:
         raise ValueError(f"tile {tile.name}: a result that is rounded cannot come in parts")
     out = torch.empty(1, len(x.values), weight.rows, dtype=dtype, device=x.values.device)
@@ -221,7 +232,9 @@ def linear8_parts(
 ) -> Sums:
     """The same as float32 sums in `tile.parts` parts, for quantize.add_norm_quantize_, which adds `bias` too."""
     size = x.values.element_size()
-    tile = tile or candidates(Kind.RESIDUAL, len(x.values), weight.rows, weight.columns, size, weight.group)[0]
+    tile = (
+        tile or candidates(Kind.RESIDUAL, len(x.values), weight.rows, weight.columns, size, weight.group, weight.per)[0]
+    )
     out = torch.empty(tile.parts, len(x.values), weight.rows, dtype=torch.float32, device=x.values.device)
     return Sums(_linear(x, weight, out, None, tile, pdl), bias=bias)
 
@@ -255,7 +268,7 @@ def gate_up8(
     num_tokens, columns = len(x.values), weight.rows // 2
     out = torch.empty(num_tokens, columns, dtype=dtype, device=x.values.device)
     size = x.values.element_size()
-    tile = tile or candidates(Kind.GATE_UP, num_tokens, columns, weight.columns, size, weight.group)[0]
+    tile = tile or candidates(Kind.GATE_UP, num_tokens, columns, weight.columns, size, weight.group, weight.per)[0]
     _gate_up_kernel[(ceil_div(columns, tile.block_n),)](
         x.values,
         x.values if x.scales is None else x.scales,

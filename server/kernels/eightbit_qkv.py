@@ -43,6 +43,7 @@ def _qkv_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    MINIMUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,7 +79,8 @@ def _qkv_kernel(
         tl.extra.cuda.gdc_wait()
     acc = scaled_product(
         x_ptr, row_scales_ptr, w_ptr, column_scales_ptr, w, tail, present, first, 0,
-        N, K, STRIDE, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, TAIL, SHARE, SPLIT, False, SWAP, ROW_SCALES, PRECISION, PACKED,
+        N, K, STRIDE, GROUP, MINIMUM, BLOCK_M, BLOCK_N, BLOCK_K, TAIL, SHARE, SPLIT, False, SWAP, ROW_SCALES, PRECISION,
+        PACKED,
     )  # fmt: skip
     acc += bias
     if ROTATE:
@@ -116,7 +118,7 @@ def qkv_rope8(
     queries = heads.num_heads * heads.head_dim
     out = torch.empty(num_tokens, queries, dtype=dtype, device=x.values.device)
     size = x.values.element_size()
-    tile = tile or candidates(Kind.QKV, num_tokens, columns, weight.columns, size, weight.group)[0]
+    tile = tile or candidates(Kind.QKV, num_tokens, columns, weight.columns, size, weight.group, weight.per)[0]
     _qkv_kernel[(ceil_div(columns, tile.block_n),)](
         x.values,
         x.values if x.scales is None else x.scales,

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.kernels.int4_product import WORD
 from server.kernels.runtime import INTERPRETED, ceil_div, dot_precision, next_power_of_2
 from server.kernels.skinny_tiles import MAX_TOKENS, SHARED_LIMIT, Kind, block_m
 
 MAX_WHOLE_K = 2048
 MAX_WHOLE_ELEMENTS = 8 << 20
+_STAGED = 98_304
+"""Bytes of shared memory for a program whose tiles are unpacked in registers, so that two fit."""
+PAIR = 2
+"""Groups in a byte of eightbit_product.pack_groups."""
 _LEAST_K = 32
 """The least K that 8-bit tensor cores take at once."""
 
@@ -22,13 +27,20 @@ class Weight:
     """W [N, K] as kernels read it.
 
     8 bits: `values` [N, K] of int8 or float8_e4m3fn, `scales` [N] float32, `group` 0. 4 bits: what
-    eightbit_product.pack_groups returned for groups of `group` columns.
+    eightbit_product.pack_groups returned for groups of `group` columns, or int4_product.pack_quads, which knows groups
+    with a `minimum` too.
     """
 
     values: Tensor
     scales: Tensor
     columns: int
     group: int = 0
+    minimum: bool = False
+
+    @property
+    def per(self) -> int:
+        """Groups whose columns share an element of `values`."""
+        return WORD if self.values.dtype == torch.int16 else PAIR
 
     @property
     def rows(self) -> int:
@@ -41,7 +53,7 @@ class EightTile:
     """One way to cut a product into programs: as skinny_tiles.TileConfig, and
 
     `parts` programs share K; `swap`: transposed (eightbit_product.py says why), then `split` is 1. With 4-bit weights
-    `block_k` is two groups whatever it says. `rows` is the least height of the tile of x.
+    `block_k` is all groups of an element whatever it says. `rows` is the least height of the tile of x.
     """
 
     block_n: int
@@ -68,11 +80,17 @@ def _shared_bytes(tile: EightTile, kind: Kind, num_tokens: int, k: int, x_size: 
     return (rows + block_m(num_tokens) * x_size) * min(tile.block_k, next_power_of_2(k)) * stages
 
 
-def candidates(kind: Kind, num_tokens: int, n: int, k: int, x_size: int = 1, group: int = 0) -> list[EightTile]:
+def candidates(
+    kind: Kind, num_tokens: int, n: int, k: int, x_size: int = 1, group: int = 0, per: int = PAIR
+) -> list[EightTile]:
     """Candidates for x [num_tokens, k] of `x_size` bytes each and a result of `n` columns, the likeliest first.
+
+    `group` and `per` as in Weight.
 
     RESIDUAL's may have parts; the others' results need whole sums.
     """
+    if group and per == WORD:
+        return _quads(kind, num_tokens, k, x_size, group)
     if group:
         found = _grouped(kind)
     elif n * k <= MAX_WHOLE_ELEMENTS and k <= MAX_WHOLE_K and num_tokens <= 32 and kind is not Kind.HEAD:
@@ -148,6 +166,28 @@ def _grouped(kind: Kind) -> list[EightTile]:
     ][:: 1 if kind is Kind.RESIDUAL else 2]
 
 
+def _quads(kind: Kind, num_tokens: int, k: int, x_size: int, group: int) -> list[EightTile]:
+    """A step of the loop is four groups; registers and shared memory bound how many of them are in flight."""
+    parts = max(1, min(4, k // (8 * group))) if kind is Kind.RESIDUAL else 1
+    pair = kind is Kind.GATE_UP
+    tall = num_tokens > 32
+    found = []
+    for rows, swap, warps, share in (
+        *(((64, True, 4, 1), (128, True, 8, 1)) if tall else ((32, False, 4, 1), (64, False, 4, 2))),
+        (64, True, 4, 2),
+        (128, True, 8, 2) if tall else (16, False, 4, 1),
+        (64, False, 4, 1) if tall else (32, False, 4, 2),
+    ):
+        step = (2 * rows + WORD * x_size * block_m(num_tokens)) * group
+        stages = max(2, min(6, _STAGED // step))
+        split = min(parts * share, max(1, k // (WORD * group))) if kind is Kind.RESIDUAL else 1
+        block = rows // 2 if pair else rows
+        tile = EightTile(block, WORD * group, parts=split, swap=swap, num_warps=warps, num_stages=stages)
+        if step * stages <= SHARED_LIMIT and tile not in found:
+            found.append(tile)
+    return found or [EightTile(16, WORD * group, num_stages=1)]
+
+
 def _pieces(tile: EightTile, k: int) -> tuple[int, int]:
     """(block, tail) of weights that are held whole (skinny_tiles.py), else (block_k, 0)."""
     least = _LEAST_K * tile.split
@@ -169,16 +209,19 @@ def constants(tile: EightTile, x: Tensor, weight: Weight, num_tokens: int, pdl: 
     whole = tile.block_k >= k and not weight.group
     if ((tile.swap or tile.parts > 1) and whole) or (tile.swap and tile.split > 1):
         raise ValueError(f"tile {tile.name}: with {k} columns, what is transposed or in parts is streamed")
-    block, tail = (2 * weight.group, 0) if weight.group else _pieces(tile, k)
+    per = weight.per
+    block, tail = (per * weight.group, 0) if weight.group else _pieces(tile, k)
     share = ceil_div(ceil_div(k, tile.parts), block) * block
-    ahead = min(tile.prefetch, share, k - share * (tile.parts - 1)) // (2 if weight.group else 1)
+    ahead = min(tile.prefetch, share, k - share * (tile.parts - 1)) // (per if weight.group else 1)
     stride = weight.values.shape[1]
-    aligned = ahead > 0 and stride % 16 == 0 and ahead % 16 == 0 and tile.block_k % 16 == 0
+    size = weight.values.element_size()
+    aligned = ahead > 0 and stride * size % 16 == 0 and ahead * size % 16 == 0 and tile.block_k % 16 == 0
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     return {
         "K": k,
         "STRIDE": stride,
         "GROUP": weight.group,
+        "MINIMUM": weight.minimum,
         "BLOCK_M": max(tile.rows, block_m(num_tokens)),
         "BLOCK_N": tile.block_n,
         "BLOCK_K": block,

@@ -2,7 +2,6 @@
 
 Few tokens and many take the same launches; each linear layer changes its kernel with their number (`server.quant.low`).
 Deterministic mode: the same with one tile for all rows, and attention and plain layers as llama_kernels.py has them.
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -14,16 +14,22 @@ from server.quant.layer import LinearLayer
 
 GROUPS = (32, 64, 128)
 """Sizes of groups that the kernels of 4-bit weights with 8-bit activations take."""
+WORD_GROUPS = (16, *GROUPS)
+"""Those of 4-bit weights with activations as they come."""
 _LEAST = 16
 """torch's 8-bit matrix products take whole multiples of it."""
 
 
 def supported(form: LinearFormat) -> bool:
-    """Whether there are kernels for the format: 8 bits a row, or 4 bits in groups with a scale a token."""
-    if form.minimum or form.activations == "int8-group":
+    """Whether there are kernels for the format: 8 bits a row, or 4 bits in groups (minimums: only where x is plain)."""
+    if form.activations == "int8-group":
+        return False
+    if form.weights == "int4" and form.activations == "none":
+        return form.group_size in WORD_GROUPS
+    if form.minimum:
         return False
     if form.weights == "int4":
-        return form.activations != "none" and form.group_size in GROUPS
+        return form.group_size in GROUPS
     return form.group_size is None and form.activations in ("none", form.weights)
 
 
@@ -54,6 +60,8 @@ def held(weight: QuantizedWeight, dtype: torch.dtype) -> list[Tensor]:
         return [*(smooth if form.activations != "none" else []), _meta(rows, columns, dtype=dtype)]
     if form.group_size is None:
         return [*smooth, _meta(rows, columns, dtype=torch.int8), _meta(rows)]
+    if form.activations == "none":
+        return [*smooth, *_words(weight)]
     pairs = -(-columns // (2 * form.group_size))
     return [*smooth, _meta(rows, pairs * form.group_size, dtype=torch.int8), _meta(2 * pairs, rows)]
 
@@ -63,7 +71,23 @@ def widened_bytes(weight: QuantizedWeight) -> int:
     form, (rows, columns) = weight.format, weight.shape
     if why_not(weight) is not None or (form.group_size is None and form.activations != "none"):
         return 0
+    if form.weights == "int4" and form.activations == "none":
+        return rows * columns * 4  # in the model's dtype, at most float32
     return rows * columns * (2 if form.group_size is None else 8)
+
+
+def _words(weight: QuantizedWeight) -> list[Tensor]:
+    """Sizes of what int4_product.pack_quads returns."""
+    rows, columns = weight.shape
+    tables = [table for table in (weight.scales, weight.minimums) if table is not None]
+    group = weight.format.group_size or columns
+    words = -(-columns // (4 * group))
+    narrow = all(table.dtype.itemsize == 2 and table.dtype == tables[0].dtype for table in tables)
+    dtype = tables[0].dtype if narrow else torch.float32
+    return [
+        _meta(rows, words * group, dtype=torch.int16),
+        _meta(len(tables) * 4 * words, rows, dtype=dtype),
+    ]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -116,12 +116,15 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         return self.values.device
 
+    def integers(self) -> Tensor:
+        """What is stored of 4-bit weights: 0 … 15, uint8 [O, K]."""
+        return torch.stack([self.values & 15, self.values >> 4], dim=-1).flatten(1)
+
     def numbers(self) -> Tensor:
         """The values in float32 [O, K], centred where there is no minimum."""
         if self.format.weights != "int4":
             return self.values.float()
-        low, high = self.values & 15, self.values >> 4
-        numbers = torch.stack([low, high], dim=-1).flatten(1).float()
+        numbers = self.integers().float()
         return numbers if self.format.minimum else numbers - 8.0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

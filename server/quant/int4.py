@@ -8,7 +8,10 @@ CPU:
 torch's `_weight_int4pack_mm_for_cpu` is not taken: it computes in bfloat16 and rounds scales and minimums to it, which
 changes the weights.
 
-GPU: no kernel of these formats yet, so they are dequantised (`cuda`).
+GPU:
+  int4-gN[-min], N 16 to 128  integers multiplied in the activations' own type, scales and minimums applied to float32
+                              sums (`server.kernels.int4_product`); from 256 tokens on dequantised for the step
+  others                      dequantised
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.kernels.eightbit_large import dequantized_groups, large_parts, total
+from server.kernels.eightbit_large import dequantized_groups, large_parts, plain_words, total
 from server.kernels.eightbit_linear import gate_up8, linear8, linear8_parts
 from server.kernels.eightbit_product import pack_groups
 from server.kernels.eightbit_qkv import qkv_rope8
 from server.kernels.eightbit_tiles import EightTile, Weight, candidates, weight8
+from server.kernels.int4_product import WORD, pack_quads
 from server.kernels.quantize import Precision, Quantized, Sums, quantize, silu_mul_quantize
 from server.kernels.runtime import ceil_div, num_sms, supports_pdl
 from server.kernels.skinny_qkv import Heads
@@ -139,6 +140,9 @@ class LowLinear:
             raise ValueError(f"format {form.name} has no kernel here")
         if form.group_size is None:
             weight = weight8(stored.values, stored.scales)
+        elif form.activations == "none":
+            packed, scales = pack_quads(stored.integers(), stored.scales, stored.minimums, form.group_size)
+            weight = Weight(packed, scales, stored.shape[1], form.group_size, form.minimum)
         else:
             packed, scales = pack_groups(stored.numbers(), stored.scales, form.group_size, form.activations)
             weight = Weight(packed, scales, stored.shape[1], form.group_size)
@@ -183,7 +187,9 @@ class LowLinear:
     def plain_weight(self) -> Tensor:
         """W [O, K] float32 with the factors of its input, a copy."""
         weight = self.weight
-        if weight.group:
+        if weight.per == WORD:
+            plain = plain_words(weight, torch.float32)
+        elif weight.group:
             plain = dequantized_groups(weight, torch.float8_e4m3fn if self.precision == "fp8" else torch.int8)
         else:
             plain = weight.values.float() * weight.scales[:, None]
@@ -199,7 +205,9 @@ class LowLinear:
             return ()
         n = self.out_features // (2 if kind is Kind.GATE_UP else 1)
         size = 1 if self.precision != "none" else dtype.itemsize
-        found: list[Choice] = [*candidates(kind, num_tokens, n, self.in_features, size, self.weight.group)]
+        found: list[Choice] = [
+            *candidates(kind, num_tokens, n, self.in_features, size, self.weight.group, self.weight.per)
+        ]
         many = num_tokens > 16 and self.precision != "none" and not self.weight.group
         return [*found, LIBRARY] if many else found
 
@@ -222,6 +230,8 @@ class LowLinear:
 
     def whole(self, x: Quantized, dtype: torch.dtype, tile: Choice | None, pdl: bool) -> Tensor:
         """See Low."""
+        if len(x.values) == 0:
+            return torch.empty(0, self.out_features, dtype=dtype, device=x.values.device)
         if not self._skinny(x, tile):
             return total(large_parts(x, self.weight, dtype, self.bias), dtype)
         chunks = [
@@ -248,7 +258,8 @@ class LowLinear:
     def _filling(self, x: Quantized) -> EightTile:
         """The likeliest tile that gives every multiprocessor a program, or the one with the most."""
         size = x.values.element_size()
-        found = candidates(Kind.HEAD, len(x.values), self.out_features, self.in_features, size, self.weight.group)
+        w = self.weight
+        found = candidates(Kind.HEAD, len(x.values), w.rows, w.columns, size, w.group, w.per)
         enough = num_sms(x.values.device)
         fills = [t for t in found if ceil_div(self.out_features, t.block_n) >= enough]
         return fills[0] if fills else min(found, key=lambda t: t.block_n)
@@ -264,7 +275,8 @@ def exact_tile(weight: Weight, *, pair: bool = False) -> EightTile:
     """The tile of deterministic mode: always 64 rows of x, so one instruction and one order of sums; K in one part."""
     if weight.columns <= 128 and not weight.group:
         return EightTile(16, 64, num_stages=2, rows=MAX_TOKENS)
-    return EightTile(32 if pair else 64, 128, swap=True, num_stages=4, rows=MAX_TOKENS)
+    stages = 2 if weight.per == WORD else 4  # four groups of 64 rows of x take most of the shared memory
+    return EightTile(32 if pair else 64, 128, swap=True, num_stages=stages, rows=MAX_TOKENS)
 
 
 def _eight(tile: Choice | None) -> EightTile | None:

@@ -27,6 +27,8 @@ FORMATS = {
     "int8": LinearFormat("int8", "int8"),
     "int8-weights": LinearFormat("int8"),
     "w4a8": LinearFormat("int4", "int8", 64),
+    "int4": LinearFormat("int4", group_size=64),
+    "int4-min": LinearFormat("int4", group_size=32, minimum=True),
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from server.kernels.eightbit_product import pack_groups
 from server.kernels.eightbit_tiles import EightTile, Weight, weight8
+from server.kernels.int4_product import pack_quads
 from server.kernels.quantize import Precision, Quantized, quantize_reference
 from server.quant.formats import FP8, ActivationKind, LinearFormat, QuantizedWeight, WeightKind
 
@@ -18,6 +19,8 @@ FORMATS: dict[str, LinearFormat] = {
     "int8-only": LinearFormat("int8"),
     "w4a8-int8": LinearFormat("int4", "int8", group_size=32),
     "w4a8-fp8": LinearFormat("int4", "fp8", group_size=32),
+    "int4": LinearFormat("int4", group_size=32),
+    "int4-min": LinearFormat("int4", group_size=16, minimum=True),
 }
 TILES = {
     "plain": EightTile(16, 64, num_stages=2, prefetch=64),
@@ -45,13 +48,18 @@ def quantized_weight(format: LinearFormat, n: int, k: int, device: torch.device)
         return QuantizedWeight(format, torch.randn(n, k).to(FP8).to(device), scales.to(device))
     if kind == "int8":
         return QuantizedWeight(format, torch.randint(-127, 128, (n, k)).to(torch.int8).to(device), scales.to(device))
-    return QuantizedWeight(format, torch.randint(0, 256, (n, k // 2)).to(torch.uint8).to(device), scales.to(device))
+    values = torch.randint(0, 256, (n, k // 2)).to(torch.uint8).to(device)
+    minimums = -8 * scales * (torch.rand(shape) + 0.5) if format.minimum else None
+    return QuantizedWeight(format, values, scales.to(device), None if minimums is None else minimums.to(device))
 
 
 def as_weight(stored: QuantizedWeight) -> Weight:
     form = stored.format
     if form.group_size is None:
         return weight8(stored.values, stored.scales)
+    if form.activations == "none":
+        packed, scales = pack_quads(stored.integers(), stored.scales, stored.minimums, form.group_size)
+        return Weight(packed, scales, stored.shape[1], form.group_size, form.minimum)
     packed, scales = pack_groups(stored.numbers(), stored.scales, form.group_size, form.activations)
     return Weight(packed, scales, stored.shape[1], form.group_size)
 

@@ -30,9 +30,16 @@ from tests.kernels.eightbit_cases import (
     tile_for,
 )
 
+FLOAT8_SUMS = 100.0
+"""Hopper adds products of float8 numbers in an accumulator of about 14 bits (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
 SHAPES = [(1, 16, 64), (5, 33, 96), (20, 40, 160)]
 if ON_GPU:
     SHAPES += [(1, 4096, 4096), (8, 1536, 576), (64, 4096, 14336), (33, 1000, 992)]
+
+
+def short_sums(name: str, dtype: torch.dtype) -> bool:
+    """Whether sums are shorter than what they are compared in."""
+    return ON_GPU and dtype == torch.float32 and FORMATS[name].activations == "fp8"
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -44,7 +51,7 @@ def test_linear(name: str, tile: str, shape: tuple[int, int, int], device: torch
     bias = torch.randn(n).to(device, dtype) if m % 2 else None
     expected = linear8_reference(case.x, case.plain, bias).to(dtype)
     found = linear8(poisoned(case.x), case.weight, dtype, bias, tile=tile_for(tile, k, case.weight.group))
-    assert_close(found, expected, dtype)
+    assert_close(found, expected, dtype, scale=FLOAT8_SUMS if short_sums(name, dtype) else 1.0)
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -71,7 +78,7 @@ def test_gate_and_up(
     bias = torch.randn(2 * n).to(device, dtype) if m % 2 else None
     expected = gate_up8_reference(case.x, case.plain, bias).to(dtype)
     found = gate_up8(poisoned(case.x), case.weight, dtype, bias, tile=tile_for(tile, k, case.weight.group))
-    assert_close(found, expected, dtype)
+    assert_close(found, expected, dtype, scale=FLOAT8_SUMS if short_sums(name, dtype) else 1.0)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "w4a8-int8", "w4a8-fp8"])

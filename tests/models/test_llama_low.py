@@ -69,8 +69,10 @@ CHOICES: dict[str, Callable[[str], LinearFormat | None]] = {
     "fp8-weights": lambda name: LinearFormat("fp8"),
     "w4a8": lambda name: LinearFormat("int4", "int8", 32),
     "w4a8-fp8": lambda name: LinearFormat("int4", "fp8", 32),
+    "int4": lambda name: LinearFormat("int4", group_size=32),
+    "int4-min": lambda name: LinearFormat("int4", group_size=16, minimum=True),
     # q, k and v that cannot be joined, a layer that stays plain, one without a kernel, and a quantised head
-    "mixed": lambda name: {"q_proj": FP8, "o_proj": None, "down_proj": LinearFormat("int4", group_size=32)}.get(
+    "mixed": lambda name: {"q_proj": FP8, "o_proj": None, "down_proj": LinearFormat("int8", group_size=32)}.get(
         name.split(".")[-1], None if name.startswith("model.layers.0.mlp") else INT8
     ),
 }
@@ -235,9 +237,9 @@ def test_deterministic_bits_do_not_depend_on_company(choice: str, monkeypatch: p
 def test_what_has_no_kernel_is_named_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", "mixed", monkeypatch)
     paths = model.layer_paths()
-    assert paths["model.layers.1.mlp.down_proj"] == ("int4-g32", "torch-dequantised")
+    assert paths["model.layers.1.mlp.down_proj"] == ("int8-g32", "torch-dequantised")
     assert paths["model.layers.1.self_attn.qkv_proj"][1] == "triton-fp8+fp8 | triton-int8+int8"
-    with pytest.raises(ConfigError, match="deterministic: there is no such kernel for int4-g32"):
+    with pytest.raises(ConfigError, match="deterministic: there is no such kernel for int8-g32"):
         make_forward(model, True, lambda text: None)
     assert isinstance(make_forward(build("llama", "int8", monkeypatch), True, lambda text: None), LlamaLowKernels)
     with pytest.raises(ValueError, match="these kernels need plain ones"):
