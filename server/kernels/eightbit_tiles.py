@@ -198,6 +198,12 @@ def _pieces(tile: EightTile, k: int) -> tuple[int, int]:
     return (block, rest) if rest < block else (tile.block_k, 0)
 
 
+def _height(tile: EightTile, weight: Weight, num_tokens: int) -> int:
+    """Rows of the tile of x. Transposed they are wgmma's columns, of which it takes eight."""
+    few = tile.swap and weight.per == WORD and num_tokens <= 8
+    return 8 if few else block_m(num_tokens)
+
+
 def constants(tile: EightTile, x: Tensor, weight: Weight, num_tokens: int, pdl: bool) -> dict[str, Any]:
     """Compile-time arguments that every kernel takes for x [M, K], and the launch's options.
 
@@ -222,7 +228,7 @@ def constants(tile: EightTile, x: Tensor, weight: Weight, num_tokens: int, pdl: 
         "STRIDE": stride,
         "GROUP": weight.group,
         "MINIMUM": weight.minimum,
-        "BLOCK_M": max(tile.rows, block_m(num_tokens)),
+        "BLOCK_M": max(tile.rows, _height(tile, weight, num_tokens)),
         "BLOCK_N": tile.block_n,
         "BLOCK_K": block,
         "TAIL": tail,

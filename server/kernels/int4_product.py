@@ -93,32 +93,34 @@ def _load_x(
 
 
 @triton.jit
+def _four(table_ptr: tl.tensor, at: tl.tensor, lines: tl.tensor, LINES: tl.constexpr):
+    """A table's entries of groups `at` to `at` + 3 for rows `lines` of W."""
+    first = table_ptr + at * LINES + lines
+    return tl.load(first), tl.load(first + LINES), tl.load(first + 2 * LINES), tl.load(first + 3 * LINES)
+
+
+@triton.jit
 def _added(
     total: tl.tensor,
     x: tl.tensor,
     w: tl.tensor,
-    scales_ptr: tl.tensor,
-    group: tl.tensor,
-    lines: tl.tensor,
-    LINES: tl.constexpr,
-    STORED: tl.constexpr,
+    scale: tl.tensor,
+    least: tl.tensor,
     MINIMUM: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Adds a group's share to `total`: its scale times x w, and its minimum times the sum of x."""
-    scale = tl.load(scales_ptr + group * LINES + lines).to(tl.float32)
     if SWAP:
-        total += tl.dot(w, tl.trans(x), input_precision=PRECISION) * scale[:, None]
+        total += tl.dot(w, tl.trans(x), input_precision=PRECISION) * scale.to(tl.float32)[:, None]
     else:
-        total += tl.dot(x, w, input_precision=PRECISION) * scale[None, :]
+        total += tl.dot(x, w, input_precision=PRECISION) * scale.to(tl.float32)[None, :]
     if MINIMUM:
-        least = tl.load(scales_ptr + (STORED + group) * LINES + lines).to(tl.float32)
         sums = tl.sum(x.to(tl.float32), axis=1)
         if SWAP:
-            total += least[:, None] * sums[None, :]
+            total += least.to(tl.float32)[:, None] * sums[None, :]
         else:
-            total += sums[:, None] * least[None, :]
+            total += sums[:, None] * least.to(tl.float32)[None, :]
     return total
 
 
@@ -158,18 +160,27 @@ def quad_product(
     else:
         w_offsets = lines[None, :] * STRIDE + g[:, None]
         total = tl.zeros([BLOCK_M, ROWS], tl.float32)
+    at = begin // GROUP
+    least_ptr = scales_ptr + STORED * LINES
+    s0, s1, s2, s3 = _four(scales_ptr, at, lines, LINES)
+    l0, l1, l2, l3 = _four(least_ptr, at, lines, LINES) if MINIMUM else (s0, s1, s2, s3)
     for k0 in range(begin, tl.minimum(begin + SHARE, 4 * STRIDE), 4 * GROUP):
         words = tl.load(w_ptr + k0 // 4 + w_offsets, eviction_policy="evict_first")
         x0 = _load_x(x_ptr, x_offsets, present, k0, g, K, WHOLE)
         x1 = _load_x(x_ptr, x_offsets, present, k0 + GROUP, g, K, WHOLE)
         x2 = _load_x(x_ptr, x_offsets, present, k0 + 2 * GROUP, g, K, WHOLE)
         x3 = _load_x(x_ptr, x_offsets, present, k0 + 3 * GROUP, g, K, WHOLE)
+        # The scales of the next step: Triton's pipeline leaves them out, and nothing may wait for them between products.
+        at = tl.minimum(at + 4, STORED - 4)
+        n0, n1, n2, n3 = _four(scales_ptr, at, lines, LINES)
+        m0, m1, m2, m3 = _four(least_ptr, at, lines, LINES) if MINIMUM else (n0, n1, n2, n3)
         w0, w1, w2, w3 = quads(words, dtype, MINIMUM, PACKED)
-        at = k0 // GROUP
-        total = _added(total, x0, w0, scales_ptr, at, lines, LINES, STORED, MINIMUM, SWAP, PRECISION)
-        total = _added(total, x1, w1, scales_ptr, at + 1, lines, LINES, STORED, MINIMUM, SWAP, PRECISION)
-        total = _added(total, x2, w2, scales_ptr, at + 2, lines, LINES, STORED, MINIMUM, SWAP, PRECISION)
-        total = _added(total, x3, w3, scales_ptr, at + 3, lines, LINES, STORED, MINIMUM, SWAP, PRECISION)
+        total = _added(total, x0, w0, s0, l0, MINIMUM, SWAP, PRECISION)
+        total = _added(total, x1, w1, s1, l1, MINIMUM, SWAP, PRECISION)
+        total = _added(total, x2, w2, s2, l2, MINIMUM, SWAP, PRECISION)
+        total = _added(total, x3, w3, s3, l3, MINIMUM, SWAP, PRECISION)
+        s0, s1, s2, s3 = n0, n1, n2, n3
+        l0, l1, l2, l3 = m0, m1, m2, m3
     return tl.trans(total) if SWAP else total
 
 
