@@ -52,7 +52,7 @@ WIDENED_INT4 = (
     *("--speed", "--widened", "--label", "8b-int4", "--drafters", "eagle3", "--fixed", "3,5", "--passes", "2"),
     *("--quantise", "int4", "--quantise-head", "fp8-weights", "--name", "h100_widened_int4_speed"),
 )
-PROFILE = ("--batch", "1,64", "--only", "profile", "--profile", "{profile}")
+PROFILE = ("--batch", "1,8,64", "--only", "profile", "--profile", "{profile}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ PARTS = {
     "8b-int4": low("8b-int4", 110, "int4", *LOW),
     "8b-w4a8": low("8b-w4a8", 110, "w4a8", *LOW),
     "8b-fp8-head8": low("8b-fp8-head8", 90, "fp8", "--lm-head", "fp8", *LOW),
+    "8b-int4-head8": low("8b-int4-head8", 90, "int4", "--lm-head", "int8-weights", *LOW),
+    "8b-int4-profile": low("8b-int4-profile", 60, "int4", *BIG, *PROFILE),
     "8b-int4-eagle3": low("8b-int4-eagle3", 80, "int4", "--head", "fp8-weights", *LOW_DRAFTED),
     "8b-fp8-eagle3": low("8b-fp8-eagle3", 80, "fp8", "--head", "fp8-weights", *LOW_DRAFTED),
     "headline": script(260, "headline", "--budget", "280"),

@@ -14,8 +14,8 @@ from server.kernels.skinny_tiles import MAX_TOKENS, SHARED_LIMIT, Kind, block_m
 
 MAX_WHOLE_K = 2048
 MAX_WHOLE_ELEMENTS = 8 << 20
-_STAGED = 98_304
-"""Bytes of shared memory for a program whose tiles are unpacked in registers, so that two fit."""
+_ALL_SHARED = 227 << 10
+"""Of a Hopper program; tiles of words need nothing beside their stages."""
 PAIR = 2
 """Groups in a byte of eightbit_product.pack_groups."""
 _LEAST_K = 32
@@ -167,23 +167,26 @@ def _grouped(kind: Kind) -> list[EightTile]:
 
 
 def _quads(kind: Kind, num_tokens: int, k: int, x_size: int, group: int) -> list[EightTile]:
-    """A step of the loop is four groups; registers and shared memory bound how many of them are in flight."""
-    parts = max(1, min(4, k // (8 * group))) if kind is Kind.RESIDUAL else 1
-    pair = kind is Kind.GATE_UP
-    tall = num_tokens > 32
+    """Rows of W, warps, stages and parts, as they were fastest on an H100 (benchmarks/results/raw/h100_int4_tiles.log).
+
+    Up to eight tokens, or with two warps, mma.sync takes rows of W sixteen at a time; else wgmma does, 64 at a time.
+    """
+    if num_tokens <= 8:
+        shapes = [(32, 2, 4, 4), (64, 4, 3, 4), (128, 4, 4, 4), (64, 4, 2, 7)]
+        if kind is Kind.GATE_UP:
+            shapes = [(64, 4, 3, 1), (32, 2, 2, 1), (64, 2, 3, 1), (128, 4, 3, 1)]
+    elif num_tokens <= 32:
+        shapes = [(64, 4, 3, 4), (32, 2, 3, 4), (128, 4, 3, 4), (64, 4, 2, 4)]
+    else:
+        shapes = [(128, 8, 2, 4), (64, 4, 3, 4), (64, 4, 2, 4), (64, 4, 3, 2)]
+    height = 8 if num_tokens <= 8 else block_m(num_tokens)
     found = []
-    for rows, swap, warps, share in (
-        *(((64, True, 4, 1), (128, True, 8, 1)) if tall else ((32, False, 4, 1), (64, False, 4, 2))),
-        (64, True, 4, 2),
-        (128, True, 8, 2) if tall else (16, False, 4, 1),
-        (64, False, 4, 1) if tall else (32, False, 4, 2),
-    ):
-        step = (2 * rows + WORD * x_size * block_m(num_tokens)) * group
-        stages = max(2, min(6, _STAGED // step))
-        split = min(parts * share, max(1, k // (WORD * group))) if kind is Kind.RESIDUAL else 1
-        block = rows // 2 if pair else rows
-        tile = EightTile(block, WORD * group, parts=split, swap=swap, num_warps=warps, num_stages=stages)
-        if step * stages <= SHARED_LIMIT and tile not in found:
+    for rows, warps, stages, parts in shapes:
+        shared = (2 * rows * (stages - 1) + WORD * x_size * height * stages) * group
+        split = min(parts, ceil_div(k, WORD * group)) if kind is Kind.RESIDUAL else 1
+        block = rows // 2 if kind is Kind.GATE_UP else rows
+        tile = EightTile(block, WORD * group, parts=split, swap=True, num_warps=warps, num_stages=stages)
+        if shared <= _ALL_SHARED and tile not in found:
             found.append(tile)
     return found or [EightTile(16, WORD * group, num_stages=1)]
 

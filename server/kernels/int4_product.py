@@ -170,7 +170,7 @@ def quad_product(
         x1 = _load_x(x_ptr, x_offsets, present, k0 + GROUP, g, K, WHOLE)
         x2 = _load_x(x_ptr, x_offsets, present, k0 + 2 * GROUP, g, K, WHOLE)
         x3 = _load_x(x_ptr, x_offsets, present, k0 + 3 * GROUP, g, K, WHOLE)
-        # The scales of the next step: Triton's pipeline leaves them out, and nothing may wait for them between products.
+        # Scales of the next step: Triton's pipeline leaves them out, and no product may wait for them.
         at = tl.minimum(at + 4, STORED - 4)
         n0, n1, n2, n3 = _four(scales_ptr, at, lines, LINES)
         m0, m1, m2, m3 = _four(least_ptr, at, lines, LINES) if MINIMUM else (n0, n1, n2, n3)
