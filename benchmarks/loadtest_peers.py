@@ -1,12 +1,16 @@
 """`outpace loadtest` beside independent tools on one running server, taking turns: do they measure the same?
 
     python benchmarks/loadtest_peers.py --aiperf AIPERF --guidellm GUIDELLM [--rounds 5] [--users 2] [--requests 40]
+                                        [--paced 120/25]
 
-AIPERF and GUIDELLM are those tools' programs (0.13 and 0.8.1, each in an environment of its own), or left out. Every
-tool sends the same prompts, greedy, with answers of the same length, in a closed loop. The server neither reuses
-prefixes nor copies from earlier answers, so that a round does not make the next one faster. Of each round a tool's
-median time to first token, its median time between tokens (of a request: the mean, as both others define it) and its
-tokens a second; of each tool the median over rounds, and its ratio to ours.
+The server is `outpace serve` with the embedded model; with `--paced` it is the same HTTP server before an engine that
+gives every answer its first token after so many milliseconds and the others at a fixed pace: on two cores the tools'
+own work slows a model down, each as much as it takes. AIPERF and GUIDELLM are those tools' programs (0.13 and 0.8.1,
+each in an environment of its own), or left out. Every tool sends the same prompts, greedy, with answers of the same
+length, in a closed loop. The server neither reuses prefixes nor copies from earlier answers, so that a round does not
+make the next one faster. Of each round a tool's median time to first token, its median time between tokens (of a
+request: the mean, as both others define it) and its tokens a second; of each tool the median over rounds, and its ratio
+to ours.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--port", type=int, default=8731)
+    parser.add_argument("--paced", metavar="FIRST_MS/STEP_MS", help="an engine that only speaks, at this pace")
     parser.add_argument("--name", default="loadtest_peers")
     options = parser.parse_args()
     tools: dict[str, Callable[[Run], dict[str, float]]] = {"outpace": outpace}
@@ -72,7 +77,7 @@ def main() -> None:
     if options.guidellm:
         tools["guidellm"] = lambda run: guidellm(options.guidellm, run)
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
-    with tempfile.TemporaryDirectory() as folder, serving(options.port) as url:
+    with tempfile.TemporaryDirectory() as folder, serving(options.port, options.paced) as url:
         tokenizer = resolve(MODEL, form=TEXT).directory
         run = Run(url, options.users, options.requests, options.output_tokens, Path(folder), tokenizer)
         write_prompts(run, options.prompts)
@@ -85,11 +90,15 @@ def main() -> None:
                     seen[name].append(found)
     print(
         "written",
-        write_result(options.name, list(rows(seen)), {"rounds": seen, "arguments": vars(options) | {"prompts": ""}}),
+        write_result(
+            options.name,
+            list(rows(seen, "loadtest-paced" if options.paced else "loadtest")),
+            {"rounds": seen, "arguments": vars(options) | {"prompts": ""}},
+        ),
     )
 
 
-def rows(seen: dict[str, list[dict[str, float]]]) -> Iterator[Row]:
+def rows(seen: dict[str, list[dict[str, float]]], kind: str) -> Iterator[Row]:
     """Of every tool and figure the median, and what it is of ours."""
     ours = {figure: median(seen["outpace"], figure) for figure in FIGURES}
     for name, rounds in seen.items():
@@ -102,7 +111,7 @@ def rows(seen: dict[str, list[dict[str, float]]]) -> Iterator[Row]:
             own = ours[figure]
             note = "" if name == "outpace" or not own else f"{value / own:.3f} of ours"
             yield Row(
-                f"cpu2/loadtest/{name}/{figure}", round(value, 3), figure.partition("_")[2] or "share", spread, note
+                f"cpu2/{kind}/{name}/{figure}", round(value, 3), figure.partition("_")[2] or "share", spread, note
             )
 
 
@@ -207,10 +216,12 @@ def call(command: list[str]) -> None:
 
 
 @contextmanager
-def serving(port: int) -> Iterator[str]:
+def serving(port: int, paced: str | None) -> Iterator[str]:
     """A server of its own. Raises RuntimeError if it does not get ready."""
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main())", "serve"]
+    if paced:
+        command = [sys.executable, str(ROOT / "benchmarks" / "scripted_server.py"), paced]
     command += ["--port", str(port), "--no-prefix-cache", "--recent-outputs", "0", "--max-num-seqs", "4"]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         try:

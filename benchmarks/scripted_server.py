@@ -1,4 +1,7 @@
-"""`outpace serve` before an engine that only speaks: `scripted_server.py STEP_MS [options of outpace serve]`."""
+"""`outpace serve` before an engine that only speaks: `scripted_server.py STEP_MS [options of outpace serve]`.
+
+FIRST_MS/STEP_MS is an engine whose requests each have their own clock (`paced_engine.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,13 @@ from server.config import ServerConfig
 from server.engine.client import EngineClient
 
 ENGINE = str(Path(__file__).with_name("scripted_engine.py"))
+PACED = str(Path(__file__).with_name("paced_engine.py"))
 
 
 async def serve(config: ServerConfig, step_ms: str) -> None:
     """Serves until a signal."""
-    program = (ENGINE, "--step-ms", step_ms)
+    first_ms, slash, own_step_ms = step_ms.partition("/")
+    program = (PACED, "--first-ms", first_ms, "--step-ms", own_step_ms) if slash else (ENGINE, "--step-ms", step_ms)
     if config.api_workers > 1:
         await Pool(config, "scripted", print, program).run()
         return
