@@ -39,11 +39,12 @@ TORCH_WANTED := $(or $(TORCH),$(if $(filter cuda,$(FLAVOUR)),torch!=$(TORCH_PIN)
 RELAX := $(if $(TORCH),/^\(torch\|triton\|nvidia-.*\|cuda-.*\)==/d)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: serve test test-slow test-optimize soak soak-long fuzz goldens parity bench-report lint clean help
+.PHONY: serve test coverage test-slow test-optimize soak soak-long fuzz goldens parity bench-report lint clean help
 
 help:
 	@echo 'make serve [HOST= PORT= ARGS=]   serve the embedded model on $(HOST):$(PORT)'
 	@echo 'make test [PYTEST_ARGS=]         lint, types, import contracts and every test that is not slow'
+	@echo 'make coverage [PYTEST_ARGS=]     the same tests with branch coverage'
 	@echo 'make test-slow [PYTEST_ARGS=]    the tests that take minutes'
 	@echo 'make test-optimize [PYTEST_ARGS=] quantisation with nvidia-modelopt, which this installs'
 	@echo 'make soak | soak-long             mixed traffic, chaos and engine kills: one minute, or twenty, of the embedded model'
@@ -66,6 +67,10 @@ lint: $(DEV_STAMP)
 
 # One thread a worker: two workers with two threads each fight over two cores.
 test: lint $(NODE_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# Apart from `make test`, since following every branch makes the tests half as fast again.
+coverage: $(DEV_STAMP) $(NODE_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(PYTEST_ARGS)
 
 test-slow: $(DEV_STAMP)

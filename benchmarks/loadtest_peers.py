@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m"
 MAX_CHARACTERS = 1200
 START_S = 180.0
-FIGURES = ("ttft_ms", "itl_ms", "tok_s", "acceptance")
+FIGURES = {"ttft_ms": "ms", "itl_ms": "ms", "tok_s": "tok/s", "acceptance": "share"}
 TOOL_S = 600.0
 
 
@@ -110,9 +110,7 @@ def rows(seen: dict[str, list[dict[str, float]]], kind: str) -> Iterator[Row]:
             spread = (round(min(values), 3), round(max(values), 3))
             own = ours[figure]
             note = "" if name == "outpace" or not own else f"{value / own:.3f} of ours"
-            yield Row(
-                f"cpu2/{kind}/{name}/{figure}", round(value, 3), figure.partition("_")[2] or "share", spread, note
-            )
+            yield Row(f"cpu2/{kind}/{name}/{figure}", round(value, 3), FIGURES[figure], spread, note)
 
 
 def median(rounds: list[dict[str, float]], figure: str) -> float | None:
