@@ -17,7 +17,6 @@ from server.engine.sequence import Sequence, end_ids
 from server.engine.speculation import Speculation
 from server.engine.step_runner import StepRunner
 
-
 MAX_BACKGROUND = 64
 """Most background requests that wait; who sends more of them is refused."""
 

@@ -60,7 +60,8 @@ class EngineStats:
     `verify_plain_s` what the same tokens would have taken without drafts, by the cost table; the realised speed-up is
     their ratio over the last steps, the predicted one what the last choice of drafts promised. Without a cost table
     there is neither. `num_background` requests run or wait that are no user's; counts of
-    requests, tokens and preemptions leave them out, counts of steps, drafts and seconds include them. While speculation is paused, which it is since `speculation_paused_since` (Unix seconds),
+    requests, tokens and preemptions leave them out, counts of steps, drafts and seconds include them. While
+    speculation is paused, which it is since `speculation_paused_since` (Unix seconds),
     `speculation_pause_reason` says why.
     """
 

@@ -190,7 +190,7 @@ class Scheduler:
             return False
         revived = sum(self.pool.refs(b) == 0 for b in blocks)
         needed = self._blocks_for(seq.num_tokens + 1) - len(blocks)
-        # Each running sequence may need one more block at its next step; a user's takes it from those in the background.
+        # Each running sequence may need one more block at its next step; users take it from those in the background.
         headroom = len(self._active if seq.request.background else self.users)
         if needed + revived + headroom > self.pool.num_free:
             return False

@@ -19,7 +19,7 @@ from tests.engine.tiny import request as real
 
 
 def behind(name: str, prompt: int | list[int] = 5, max_tokens: int = 8) -> Request:
-    return replace(request(name, prompt, max_tokens), background=True)
+    return replace(request(name, prompt, max_tokens, enabled=False), background=True)
 
 
 class Watched(Driver):
