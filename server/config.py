@@ -194,8 +194,8 @@ class ServerConfig:
     costs, in any currency: with it metrics tell what arms and tokens cost. `otel_endpoint` is the URL of an
     OpenTelemetry collector (OTLP over HTTP) that gets a span of each request. `experiment` are settings of
     `server.routing.plan.Plan`, whose arms are among `arms`; its decisions go to the file `experiment_ledger`. Of the
-    requests `audit_share` (0 to 1) are run again without drafts, and `shadow` says which are run on another arm as well;
-    where rounding may tell answers apart, tokens up to `replay_tolerance` nats apart count as equally good.
+    requests `audit_share` (0 to 1) are run again without drafts, and `shadow` says which are run on another arm as
+    well; where rounding may tell answers apart, tokens up to `replay_tolerance` nats apart count as equally good.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)

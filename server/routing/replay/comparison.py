@@ -54,10 +54,9 @@ class Comparison:
 
     `position` is the first token that differs (None: none does), counted from 0, `token` and `copy_token` what was
     there (None: the answer had ended). `gap` is `Scores.gap` of the two, the larger one of the two engines'.
-    `kl` is `divergence` of the answer's engine's distribution there and the copy's engine's (None for audits, which have
-    one engine).
-    `length_shift` are the copy's tokens less the answer's, `tpot_ratio` its time per token over the answer's, waiting
-    for users included. `at_s` is Unix time.
+    `kl` is `divergence` of the answer's engine's distribution there and the copy's engine's (None for audits: they have
+    one engine). `length_shift` are the copy's tokens less the answer's (None for one that was cut off), `tpot_ratio`
+    its time per token over the answer's, waiting for users included. `at_s` is Unix time.
     """
 
     kind: str
