@@ -149,8 +149,8 @@ async def test_failed_cancelled_and_unreproducible_ones_are_not_copied(serve: Se
     live = await serve(FakeEngine(failing("lost", "He")), server=AUDIT)
     assert (await live.complete())[0] == 500
     live.engine.script = endless
+    body = {"prompt": "Hi", "max_tokens": 200, "ignore_eos": True}
     with pytest.raises(TimeoutError):
-        body = {"prompt": "Hi", "max_tokens": 200, "ignore_eos": True}
         await live.post("/v1/completions", body, timeout=aiohttp.ClientTimeout(total=0.1))
     live.engine.script = steps("Hello")
     live.state.control.config = EngineConfig(model="fake-dir", verification="ratio")
