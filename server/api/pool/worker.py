@@ -221,8 +221,7 @@ class Worker:
                 self._channel.send(m.Observed(arm, seen))
 
     def _compared(self, found: Comparison | Dropped) -> None:
-        dropped = isinstance(found, Dropped)
-        self._channel.send(m.Compared(dropped=found) if dropped else m.Compared(found))
+        self._channel.send(m.Compared(dropped=found) if isinstance(found, Dropped) else m.Compared(found))
 
     async def _comparisons(self) -> dict[str, Any]:
         told: dict[str, Any] = orjson.loads(await self._ask(partial(m.Scrape, what="shadow")))
