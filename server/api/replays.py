@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_COPIES = 16
 """Copies of one API process that wait or run; the next one is dropped."""
 TIMEOUT_S = 120.0
-"""How long a copy may wait for an idle engine and run; scoring included."""
+"""How long a copy may wait for an idle engine and run; scoring where the answers part has as long again."""
 
 _NUMERIC = ("model", "dtype", "device", "kv_cache_dtype", "deterministic", "weights")
 """Settings of an engine that its logits depend on; the others say how fast, how much, and with which drafts."""
@@ -58,11 +58,33 @@ Take = Callable[[Comparison | Dropped], None]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A copy to be made: of a request to arm `of`, on `arm`."""
+    """A copy to be made: of a request to arm `of`, on `arm`. `engines` are those that the two had when the request
+    came: arms may get others, with another model."""
 
     kind: str
     of: Arm
     arm: Arm
+    engines: tuple[_Engine, _Engine]
+
+    @staticmethod
+    def of_now(kind: str, of: Arm, arm: Arm) -> Wanted:
+        return Wanted(kind, of, arm, (_engine_of(of), _engine_of(arm)))
+
+    @property
+    def stands(self) -> bool:
+        """Whether both arms serve, and by the same engines."""
+        if self.of.not_ready is not None or self.arm.not_ready is not None:
+            return False
+        return (_engine_of(self.of), _engine_of(self.arm)) == self.engines
+
+
+_Engine = tuple[int, str]
+
+
+def _engine_of(arm: Arm) -> _Engine:
+    """What tells an arm's engine from another one: the client, and the model that it says it runs."""
+    info = arm.engine.info
+    return id(arm.engine), "" if info is None else info.model
 
 
 class Replays:
@@ -86,12 +108,12 @@ class Replays:
         if shadow is not None and shadow.of == arm.name and chosen(request.request_id, shadow.share, SHADOW):
             other = self._arms.named(shadow.arm)
             if other is not None and reproducible(request, arm.config.verification, other.config.verification):
-                found.append(Wanted(SHADOW, arm, other))
+                found.append(Wanted.of_now(SHADOW, arm, other))
         info = arm.engine.info
         drafts = info is not None and info.max_draft_tokens > 0 and request.speculation.enabled
         if drafts and chosen(request.request_id, config.audit_share, AUDIT):  # noqa: SIM102 - one question a line
             if reproducible(request, arm.config.verification):
-                found.append(Wanted(AUDIT, arm, arm))
+                found.append(Wanted.of_now(AUDIT, arm, arm))
         return found
 
     def begin(self, copies: list[Wanted], part: Part) -> None:
@@ -129,25 +151,27 @@ class Replays:
         self._take(Dropped(wanted.kind, wanted.of.name, wanted.arm.name, reason))
 
     async def _run(self, wanted: Wanted, request: Request, answer: Answer) -> None:
-        if wanted.arm.not_ready is not None or wanted.of.not_ready is not None:
+        if not wanted.stands:
             self._drop(wanted, "not_ready")
             return
         try:
             async with asyncio.timeout(self._timeout_s):
-                found = await self._compared(wanted, request, answer)
+                copy = await answered(wanted.arm.engine, self._copy_of(wanted, request, answer))
+            found = await self._compared(wanted, request, answer, copy)
         except TimeoutError:
             self._drop(wanted, "timeout")
         except CopyError as error:
             logger.warning("the %s copy of %s failed: %s", wanted.kind, request.request_id, error)
             self._drop(wanted, "failed")
         else:
+            if not wanted.stands:
+                self._drop(wanted, "not_ready")
+                return
             if found.verdict == ALARM:
                 logger.error("%s", told_of(found))
             self._take(found)
 
-    async def _compared(self, wanted: Wanted, request: Request, answer: Answer) -> Comparison:
-        copied = self._copy_of(wanted, request, answer)
-        copy = await answered(wanted.arm.engine, copied)
+    async def _compared(self, wanted: Wanted, request: Request, answer: Answer, copy: Answer) -> Comparison:
         num_prompt = len(request.prompt_ids)
         found = Comparison(
             wanted.kind,
@@ -192,12 +216,13 @@ class Replays:
         prompt = [*request.prompt_ids, *answer.tokens[:position]]
         engines = [wanted.of.engine] if wanted.of is wanted.arm else [wanted.of.engine, wanted.arm.engine]
         scores: list[Scores] = []
-        try:
-            scores += [
-                await scored(engine, prompt, f"score-{next(self._numbers)}-{request.request_id}") for engine in engines
-            ]
-        except CopyError as error:
-            logger.warning("the divergence of %s cannot be scored: %s", request.request_id, error)
+        try:  # what is found is told all the same where nothing comes of this
+            async with asyncio.timeout(self._timeout_s):
+                for engine in engines:
+                    name = f"score-{next(self._numbers)}-{request.request_id}"
+                    scores.append(await scored(engine, prompt, name))
+        except (CopyError, TimeoutError) as error:
+            logger.warning("the divergence of %s cannot be scored: %s", request.request_id, str(error) or "no time")
             scores = []
         promise = promised(wanted)
         verdict, reason = judged(
@@ -241,8 +266,10 @@ def compare_here(state: ServerState) -> None:
 def promised(wanted: Wanted) -> str:
     """How alike the two answers must be: see `comparison.PROMISES`."""
     one, other = wanted.of.engine.info, wanted.arm.engine.info
-    if not same_model(wanted.of.config, wanted.arm.config) or one is None or other is None:
+    if one is None or other is None or not same_model(wanted.of.config, wanted.arm.config):
         return "none"
+    if (one.model, one.dtype, one.linear_layers) != (other.model, other.dtype, other.linear_layers):
+        return "none"  # one serves what was optimised of the model that both name
     return "exact" if exact(one) and exact(other) and one.num_threads == other.num_threads else "close"
 
 

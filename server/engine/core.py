@@ -199,7 +199,8 @@ class EngineCore:
 
     def _publish(self, running: _Running, result: StepResult) -> list[StepOutput]:
         plan, verifying = running.plan, running.plan.phase is Phase.VERIFY
-        if verifying:
+        if verifying and (plan.num_draft_tokens or not running.sequences[0].request.background):
+            # Copies that are not to draft say nothing of drafting; steps never mix them with users' sequences.
             context = sum(len(s.token_ids) for s in running.sequences) / len(running.sequences)
             counts = [s.tenure == t for s, t in zip(running.sequences, running.tenures, strict=True)]
             self.speculation.record(result, context, counts)

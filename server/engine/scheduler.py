@@ -29,6 +29,9 @@ from server.engine.waiting import WaitingQueue
 PROMPT_LOGPROB_ROWS = 256
 """Most prompt positions whose logits a step keeps, all rows together: they are as wide as the vocabulary."""
 
+BACKGROUND_TOKENS = 64
+"""Most prompt tokens of background requests in a step: a user who comes then waits for it."""
+
 
 @dataclass(slots=True)
 class Counters:
@@ -227,6 +230,8 @@ class Scheduler:
 
     def _plan_prefill(self, follows: Follows) -> tuple[StepPlan, list[Sequence]] | None:
         budget, scored = self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS
+        if self._active and self._active[0].request.background:
+            budget = min(budget, BACKGROUND_TOKENS)
         rows: list[RowPlan] = []
         sequences: list[Sequence] = []
         for seq in [s for s in self._active if not s.decoding]:

@@ -71,7 +71,7 @@ async def test_arms_that_differ_in_drafts_agree_token_for_token(
 async def test_a_garbled_arm_is_found_where_it_begins_to_differ(
     serve: Serve, started: Started, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    garbled = _garbled(tiny_llama_dir, tmp_path / "garbled")
+    garbled = _garbled(tiny_llama_dir, tmp_path / tiny_llama_dir.name)  # it passes for the same
     control, other = await asyncio.gather(started(tiny_llama_dir, "ngram"), started(garbled, "ngram"))
     live = await serve(control, others={"other": other}, server={"shadow": ShadowConfig("other", share=1.0)})
     right = await ask(live, 1, temperature=0)

@@ -137,6 +137,34 @@ async def test_other_models_may_differ(serve: Serve) -> None:
     assert pair_of(told)["alarms"] == 0
 
 
+async def test_an_arm_that_got_another_model_meanwhile_is_not_compared(serve: Serve) -> None:
+    live = await serve(FakeEngine(differing(steps("Hello"), steps("Other")), step_s=0.02), server=AUDIT)
+    await live.complete(temperature=0)
+    live.engine.info = replace(INFO, model="optimised")
+    pair = pair_of(await settled(live))
+    assert (pair["compared"], pair["dropped_by_reason"]["not_ready"]) == (0, 1)
+
+
+async def test_an_optimised_model_is_another_though_settings_are_alike(serve: Serve) -> None:
+    other = FakeEngine(differing(steps("Hello"), steps("Other")), info=replace(INFO, model="optimised"))
+    live = await serve(FakeEngine(differing(steps("Hello"), steps("?"))), others={"other": other}, server=SHADOW)
+    await live.complete(temperature=0)
+    assert (await settled(live))["data"][0]["verdict"] == "different"
+
+
+async def test_a_divergence_that_cannot_be_scored_is_an_alarm_all_the_same(serve: Serve) -> None:
+    def script(request: Request) -> Sequence[StepOutput]:
+        scoring = request.request_id.startswith("score-")
+        return (endless if scoring else steps("Other" if request.background else "Hello"))(request)
+
+    live = await serve(FakeEngine(script, step_s=0.001), server=AUDIT)
+    assert live.state.replays is not None
+    live.state.replays._timeout_s = 0.2
+    await live.complete(temperature=0)
+    told = await settled(live)
+    assert (told["data"][0]["verdict"], told["data"][0]["gap"]) == ("alarm", None)
+
+
 async def test_what_a_stop_string_cut_off_is_compared_as_far_as_it_goes(serve: Serve) -> None:
     live = await serve(FakeEngine(steps("Hello", " world", " and more")), server=AUDIT)
     await live.complete(stop=["wor"], max_tokens=60)

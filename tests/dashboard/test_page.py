@@ -208,7 +208,7 @@ async def test_answers_beside_their_copies(serve: Serve) -> None:
     for _ in range(3):
         await live.complete(temperature=0)
     assert live.state.replays is not None
-    live.state.replays._drop(Wanted("shadow", live.state.control, live.state.arms.every[1]), "busy")
+    live.state.replays._drop(Wanted.of_now("shadow", live.state.control, live.state.arms.every[1]), "busy")
     async with opened(live.url, width=400) as window:
         page = window.page
         row = page.locator("#shadow-table tr")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from server.core import FinishReason, Request, StepPlan
+from server.core import FinishReason, Request, SpeculationParams, StepPlan
 from server.engine.core import MAX_BACKGROUND
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import BACKGROUND_TOKENS, Scheduler
 from server.engine.sequence import Sequence
 from server.models.base import TargetModel
 from tests.engine.scheduling import Accept, Driver, drive, limits, request
@@ -183,3 +183,24 @@ def test_tokens_are_those_of_a_run_alone_however_often_it_stands_aside(
     core.check_integrity()
     assert found == wanted
     assert sorted(ended) == sorted(wanted)
+
+
+def test_its_prompts_are_read_in_small_pieces() -> None:
+    driver = Watched(budget=256, max_model_len=256, num_blocks=100)
+    driver.submit(behind("copy", prompt=200))
+    driver.step()
+    assert driver.plans[0].rows[0].num_tokens == BACKGROUND_TOKENS
+    driver.submit(request("user", prompt=200))
+    driver.step()
+    assert (driver.names[-1], driver.plans[-1].rows[0].num_tokens) == (["user"], 200)
+    driver.run()
+
+
+def test_copies_without_drafts_say_nothing_of_drafting(model: TargetModel) -> None:
+    core = engine(model, "ngram")
+    alone = replace(real("copy", [5, 6, 7]), background=True, speculation=SpeculationParams(enabled=False))
+    assert sum(len(output.token_ids) for output in core.generate([alone])) == 24
+    assert (core.speculation._context, core.stats().num_emitted, core.stats().num_prefill_tokens) == (1.0, 0, 0)
+    list(core.generate([real("user", [5, 6, 7])]))
+    assert core.speculation._context > 1.0
+    assert core.stats().num_emitted == 24
