@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.api.interfaces import EngineClientLike
 from server.core import FinishReason, Request, SamplingParams, SpeculationParams, StepOutput, TokenLogprobs
@@ -13,6 +13,13 @@ from server.routing.replay.comparison import Answer, Scores
 
 NUM_SCORED = 20
 """Most probable tokens that are asked for where answers part."""
+
+
+LOOK_S = 0.01
+"""How often it is looked whether another engine of the device is busy, while copies are under way."""
+
+Busy = Callable[[], bool]
+"""Whether users' requests are under way on another engine that computes on the same device."""
 
 
 class CopyError(Exception):
@@ -49,16 +56,21 @@ class _CopySink:
             self.done.set_exception(CopyError(str(error)))
 
 
-async def answered(engine: EngineClientLike, request: Request) -> Answer:
-    """What the engine says to `request`, to its end; cancelled, the request is aborted. Raises CopyError."""
-    sink = await _heard(engine, request)
+async def answered(engine: EngineClientLike, request: Request, busy: Busy | None = None) -> Answer:
+    """What the engine says to `request`, to its end; cancelled, the request is aborted. Raises CopyError.
+
+    It waits, and stands aside, while others of the device are `busy` (None: there are none).
+    """
+    sink = await _heard(engine, request, busy)
     num_after = len(sink.tokens) - 1
     return Answer(sink.tokens, (sink.last - sink.first) / num_after if num_after > 0 else None)
 
 
-async def scored(engine: EngineClientLike, prompt_ids: Sequence[int], request_id: str) -> Scores:
+async def scored(
+    engine: EngineClientLike, prompt_ids: Sequence[int], request_id: str, busy: Busy | None = None
+) -> Scores:
     """What the engine gives the token after `prompt_ids`: prompt scoring takes nothing from the prefix cache, so it is
-    computed from the tokens alone. Raises CopyError."""
+    computed from the tokens alone. `busy` as for `answered`. Raises CopyError."""
     request = Request(
         request_id,
         list(prompt_ids),
@@ -69,21 +81,36 @@ async def scored(engine: EngineClientLike, prompt_ids: Sequence[int], request_id
         prompt_logprobs=0,
         background=True,
     )
-    sink = await _heard(engine, request)
+    sink = await _heard(engine, request, busy)
     if not sink.logprobs:
         raise CopyError("the engine gave no log-probabilities")
     return Scores.of(sink.logprobs[0])
 
 
-async def _heard(engine: EngineClientLike, request: Request) -> _CopySink:
+async def _heard(engine: EngineClientLike, request: Request, busy: Busy | None) -> _CopySink:
+    while busy is not None and busy():  # noqa: ASYNC110 - other processes count in shared memory, which tells nobody
+        await asyncio.sleep(LOOK_S)
     sink = _CopySink()
     try:
         engine.submit(request, sink)
     except (EngineUnavailable, ValueError) as error:
         raise CopyError(str(error)) from error
+    aside = None if busy is None else asyncio.create_task(_stand_aside(engine, request.request_id, busy))
     try:
         await sink.done
     finally:
+        if aside is not None:
+            aside.cancel()
         if not sink.done.done() or sink.done.cancelled():
             engine.abort(request.request_id)
     return sink
+
+
+async def _stand_aside(engine: EngineClientLike, request_id: str, busy: Busy) -> None:
+    """Suspends the request whenever others are busy; an engine sees to its own users by itself."""
+    held = False
+    while True:
+        await asyncio.sleep(LOOK_S)
+        if busy() != held:
+            held = not held
+            (engine.hold if held else engine.resume)(request_id)

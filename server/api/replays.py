@@ -3,8 +3,8 @@
 answer ends ── copy: same tokens in, same seed, other arm (shadow) or no drafts (audit) ── both end ── compared
                                        └─ they differ: both engines score the position anew, without drafts
 
-No user waits for any of it: engines run background requests while they have no others, and what finds no room here is
-dropped and counted.
+No user waits for any of it: engines run background requests while they have no others, copies stand aside while another
+engine of their device has users' requests, and what finds no room here is dropped and counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.api.arm import Arm
 from server.api.arms import Arms
-from server.api.copying import CopyError, answered, scored
+from server.api.copying import Busy, CopyError, answered, scored
 from server.api.generation import Part
 from server.api.replay_metrics import ReplayMetrics
 from server.config import EngineConfig, ServerConfig
@@ -147,6 +147,11 @@ class Replays:
         """Copies that wait or run."""
         return len(self._tasks)
 
+    def _busy_beside(self, arm: Arm) -> Busy | None:
+        """What says whether users' requests are under way on other engines of the arm's device; None: it has none."""
+        others = [one.counts for one in self._arms.every if one is not arm and one.config.device == arm.config.device]
+        return (lambda: any(counts.total()[0] for counts in others)) if others else None
+
     def _drop(self, wanted: Wanted, reason: str) -> None:
         self._take(Dropped(wanted.kind, wanted.of.name, wanted.arm.name, reason))
 
@@ -156,7 +161,9 @@ class Replays:
             return
         try:
             async with asyncio.timeout(self._timeout_s):
-                copy = await answered(wanted.arm.engine, self._copy_of(wanted, request, answer))
+                copy = await answered(
+                    wanted.arm.engine, self._copy_of(wanted, request, answer), self._busy_beside(wanted.arm)
+                )
             found = await self._compared(wanted, request, answer, copy)
         except TimeoutError:
             self._drop(wanted, "timeout")
@@ -214,13 +221,13 @@ class Replays:
         """`found` with where the answers part and why. Both engines score that position once more."""
         tokens = token_at(answer, position), token_at(copy, position)
         prompt = [*request.prompt_ids, *answer.tokens[:position]]
-        engines = [wanted.of.engine] if wanted.of is wanted.arm else [wanted.of.engine, wanted.arm.engine]
+        arms = [wanted.of] if wanted.of is wanted.arm else [wanted.of, wanted.arm]
         scores: list[Scores] = []
         try:  # what is found is told all the same where nothing comes of this
             async with asyncio.timeout(self._timeout_s):
-                for engine in engines:
+                for arm in arms:
                     name = f"score-{next(self._numbers)}-{request.request_id}"
-                    scores.append(await scored(engine, prompt, name))
+                    scores.append(await scored(arm.engine, prompt, name, self._busy_beside(arm)))
         except (CopyError, TimeoutError) as error:
             logger.warning("the divergence of %s cannot be scored: %s", request.request_id, str(error) or "no time")
             scores = []

@@ -127,6 +127,35 @@ async def test_a_shadow_runs_on_the_other_arm_with_drafts(serve: Serve) -> None:
     assert 'outpace_requests_total{arm="other",finish_reason="stop"} 0.0' in text
 
 
+async def test_copies_stand_aside_while_another_engine_of_the_device_is_busy(serve: Serve) -> None:
+    other = FakeEngine(steps(*"Hello, you there"), step_s=0.02)
+    live = await serve(FakeEngine(steps(*"Hello, you there")), others={"other": other}, server=SHADOW)
+    control = live.state.control
+    await live.complete(temperature=0)
+    await other.until(lambda: bool(other.active))
+    control.counts.add(1, 10)  # a user's request, of this process or of another
+    await other.until(lambda: other.held == other.active != set())
+    emitted = other.num_emitted_tokens
+    await asyncio.sleep(0.1)
+    assert other.num_emitted_tokens <= emitted + 1
+    await live.complete(temperature=0)
+    await asyncio.sleep(0.1)
+    assert len(other.requests) == 1, "the second copy has not begun"
+    control.counts.add(-1, -10)
+    pair = pair_of(await settled(live))
+    assert (pair["compared"], pair["diverged"]) == (2, 0)
+
+
+async def test_engines_of_other_devices_do_not_matter(serve: Serve) -> None:
+    other = FakeEngine(steps("Hello"))
+    live = await serve(FakeEngine(steps("Hello")), others={"other": other}, server=SHADOW)
+    live.state.control.config = EngineConfig(model="fake-dir", device="cuda:0")
+    live.state.arms.every[1].config = EngineConfig(model="fake-dir", device="cuda:1")
+    live.state.control.counts.add(1, 10)
+    await live.complete(temperature=0)
+    assert pair_of(await settled(live))["compared"] == 1
+
+
 async def test_other_models_may_differ(serve: Serve) -> None:
     other = FakeEngine(differing(steps("Hello"), steps("Garbled")))
     live = await serve(FakeEngine(differing(steps("Hello"), steps("?"))), others={"other": other}, server=SHADOW)
