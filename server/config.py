@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +273,11 @@ class ServerConfig:
         total = sum(arm.weight for arm in self.arms)
         if total > 100:
             raise ConfigError(f"arms: their weights are {total:g} percent together; use 100 or less")
+
+
+def with_arms(config: ServerConfig, arms: tuple[ArmConfig, ...], **changes: Any) -> ServerConfig:
+    """`config` with these arms beside the control, and other `changes`. A shadow whose arm is not among them ends."""
+    names, shadow = {CONTROL, *(arm.name for arm in arms)}, config.shadow
+    if shadow is not None and not {shadow.arm, shadow.of} <= names:
+        shadow = None
+    return replace(config, arms=arms, shadow=shadow, **changes)

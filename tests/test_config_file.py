@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from server.cli_options import OneLineParser, add_options, parse_config
-from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig, ShadowConfig
+from server.config import (
+    CONTROL,
+    ArmConfig,
+    ConfigError,
+    EngineConfig,
+    RoutingConfig,
+    ServerConfig,
+    ShadowConfig,
+    with_arms,
+)
 from server.routing.plan import plan_of
 
 FILE = """
@@ -191,6 +200,12 @@ def test_a_shadow_and_an_audit(tmp_path: Path) -> None:
     assert (config.audit_share, config.replay_tolerance) == (0.01, 0.5)
     assert parse(tmp_path, SHADOW, "--audit-share", "0.5").audit_share == 0.5
     assert parse(tmp_path, "port = 1").shadow is None
+
+
+def test_a_shadow_ends_with_its_arm(tmp_path: Path) -> None:
+    config = parse(tmp_path, SHADOW)
+    assert with_arms(config, config.arms).shadow == config.shadow
+    assert with_arms(config, (), port=1).shadow is None
 
 
 @pytest.mark.parametrize(

@@ -272,11 +272,12 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         s, report = self.scheduler, self.speculation.report
+        num_held = sum(not seq.request.background for seq in s.held.values())
         return EngineStats(
             num_running=len(s.running) - s.num_behind,
             num_waiting=len(s.waiting),
-            num_held=len(s.held),
-            num_background=len(s.background) + s.num_behind,
+            num_held=num_held,
+            num_background=len(s.background) + s.num_behind + len(s.held) - num_held,
             num_waiting_tokens=s.waiting.num_tokens,
             kv_blocks_used=s.pool.num_used,
             kv_blocks_total=s.limits.num_blocks - 1,

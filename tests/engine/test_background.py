@@ -153,6 +153,9 @@ def test_its_queue_is_bounded_and_not_the_users(model: TargetModel) -> None:
     core.step()  # one of them holds the only slot
     assert (core.stats().num_running, core.stats().num_waiting) == (0, 0)
     assert core.stats().num_background == MAX_BACKGROUND
+    core.hold("copy-0")
+    assert (core.stats().num_held, core.stats().num_background) == (0, MAX_BACKGROUND)
+    core.resume("copy-0")
     assert core.submit(real("user-1", [5, 6])) is None
     assert core.submit(real("user-2", [5, 6])) is None
     assert core.submit(real("user-3", [5, 6])) is not None, "one runs, one waits"
