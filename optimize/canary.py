@@ -16,7 +16,7 @@ from optimize.room import DEVICE_SHARE, no_room
 from optimize.serving import arms_optimizer, artifact_options, successor, with_artifact
 from server.api.builds import Optimizer
 from server.api.successor import Successor
-from server.config import ArmConfig, ConfigError, ServerConfig
+from server.config import ArmConfig, ConfigError, ServerConfig, with_arms
 from server.models.source import resolve
 from server.routing.plan import plan_of
 from server.routing.verdict import Verdict, read_verdict
@@ -86,8 +86,8 @@ def with_canary(config: ServerConfig, recipe: str, name: str) -> ServerConfig:
 
 
 def _without(config: ServerConfig) -> ServerConfig:
-    """No canary: what the file says of its experiment has no meaning."""
-    return replace(config, experiment=None)
+    """No canary: what the file says of its experiment, or of a shadow of it, has no meaning."""
+    return with_arms(config, config.arms, experiment=None)
 
 
 def _swapped(config: ServerConfig, recipe: str, why: str, say: Callable[[str], None]) -> Background:

@@ -68,6 +68,9 @@ HELP = {
     "spec_metrics": f"metrics.speculative_decoding in answers unless the request says: {', '.join(SPEC_METRICS)}",
     "metric_aliases": "show metrics under the names of vLLM and SGLang as well, for existing dashboards",
     "price_per_hour": "what this machine costs an hour, in any currency: /metrics then has cost per million tokens",
+    "audit_share": "share of requests, 0 to 1, that are run again without drafts while nothing else runs, to see that "
+    "the answers are the same (docs/shadow.md)",
+    "replay_tolerance": "nats that two tokens may be apart where rounding alone makes answers differ: more is an alarm",
     "otel_endpoint": "OpenTelemetry collector that gets a span per request, as http://localhost:4318 (default: none)",
     "access_log": "where a line of JSON per request goes: stderr, off or a file",
     "experiment_ledger": "file that experiments' decisions and evidence go to (default: in Outpace's cache)",
@@ -119,7 +122,7 @@ def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[Engin
     group = parser.add_argument_group(title)
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if field.name not in ("engine", "arms", "experiment", "routing"):
+        if field.name not in ("engine", "arms", "experiment", "shadow", "routing"):
             _add_option(group, field, hints[field.name])
 
 

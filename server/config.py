@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,21 @@ class RoutingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowConfig:
+    """Copies of a `share` (0 to 1) of the requests that arm `of` answers run on `arm` as well, and are compared."""
+
+    arm: str
+    of: str = CONTROL
+    share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.arm == self.of:
+            raise ConfigError(f"arm: {self.arm!r} is the arm that is copied; use another")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share: {self.share!r} is not valid; use more than 0, at most 1")
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Settings of the API processes. `served_model_name` None means the model's own short name.
 
@@ -178,12 +193,15 @@ class ServerConfig:
     `metric_aliases` shows metrics under the names of vLLM and SGLang as well. `price_per_hour` is what the machine
     costs, in any currency: with it metrics tell what arms and tokens cost. `otel_endpoint` is the URL of an
     OpenTelemetry collector (OTLP over HTTP) that gets a span of each request. `experiment` are settings of
-    `server.routing.plan.Plan`, whose arms are among `arms`; its decisions go to the file `experiment_ledger`.
+    `server.routing.plan.Plan`, whose arms are among `arms`; its decisions go to the file `experiment_ledger`. Of the
+    requests `audit_share` (0 to 1) are run again without drafts, and `shadow` says which are run on another arm as
+    well; where rounding may tell answers apart, tokens up to `replay_tolerance` nats apart count as equally good.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     arms: tuple[ArmConfig, ...] = ()
     experiment: dict[str, Any] | None = None
+    shadow: ShadowConfig | None = None
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     host: str = "127.0.0.1"
     port: int = 8000
@@ -204,6 +222,8 @@ class ServerConfig:
     spec_metrics: str = "none"
     metric_aliases: bool = True
     price_per_hour: float | None = None
+    audit_share: float = 0.0
+    replay_tolerance: float = 0.5
     otel_endpoint: str | None = None
     access_log: str = "stderr"
     experiment_ledger: str = field(default_factory=lambda: str(cache_dir() / "experiments.sqlite"))
@@ -229,6 +249,9 @@ class ServerConfig:
             ("drain_timeout_s", 0),
         ):
             _at_least(name, getattr(self, name), low)
+        if not 0 <= self.audit_share <= 1:
+            raise ConfigError(f"audit_share: {self.audit_share!r} is not valid; use 0 to 1")
+        _at_least("replay_tolerance", self.replay_tolerance, 0)
         self._check_arms()
         if self.otel_endpoint is not None and not re.match(r"https?://[^/]", self.otel_endpoint):
             raise ConfigError(f"otel_endpoint: {self.otel_endpoint!r} is not valid; use a URL as http://localhost:4318")
@@ -250,3 +273,11 @@ class ServerConfig:
         total = sum(arm.weight for arm in self.arms)
         if total > 100:
             raise ConfigError(f"arms: their weights are {total:g} percent together; use 100 or less")
+
+
+def with_arms(config: ServerConfig, arms: tuple[ArmConfig, ...], **changes: Any) -> ServerConfig:
+    """`config` with these arms beside the control, and other `changes`. A shadow whose arm is not among them ends."""
+    names, shadow = {CONTROL, *(arm.name for arm in arms)}, config.shadow
+    if shadow is not None and not {shadow.arm, shadow.of} <= names:
+        shadow = None
+    return replace(config, arms=arms, shadow=shadow, **changes)

@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig, ShadowConfig
 from server.routing.plan import Plan, plan_of
 
-_TABLES = ("engine", "arms", "experiment", "routing")
+_TABLES = ("engine", "arms", "experiment", "shadow", "routing")
 _ARM_FIELDS = {"name": str, "weight": float, "recipe": str}
+_CANARY_ARMS = ("canary", "baseline")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -37,6 +38,7 @@ class SettingsFile:
     arms: tuple[Mapping[str, Any], ...] = ()
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     experiment: Mapping[str, Any] | None = None
+    shadow: ShadowConfig | None = None
 
     def settings(self, given: Mapping[str, Any], *, canary: bool = False) -> ServerConfig:
         """`given` (from the command line) wins over the file; for arms too, unless they say. With a `canary` the
@@ -52,8 +54,17 @@ class SettingsFile:
             if "candidate" not in experiment:
                 raise ConfigError("experiment.candidate: missing; name an arm (or use --optimize-in-background)")
             arms = _with_baseline(plan_of(experiment), arms, engine)
+        self._check_shadow([CONTROL, *(arm.name for arm in arms), *(_CANARY_ARMS if canary else ())])
         experiment = None if experiment is None else dict(experiment)
-        return ServerConfig(engine=engine, arms=arms, routing=self.routing, experiment=experiment, **own)
+        return ServerConfig(
+            engine=engine, arms=arms, routing=self.routing, experiment=experiment, shadow=self.shadow, **own
+        )
+
+    def _check_shadow(self, names: list[str]) -> None:
+        for name in () if self.shadow is None else ("arm", "of"):
+            value = getattr(self.shadow, name)
+            if value not in names:
+                raise ConfigError(f"shadow.{name}: there is no arm {value!r}; use one of {', '.join(names)}")
 
     @staticmethod
     def _arm(number: int, arm: Mapping[str, Any], shared: Mapping[str, Any]) -> ArmConfig:
@@ -92,6 +103,7 @@ def read_settings(path: str | Path) -> SettingsFile:
 
 def _settings(content: dict[str, Any]) -> SettingsFile:
     arms, routing, experiment = content.pop("arms", []), content.pop("routing", {}), content.pop("experiment", None)
+    shadow = content.pop("shadow", None)
     known = _hints(EngineConfig) | {k: v for k, v in _hints(ServerConfig).items() if k not in _TABLES}
     values = _checked(content, known, "")
     if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
@@ -102,7 +114,7 @@ def _settings(content: dict[str, Any]) -> SettingsFile:
         found.append(_checked(arm, _hints(EngineConfig) | own, f"arms[{number}]."))
         if "name" not in arm:
             raise ConfigError(f"arms[{number}].name: missing")
-    return SettingsFile(values, tuple(found), _routing(routing), _experiment(experiment))
+    return SettingsFile(values, tuple(found), _routing(routing), _experiment(experiment), _shadow(shadow))
 
 
 def _experiment(table: Any) -> Mapping[str, Any] | None:
@@ -115,6 +127,20 @@ def _experiment(table: Any) -> Mapping[str, Any] | None:
     except ConfigError as error:
         raise ConfigError(f"experiment.{error}") from None
     return table
+
+
+def _shadow(table: Any) -> ShadowConfig | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        raise ConfigError("shadow: not valid; use a [shadow] table")
+    values = _checked(table, _hints(ShadowConfig), "shadow.")
+    if "arm" not in values:
+        raise ConfigError("shadow.arm: missing; name the arm that runs the copies")
+    try:
+        return ShadowConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"shadow.{error}") from None
 
 
 def _routing(table: Any) -> RoutingConfig:

@@ -59,7 +59,8 @@ class Request:
     Until `min_tokens` tokens are out neither end-of-sequence nor a stop token is sampled. `prompt_logprobs` asks for
     the log-probabilities of the prompt's own tokens, with that many alternatives. `prediction_ids` is what the client
     expects the answer to be: draft tokens to start from, never more. Waiting requests of one `tenant` are served in
-    order, tenants in turn, and the lowest `priority` first.
+    order, tenants in turn, and the lowest `priority` first. A `background` request is nobody's: it runs only while no
+    other one does or waits.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class Request:
     prediction_ids: list[int] = field(default_factory=list)
     tenant: str = ""
     priority: int = 0
+    background: bool = False
 
 
 class FinishReason(StrEnum):

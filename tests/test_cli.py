@@ -38,6 +38,7 @@ def test_every_field_has_a_flag_and_help() -> None:
         "engine",
         "arms",
         "experiment",
+        "shadow",
         "routing",
     }
     assert HELP.keys() == names

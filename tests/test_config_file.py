@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from server.cli_options import OneLineParser, add_options, parse_config
-from server.config import CONTROL, ArmConfig, ConfigError, EngineConfig, RoutingConfig, ServerConfig
+from server.config import (
+    CONTROL,
+    ArmConfig,
+    ConfigError,
+    EngineConfig,
+    RoutingConfig,
+    ServerConfig,
+    ShadowConfig,
+    with_arms,
+)
 from server.routing.plan import plan_of
 
 FILE = """
@@ -171,4 +180,51 @@ def test_mistakes_of_experiments(tmp_path: Path, before: str, after: str, messag
     assert before in EXPERIMENT
     with pytest.raises(ConfigError) as caught:
         parse(tmp_path, EXPERIMENT.replace(before, after))
+    assert message in str(caught.value)
+
+
+SHADOW = """
+audit_share = 0.01
+[[arms]]
+name = "plain"
+drafter = "none"
+[shadow]
+arm = "plain"
+share = 0.2
+"""
+
+
+def test_a_shadow_and_an_audit(tmp_path: Path) -> None:
+    config = parse(tmp_path, SHADOW)
+    assert config.shadow == ShadowConfig("plain", CONTROL, 0.2)
+    assert (config.audit_share, config.replay_tolerance) == (0.01, 0.5)
+    assert parse(tmp_path, SHADOW, "--audit-share", "0.5").audit_share == 0.5
+    assert parse(tmp_path, "port = 1").shadow is None
+
+
+def test_a_shadow_ends_with_its_arm(tmp_path: Path) -> None:
+    config = parse(tmp_path, SHADOW)
+    assert with_arms(config, config.arms).shadow == config.shadow
+    assert with_arms(config, (), port=1).shadow is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('arm = "plain"', 'arm = "odd"', "shadow.arm: there is no arm 'odd'; use one of control, plain"),
+        ('arm = "plain"', 'arm = "control"', "shadow.arm: 'control' is the arm that is copied; use another"),
+        ('arm = "plain"', "", "shadow.arm: missing; name the arm that runs the copies"),
+        ("share = 0.2", 'of = "odd"', "shadow.of: there is no arm 'odd'; use one of control, plain"),
+        ("share = 0.2", "share = 0", "shadow.share: 0.0 is not valid; use more than 0, at most 1"),
+        ("share = 0.2", "share = 1.5", "shadow.share: 1.5 is not valid"),
+        ("share = 0.2", 'share = "a"', "shadow.share: 'a' is not valid; use a number"),
+        ("share = 0.2", "part = 0.2", "shadow.part: there is no such setting; valid ones are arm, of, share"),
+        ("audit_share = 0.01", "audit_share = 2", "audit_share: 2.0 is not valid; use 0 to 1"),
+        ("audit_share = 0.01", "replay_tolerance = -1", "replay_tolerance: -1.0 is too small; use 0 or more"),
+    ],
+)
+def test_mistakes_of_shadows(tmp_path: Path, before: str, after: str, message: str) -> None:
+    assert before in SHADOW
+    with pytest.raises(ConfigError) as caught:
+        parse(tmp_path, SHADOW.replace(before, after))
     assert message in str(caught.value)

@@ -72,6 +72,41 @@ def _experiment(title: str, metric: str, kind: str = "timeseries", by: str = "",
     return Panel(title, unit, ((f"outpace_experiment_{metric}", legend),), description, kind, None)
 
 
+def _copies(title: str, count: str, more: str = "", kind: str = "timeseries", description: str = "") -> Panel:
+    """Counts of comparisons of answers with their copies: of audits and of shadows."""
+    legend = f" {{{{{more}}}}}" if more else ""
+    return Panel(
+        title,
+        "short",
+        (
+            (f"outpace_audit_{count}_total{{{ARM}}}", f"audit of {{{{arm}}}}{legend}"),
+            (f"outpace_shadow_{count}_total{{{ARM}}}", f"{{{{arm}}}} beside {{{{of}}}}{legend}"),
+        ),
+        description,
+        kind,
+    )
+
+
+def _copies_histogram(title: str, metric: str, unit: str, description: str) -> Panel:
+    """The median by histogram."""
+    return Panel(
+        title,
+        unit,
+        tuple(
+            (
+                f"histogram_quantile(0.5, sum by ({by}le) (outpace_{kind}_{metric}_bucket{{{ARM}}}))",
+                legend,
+            )
+            for kind, by, legend in (
+                ("audit", "arm, ", "audit of {{arm}}"),
+                ("shadow", "arm, of, ", "{{arm}} beside {{of}}"),
+            )
+        ),
+        description,
+        low=None,
+    )
+
+
 def _effect(title: str, metric: str, description: str) -> Panel:
     """What the candidate changes of a metric, between the bounds of its confidence sequence."""
     return Panel(
@@ -175,6 +210,26 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         _gauge("Energy per token", "energy_joules_per_token", "joule", "Over ten minutes; GPUs only."),
         _rate("Power by arm", "energy_joules_total", "watt"),
         _rate("Tokens a second", "emitted_tokens_total"),
+    ),
+    "Shadow": (
+        _copies("Alarms", "alarms", kind="stat", description="Divergences that must not be. See /v1/shadow."),
+        _copies("Copies compared", "compared"),
+        _copies("Divergences", "diverged", description="Of other models, ties by rounding, and alarms."),
+        _copies("Comparisons by verdict", "verdicts", "verdict"),
+        _copies("Copies dropped", "dropped", "reason", description="No room, no time, or the engine was gone."),
+        _copies_histogram(
+            "Tokens before the first divergence", "first_divergence_tokens", "short", "Median since the start."
+        ),
+        _copies_histogram(
+            "Length shift, tokens", "length_shift_tokens", "short", "Median since the start: copy less answer."
+        ),
+        _copies_histogram(
+            "Time per token, copy over answer",
+            "time_per_output_token_ratio",
+            "percentunit",
+            "Median since the start. Copies wait for users, which is in it.",
+        ),
+        _gauge("Copies that wait or run", "requests_background"),
     ),
     "Experiment": (
         _experiment("Stage", "stage", "stat", description="Of outpace_experiment_stages; 0: it has not begun."),

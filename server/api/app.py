@@ -91,6 +91,7 @@ def create_app(state: ServerState, access_log: AccessLog | None = None) -> web.A
             web.get("/v1/stats", routes.stats),
             web.get("/v1/experiments", routes.experiments),
             web.get("/v1/experiments/events", routes.experiment_events),
+            web.get("/v1/shadow", routes.shadow),
             web.get("/v1/models", routes.list_models),
             # A model's id may be a hub id or a path with slashes.
             web.get("/v1/models/{model:.+}", routes.get_model),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from server.api.experiment_metrics import ExperimentMetrics
 from server.api.generation import Part
 from server.api.observing import observation
-from server.config import ConfigError, ServerConfig
+from server.config import ConfigError, ServerConfig, with_arms
 from server.routing.assignment import Assignment
 from server.routing.conductor import LOOK_EVERY_S, Conductor
 from server.routing.evidence.observation import Observation
@@ -251,7 +251,7 @@ def settled(config: ServerConfig, say: Callable[[str], None]) -> tuple[ServerCon
     candidate = arms.pop(plan.candidate, None)
     arms.pop(plan.baseline, None)
     say(f"Experiment {plan.name} is over: {state.status.replace('_', ' ')} ({state.reason})")
-    config = replace(config, arms=tuple(arms.values()))
+    config = with_arms(config, tuple(arms.values()))
     if state.status == "promoted" and candidate is not None:
         return replace(config, engine=candidate.engine), candidate.recipe
     return config, None

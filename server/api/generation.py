@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.api.choice_text import ChoiceText, Delta
 from server.api.errors import as_api_error
@@ -16,13 +16,28 @@ from server.telemetry.arm_metrics import ChoiceTimer
 Emit = Callable[[Delta], None]
 
 
+@dataclass(slots=True)
+class Heard:
+    """What the engine said to one choice; `whole` once the engine itself ended it."""
+
+    tokens: list[int] = field(default_factory=list)
+    whole: bool = False
+
+    def take(self, output: StepOutput) -> None:
+        """One step more."""
+        self.tokens += output.token_ids
+        self.whole = output.finish_reason is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One choice: what the engine is asked, what becomes of its tokens, and how long they take."""
+    """One choice: what the engine is asked, what becomes of its tokens, and how long they take. `heard` where somebody
+    wants the tokens."""
 
     request: Request
     text: ChoiceText
     timer: ChoiceTimer
+    heard: Heard | None = None
 
 
 class Generation:
@@ -112,6 +127,8 @@ class _PartSink:
         generation, part = self._generation, self.part
         try:
             part.timer.observe_step(len(output.token_ids))
+            if part.heard is not None:
+                part.heard.take(output)
             delta = part.text.step(output)
             finish = delta.finish_reason
             generation._emit(delta)

@@ -27,6 +27,7 @@ from server.api.experiment import conducted, experiment_of
 from server.api.front import Front
 from server.api.interfaces import EngineClientLike, TextLayerLike
 from server.api.params import Limits
+from server.api.replays import compare_here
 from server.api.starting import ArmStarts, StartError, pending
 from server.api.state import ServerState
 from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
@@ -126,6 +127,7 @@ class Server:
             self.state.reload = self.reload
             self._front = Front(self.state)
             self._experiment = experiment_of(self.state, say, self._conclude)
+            compare_here(self.state)
             for name in pending(config):  # an engine that nobody has started is nothing to be alarmed of
                 metrics.forget_engine(name)
         except (KeyFileError, ConfigError) as error:
@@ -228,6 +230,8 @@ class Server:
 
     async def _drain(self) -> None:
         state, timeout_s = self.state, self._config.drain_timeout_s
+        if state.replays is not None:
+            await state.replays.close()
         if state.num_in_flight:
             self._say(farewell(state.num_in_flight, timeout_s))
         await first_of(self._wait_until_idle(), self.signals.quit.wait(), timeout_s=timeout_s)

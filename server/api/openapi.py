@@ -191,8 +191,10 @@ def _models() -> dict[str, Any]:
     stats = _operation("stats", "Latency quantiles, counters and gauges per arm", {200: {JSON: ref("Stats")}}, ())
     told = _operation("experiments", "The experiment between arms", {200: {JSON: ref("Experiments")}}, ())
     events = _operation("experimentEvents", "Its decisions, with evidence", {200: {JSON: ref("Experiments")}}, ())
+    shadow = _operation("shadow", "Answers beside their copies", {200: {JSON: ref("Comparisons")}}, (), admin=True)
     return {
         "/v1/stats": {"get": stats},
+        "/v1/shadow": {"get": {**shadow, "security": [{"admin": []}, {}]}},
         "/v1/experiments": {"get": told},
         "/v1/experiments/events": {"get": events},
         "/v1/models": {"get": _operation("listModels", "The served model", {200: {JSON: ref("Models")}}, ())},

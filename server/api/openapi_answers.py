@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.routing.replay.comparison import VERDICTS
+from server.routing.replay.sampling import KINDS
+
 Schema = dict[str, Any]
 
 STRING: Schema = {"type": "string"}
@@ -178,6 +181,7 @@ def _others() -> dict[str, Schema]:
         "Models": struct(object={"const": "list"}, data=array(ref("Model"))),
         "Stats": _stats(),
         "Experiments": struct(object={"const": "list"}, data=array({"type": "object"})),
+        "Comparisons": _comparisons(),
         "Health": struct(status={"const": "ok"}),
         "Ready": struct(status={"const": "ready"}),
         "NotReady": struct(status={"enum": ["starting", "failed", "restarting", "draining"]}, reason=STRING),
@@ -197,6 +201,41 @@ def _others() -> dict[str, Schema]:
             internal_states=array(struct(**state)),
         ),
     }
+
+
+def _comparisons() -> Schema:
+    """Of `/v1/shadow`."""
+    counts = {"type": "object", "additionalProperties": COUNT}
+    pair = struct(
+        kind={"enum": list(KINDS)},
+        of=STRING,
+        arm=STRING,
+        compared=COUNT,
+        diverged=COUNT,
+        alarms=COUNT,
+        dropped=COUNT,
+        verdicts=counts,
+        dropped_by_reason=counts,
+    )
+    divergence = struct(
+        kind={"enum": list(KINDS)},
+        of=STRING,
+        arm=STRING,
+        request_id=STRING,
+        at_s=NUMBER,
+        verdict={"enum": list(VERDICTS)},
+        reason=STRING,
+        num_tokens=COUNT,
+        num_prompt_tokens=COUNT,
+        position=COUNT,
+        token=nullable(COUNT),
+        copy_token=nullable(COUNT),
+        gap=nullable(NUMBER),
+        kl=nullable(NUMBER),
+        length_shift=nullable(INTEGER),
+        tpot_ratio=nullable(NUMBER),
+    )
+    return struct(object={"const": "list"}, pairs=array(pair), data=array(divergence))
 
 
 def _admin() -> dict[str, Schema]:

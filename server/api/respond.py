@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 from aiohttp import web
@@ -20,7 +20,7 @@ from server.api.chunks import ChunkWriter
 from server.api.echo import Echo
 from server.api.errors import as_api_error, request_timeout
 from server.api.formats import Choice, Format, Json, usage_of
-from server.api.generation import Generation, Part
+from server.api.generation import Generation, Heard, Part
 from server.api.spec_metrics import spec_decoding_metrics
 from server.api.sse import DONE, EventStream, Flow, event
 from server.api.state import ServerState
@@ -69,9 +69,10 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
     parts: list[Part] = []
     watch = state.watch if state.watch is not None and KEY in request and arm.name in state.watch.arms else None
     running = arm.engine.stats.num_running
+    copies = [] if state.replays is None or job.discard else state.replays.wanted(arm, job.requests[0])
     try:
         state.access.limiter.reserve(key, num_prompt)
-        parts = _parts(state, arm, job, watched=watch is not None)
+        parts = _parts(state, arm, job, watched=watch is not None, heard=bool(copies))
         request[PARTS] = parts
         state.metrics.of(arm.name).admitted(num_prompt)
         answer = _Streamed(request, state, arm, job, parts) if job.stream else _Whole(arm, job, parts)
@@ -82,6 +83,8 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
         _note(record_of(request), arm.model_name, job, parts)
         if watch is not None:
             watch.note(arm.name, request[KEY], running, parts)
+        if state.replays is not None and copies and parts:
+            state.replays.begin(copies, parts[0])
 
 
 def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
@@ -95,7 +98,7 @@ def _note(record: Record, model: str, job: Job, parts: list[Part]) -> None:
     record.ttft_ms = None if ttft_s is None else ttft_s * 1e3
 
 
-def _parts(state: ServerState, arm: Arm, job: Job, *, watched: bool) -> list[Part]:
+def _parts(state: ServerState, arm: Arm, job: Job, *, watched: bool, heard: bool) -> list[Part]:
     _, text = arm.require_ready()
     parts = [
         Part(
@@ -117,6 +120,8 @@ def _parts(state: ServerState, arm: Arm, job: Job, *, watched: bool) -> list[Par
     ]
     if watched:
         parts[0].timer.gaps = []
+    if heard:
+        parts[0] = replace(parts[0], heard=Heard())
     return parts
 
 

@@ -25,7 +25,7 @@ Open this address in a browser for a page with charts and a playground.
 POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{{id}}
 GET  /health  /ready  /version  /server_info  /metrics  /v1/stats  /openapi.json
-GET  /v1/experiments  /v1/experiments/events
+GET  /v1/experiments  /v1/experiments/events  /v1/shadow
 """
 
 
@@ -151,6 +151,13 @@ async def experiment_events(request: web.Request) -> web.Response:
     experiment = request.app[STATE].experiment
     data = [] if experiment is None else await experiment.decisions()
     return json_response({"object": "list", "data": data})
+
+
+async def shadow(request: web.Request) -> web.Response:
+    """What comparisons of answers with their copies showed: counts by pair of arms, the last divergences."""
+    told = request.app[STATE].comparisons
+    found = {"object": "list", "pairs": [], "data": []} if told is None else await told()
+    return json_response(finite(found))
 
 
 def finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -16,6 +17,7 @@ from server.api.arms import Arms
 from server.api.errors import ApiError, engine_unavailable
 from server.api.experiment import ExperimentLike, Watch
 from server.api.params import Limits
+from server.api.replays import Replays
 from server.config import ServerConfig
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
@@ -24,7 +26,8 @@ from server.telemetry.tracing import Tracing
 @dataclass(slots=True)
 class ServerState:
     """`draining` refuses new work. `tracing` makes a span of each request, where it is configured. `watch` sees what
-    the requests of an experiment do, `experiment` is that experiment.
+    the requests of an experiment do, `experiment` is that experiment. `replays` runs copies of requests, `comparisons`
+    tells what they showed, of the whole server.
 
     `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
     there are none. `scrape` and `stats` render the whole server's metrics, `reload` does what SIGHUP does and gives one
@@ -43,6 +46,8 @@ class ServerState:
     limits: Limits = field(default_factory=Limits)
     watch: Watch | None = None
     experiment: ExperimentLike | None = None
+    replays: Replays | None = None
+    comparisons: Callable[[], Awaitable[dict[str, Any]]] | None = None
     tracing: Tracing | None = None
     draining: bool = False
     num_in_flight: int = 0

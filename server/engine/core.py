@@ -17,6 +17,9 @@ from server.engine.sequence import Sequence, end_ids
 from server.engine.speculation import Speculation
 from server.engine.step_runner import StepRunner
 
+MAX_BACKGROUND = 64
+"""Most background requests that wait; who sends more of them is refused."""
+
 
 @dataclass(slots=True)
 class _Running:
@@ -75,7 +78,11 @@ class EngineCore:
         return self._overload(request) or self._bad_length(request) or self._bad_token(request)
 
     def _overload(self, request: Request) -> str | None:
-        waiting, num_free = self.scheduler.waiting, self.scheduler.slots.num_free
+        scheduler = self.scheduler
+        if request.background:
+            full = len(scheduler.background) >= MAX_BACKGROUND
+            return f"the background queue is full ({MAX_BACKGROUND} requests wait)" if full else None
+        waiting, num_free = scheduler.waiting, scheduler.slots.num_free + scheduler.num_behind
         if len(waiting) >= self.max_waiting + num_free:
             return f"the queue is full ({self.max_waiting} requests wait)"
         most = self.max_waiting_tokens
@@ -192,7 +199,8 @@ class EngineCore:
 
     def _publish(self, running: _Running, result: StepResult) -> list[StepOutput]:
         plan, verifying = running.plan, running.plan.phase is Phase.VERIFY
-        if verifying:
+        if verifying and (plan.num_draft_tokens or not running.sequences[0].request.background):
+            # Copies that are not to draft say nothing of drafting; steps never mix them with users' sequences.
             context = sum(len(s.token_ids) for s in running.sequences) / len(running.sequences)
             counts = [s.tenure == t for s, t in zip(running.sequences, running.tenures, strict=True)]
             self.speculation.record(result, context, counts)
@@ -213,7 +221,7 @@ class EngineCore:
             self.scheduler.commit(seq, len(emitted) if verifying else row.num_tokens, emitted)
             if not emitted:
                 continue
-            self._num_emitted += len(emitted)
+            self._num_emitted += 0 if seq.request.background else len(emitted)
             outputs.append(self._output(seq, emitted, reason, result, i))
             if observe is not None:
                 observe(seq.slot, emitted)
@@ -264,10 +272,12 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         s, report = self.scheduler, self.speculation.report
+        num_held = sum(not seq.request.background for seq in s.held.values())
         return EngineStats(
-            num_running=len(s.running),
+            num_running=len(s.running) - s.num_behind,
             num_waiting=len(s.waiting),
-            num_held=len(s.held),
+            num_held=num_held,
+            num_background=len(s.background) + s.num_behind + len(s.held) - num_held,
             num_waiting_tokens=s.waiting.num_tokens,
             kv_blocks_used=s.pool.num_used,
             kv_blocks_total=s.limits.num_blocks - 1,

@@ -59,13 +59,16 @@ class EngineStats:
     `step_s` is the time spent in steps, prefill and verify. `verify_s` is what verify steps took, drafting included,
     `verify_plain_s` what the same tokens would have taken without drafts, by the cost table; the realised speed-up is
     their ratio over the last steps, the predicted one what the last choice of drafts promised. Without a cost table
-    there is neither. While speculation is paused, which it is since `speculation_paused_since` (Unix seconds),
+    there is neither. `num_background` requests run or wait that are no user's; counts of
+    requests, tokens and preemptions leave them out, counts of steps, drafts and seconds include them. While
+    speculation is paused, which it is since `speculation_paused_since` (Unix seconds),
     `speculation_pause_reason` says why.
     """
 
     num_running: int = 0
     num_waiting: int = 0
     num_held: int = 0
+    num_background: int = 0
     num_waiting_tokens: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0

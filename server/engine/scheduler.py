@@ -4,6 +4,11 @@ Who is admitted next is the waiting queue's choice (`server.engine.waiting`); wh
 Prompt chunks and verify steps alternate while both have work, so a long prompt never stalls decoding for longer than
 one token budget. When blocks run out, those held for drafts are taken back first; then the youngest running sequence
 gives up its own and is computed anew later.
+
+Background requests (copies of users' requests, for comparison) have a queue of their own. They are admitted and get
+rows only while no user's sequence runs or waits; else they stand still, and lose their slots and blocks as soon as a
+user's sequence needs them. So a user waits for no more of them than the step that was under way. What they compute does
+not enter the prefix cache: it would push out what users come back to.
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ from server.engine.waiting import WaitingQueue
 
 PROMPT_LOGPROB_ROWS = 256
 """Most prompt positions whose logits a step keeps, all rows together: they are as wide as the vocabulary."""
+
+BACKGROUND_TOKENS = 64
+"""Most prompt tokens of background requests in a step: a user who comes then waits for it."""
 
 
 @dataclass(slots=True)
@@ -57,7 +65,10 @@ class Scheduler:
         self.marks = DraftMarks(self.pool, limits.block_size, make_span)
         self.slots = SlotPool(limits.max_num_seqs)
         self.waiting = WaitingQueue()
+        self.background = WaitingQueue()
         self.running: list[Sequence] = []
+        self.num_behind = 0
+        """Running sequences that are in the background."""
         self.held: dict[str, Sequence] = {}
         self.by_id: dict[str, Sequence] = {}
         self.admitted: list[Sequence] = []
@@ -79,7 +90,7 @@ class Scheduler:
         """Queues a request that `refusal` lets through."""
         seq = Sequence.of(request, self._eos)
         self.by_id[request.request_id] = seq
-        self.waiting.append(seq)
+        self._queue(seq).append(seq)
 
     def finish(self, seq: Sequence, complete: bool = False) -> None:
         """Ends a sequence in whatever state it is; its slot and blocks are free at once.
@@ -92,9 +103,10 @@ class Scheduler:
     def _withdraw(self, seq: Sequence, complete: bool = False) -> None:
         if seq.running:
             self.running.remove(seq)
+            self.num_behind -= seq.request.background
             self._give_up(seq, complete)
         elif self.held.pop(seq.request.request_id, None) is None:
-            self.waiting.remove(seq)
+            self._queue(seq).remove(seq)
 
     def hold(self, seq: Sequence) -> None:
         """Takes a sequence out of the way until `resume`: it gives up its place and is computed anew later."""
@@ -105,7 +117,7 @@ class Scheduler:
         """A held sequence waits again, before all others of its tenant; other ids are ignored."""
         seq = self.held.pop(request_id, None)
         if seq is not None:
-            self.waiting.append_front(seq)
+            self._queue(seq).append_front(seq)
 
     def condemn(self, seq: Sequence) -> list[int]:
         """Ends a running sequence whose content is not to be trusted: none of its blocks can be found again.
@@ -121,7 +133,20 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.background)
+
+    @property
+    def users(self) -> list[Sequence]:
+        """Running sequences of users."""
+        return [seq for seq in self.running if not seq.request.background] if self.num_behind else self.running
+
+    def _queue(self, seq: Sequence) -> WaitingQueue:
+        return self.background if seq.request.background else self.waiting
+
+    @property
+    def _active(self) -> list[Sequence]:
+        """Running sequences that steps have rows for."""
+        return self.users or self.running
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -133,7 +158,7 @@ class Scheduler:
         `draft_tokens` is asked for a verify step once its rows are known, `follows` if it said 0 and for prompts.
         """
         self._admit()
-        decoding = any(s.decoding for s in self.running)
+        decoding = any(s.decoding for s in self._active)
         prefill_first = self._last_phase is Phase.VERIFY or not decoding
         planned = self._plan_prefill(follows) if prefill_first else self._plan_verify(draft_tokens, follows)
         if planned is None:
@@ -149,35 +174,48 @@ class Scheduler:
 
     def num_decoding(self) -> int:
         """Rows that a verify step would have; prompts in progress do not count."""
-        return sum(s.decoding for s in self.running)
+        return sum(s.decoding for s in self._active)
 
     def _admit(self) -> None:
-        while self.waiting and self.slots.num_free:
-            seq = self.waiting.peek()
-            blocks, keys = self.cache.match(seq.token_ids, seq.num_reusable)
-            if self._being_computed(seq, len(blocks) * self.limits.block_size):
+        while self.waiting:
+            if not self._admit_next(self.waiting) and not self._clear_the_way():
                 return
-            revived = sum(self.pool.refs(b) == 0 for b in blocks)
-            needed = self._blocks_for(seq.num_tokens + 1) - len(blocks)
-            headroom = len(self.running)  # each running sequence may need one more block at its next step
-            if needed + revived + (headroom if self.running else 0) > self.pool.num_free:
-                return
-            self.waiting.remove(seq)
-            for block in blocks:
-                self.pool.acquire(block)
-                seq.add_block(block)
-            seq.keys = keys
-            seq.num_computed = len(blocks) * self.limits.block_size
-            self.marks.begin(seq)
-            if not seq.admitted:  # else the blocks are its own, and what it computes again it paid for
-                seq.admitted = True
-                seq.num_cached = seq.num_computed
+        while self.background and not self.users and self._admit_next(self.background):
+            pass
+
+    def _admit_next(self, queue: WaitingQueue) -> bool:
+        """Whether there was room for the next of `queue`."""
+        if not self.slots.num_free:
+            return False
+        seq = queue.peek()
+        blocks, keys = self.cache.match(seq.token_ids, seq.num_reusable)
+        if self._being_computed(seq, len(blocks) * self.limits.block_size):
+            return False
+        revived = sum(self.pool.refs(b) == 0 for b in blocks)
+        needed = self._blocks_for(seq.num_tokens + 1) - len(blocks)
+        # Each running sequence may need one more block at its next step; users take it from those in the background.
+        headroom = len(self._active if seq.request.background else self.users)
+        if needed + revived + headroom > self.pool.num_free:
+            return False
+        queue.remove(seq)
+        for block in blocks:
+            self.pool.acquire(block)
+            seq.add_block(block)
+        seq.keys = keys
+        seq.num_computed = len(blocks) * self.limits.block_size
+        self.marks.begin(seq)
+        if not seq.admitted:  # else the blocks are its own, and what it computes again it paid for
+            seq.admitted = True
+            seq.num_cached = seq.num_computed
+            queue.charge(seq, seq.num_tokens - seq.num_computed)
+            if not seq.request.background:
                 self.counters.num_cached_tokens += seq.num_computed
-                self.waiting.charge(seq, seq.num_tokens - seq.num_computed)
-            self._reserve(seq, seq.num_tokens)
-            seq.slot = self.slots.acquire()
-            self.running.append(seq)
-            self.admitted.append(seq)
+        self._reserve(seq, seq.num_tokens)
+        seq.slot = self.slots.acquire()
+        self.running.append(seq)
+        self.num_behind += seq.request.background
+        self.admitted.append(seq)
+        return True
 
     def _being_computed(self, seq: Sequence, known: int) -> bool:
         """Whether a running prompt is about to put the next block of `seq` into the prefix cache: worth waiting for.
@@ -188,13 +226,15 @@ class Scheduler:
         if not self.limits.prefix_cache or end > seq.num_reusable:
             return False
         wanted = seq.token_ids[:end]
-        return any(r.num_computed < end and r.num_tokens > end and r.token_ids[:end] == wanted for r in self.running)
+        return any(r.num_computed < end and r.num_tokens > end and r.token_ids[:end] == wanted for r in self.users)
 
     def _plan_prefill(self, follows: Follows) -> tuple[StepPlan, list[Sequence]] | None:
         budget, scored = self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS
+        if self._active and self._active[0].request.background:
+            budget = min(budget, BACKGROUND_TOKENS)
         rows: list[RowPlan] = []
         sequences: list[Sequence] = []
-        for seq in [s for s in self.running if not s.decoding]:
+        for seq in [s for s in self._active if not s.decoding]:
             chunk = min(budget, seq.num_to_compute)
             if seq.scoring:
                 if seq.in_flight:  # which tokens are scored already is known once that is read
@@ -207,17 +247,19 @@ class Scheduler:
             last = chunk == seq.num_to_compute
             rows.append(RowPlan(seq.slot, seq.num_computed + seq.num_launched, chunk, samples=last))
             sequences.append(seq)
-            self.counters.num_prefill_tokens += chunk
+            self.counters.num_prefill_tokens += 0 if seq.request.background else chunk
         if not rows:
             return None
-        follow = self._drafts and follows(Phase.PREFILL, len(self.running))
+        follow = self._drafts and follows(Phase.PREFILL, len(self._active))
         return StepPlan(Phase.PREFILL, rows, follows=follow), sequences
 
     def _plan_verify(self, draft_tokens: DraftTokens, follows: Follows) -> tuple[StepPlan, list[Sequence]] | None:
         sequences: list[Sequence] = []
-        for seq in list(self.running):
+        for seq in self._active[:]:
             while (goes_on := self._goes_on(seq)) and not self._try_reserve(seq, seq.most_tokens):
                 if self._take_back_draft_blocks():
+                    continue
+                if not seq.request.background and self._clear_the_way():
                     continue
                 if any(s.in_flight for s in self.running):
                     return None  # what that step emits or ends is worth waiting for before anything is computed anew
@@ -259,12 +301,12 @@ class Scheduler:
         seq.num_computed += num_run
         if emitted:
             seq.token_ids.extend(emitted)
-            self.waiting.charge(seq, len(emitted))
+            self._queue(seq).charge(seq, len(emitted))
         size = self.limits.block_size
         while (len(seq.keys) + 1) * size <= seq.num_computed:
             i = len(seq.keys)
             key = block_key(seq.keys[-1] if seq.keys else ROOT, seq.token_ids[i * size : (i + 1) * size])
-            if self.cache.insert(key, seq.blocks[i]):
+            if not seq.request.background and self.cache.insert(key, seq.blocks[i]):
                 self.pool.keep(seq.blocks[i])
             seq.keys.append(key)
 
@@ -297,8 +339,16 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's place away; it is computed anew when it is admitted again, before all others."""
         self._withdraw(seq)
-        self.waiting.append_first(seq)
-        self.counters.num_preemptions += 1
+        self._queue(seq).append_first(seq)
+        self.counters.num_preemptions += not seq.request.background
+
+    def _clear_the_way(self) -> bool:
+        """The youngest background sequence gives up its place; whether there was one."""
+        for seq in reversed(self.running):
+            if seq.request.background:
+                self.preempt(seq)
+                return True
+        return False
 
     def _give_up(self, seq: Sequence, complete: bool) -> None:
         self.released[seq.slot] = complete
@@ -318,7 +368,7 @@ class Scheduler:
                 owned[block] = owned.get(block, 0) + 1
         self.pool.check_integrity(owned)
         self.slots.check_integrity({s.slot for s in self.running})
-        places = [*self.waiting, *self.held.values()]
+        places = [*self.waiting, *self.background, *self.held.values()]
         for seq in places:
             if seq.running or seq.blocks:
                 raise AssertionError(f"{seq.request.request_id} waits but owns a slot or blocks")
@@ -326,6 +376,7 @@ class Scheduler:
         if len(places) != len(self.by_id) or set(self.by_id.values()) != set(places):
             raise AssertionError("a sequence is neither waiting, running nor held, or more than one of them")
         self.waiting.check_integrity()
+        self.background.check_integrity()
 
 
 def _most_drafts(seq: Sequence) -> int:

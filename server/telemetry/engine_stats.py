@@ -38,6 +38,7 @@ _POSITIONS = (
 
 _GAUGES = (
     ("requests_running", "Sequences that hold a slot now."),
+    ("requests_background", "Copies of requests, and their scoring, that wait or run while no user's does."),
     ("requests_waiting", "Sequences that wait for a slot now."),
     ("kv_cache_usage_ratio", "Share of the KV blocks in use now, 0 to 1."),
     ("prefix_hit_ratio", "Share of the prompt tokens that the prefix cache served lately, 0 to 1."),
@@ -182,6 +183,7 @@ class _Arm:
         return {
             "requests_running": stats.num_running,
             "requests_waiting": stats.num_waiting,
+            "requests_background": stats.num_background,
             "kv_cache_usage_ratio": stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0,
             "speculation_paused": stats.speculation_paused,
             "speculation_predicted_speedup_ratio": stats.predicted_speedup,

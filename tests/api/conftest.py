@@ -17,6 +17,7 @@ from server.api.arm import Arm
 from server.api.arms import Arms
 from server.api.front import Front
 from server.api.params import Limits
+from server.api.replays import compare_here
 from server.api.state import ServerState
 from server.config import CONTROL, EngineConfig, ServerConfig
 from server.telemetry.metrics import Metrics
@@ -96,6 +97,7 @@ async def serve() -> AsyncIterator[Serve]:
             access=access,
             tracing=tracing,
         )
+        compare_here(state)
         front = Front(state)
         (listener,) = sockets.bind("127.0.0.1", 0)
         await front.listen([listener])
@@ -104,6 +106,8 @@ async def serve() -> AsyncIterator[Serve]:
                 arm.text = ByteText()
                 await one.wait_ready()
         live = Live(f"http://127.0.0.1:{sockets.port_of(listener)}", engine, state, aiohttp.ClientSession())
+        if state.replays is not None:
+            closers.append(state.replays.close)
         closers.extend([lambda: front.close(at_once=True), live.close])
         return live
 

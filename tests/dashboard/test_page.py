@@ -13,6 +13,8 @@ from playwright.async_api import expect
 
 from server.api.access.keys import digest_of
 from server.api.page import STATIC
+from server.api.replays import Wanted
+from server.config import ShadowConfig
 from server.core import Request, StepOutput
 from server.engine.messages import EngineStats
 from server.routing.experiment import Action
@@ -197,3 +199,25 @@ async def test_an_experiment_and_its_buttons(serve: Serve, tmp_path: Path) -> No
         await expect(page.locator("#experiment-answer")).to_contain_text("it is too late")
         assert experiment.actions == [("roll_back", "admin"), ("pause", "admin")]
         assert await page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+@needs_chromium
+async def test_answers_beside_their_copies(serve: Serve) -> None:
+    other, server = said("Hallo"), {"shadow": ShadowConfig("other", share=1.0), "audit_share": 1.0}
+    live = await serve(said("Hello"), others={"other": other}, server=server)
+    for _ in range(3):
+        await live.complete(temperature=0)
+    assert live.state.replays is not None
+    live.state.replays._drop(Wanted.of_now("shadow", live.state.control, live.state.arms.every[1]), "busy")
+    async with opened(live.url, width=400) as window:
+        page = window.page
+        row = page.locator("#shadow-table tr")
+        await expect(row.nth(1)).to_have_text("control again without drafts3000")
+        await expect(row.nth(2)).to_have_text("control beside other3331")
+        await expect(page.locator("[data-alarm=true]")).to_have_count(1)
+        assert await page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
+    plain = await serve(said("Hello"))
+    async with opened(plain.url) as window:
+        await expect(window.page.locator("#tiles")).to_contain_text("Running")
+        await expect(window.page.locator("#latency-title")).to_be_hidden()
+        await expect(window.page.locator("#shadow")).to_be_hidden()

@@ -15,7 +15,7 @@ def test_dashboards_are_what_their_script_makes() -> None:
 
 def test_there_is_a_dashboard_for_each_subject_and_uids_differ() -> None:
     found = {path.stem: json.loads(path.read_text()) for path in dashboards()}
-    assert set(found) == {"overview", "speculation", "experiment", "engine", "cost"}
+    assert set(found) == {"overview", "speculation", "experiment", "shadow", "engine", "cost"}
     assert len({dashboard["uid"] for dashboard in found.values()}) == len(found)
 
 

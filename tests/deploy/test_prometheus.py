@@ -29,7 +29,8 @@ PATIENCE_S = 60.0
 NEEDS_GPU = re.compile(r"outpace_gpu_|outpace_energy_")
 NEEDS_COSTS = re.compile(r"speedup|verify_plain_seconds")
 """Drafting that is not adaptive measures no costs."""
-NEEDS_TIME = re.compile(r"outpace_experiment_effect")
+NEEDS_TIME = re.compile(r"outpace_experiment_effect|_first_divergence_")
+"""Bounds are infinite at first; where nothing differs there is no median."""
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -64,7 +65,7 @@ def prometheus(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
         f'model = "{tiny_llama_dir}"\ndrafter = "ngram"\nadaptive = false\nmax_num_seqs = 4\nkv_cache_tokens = 4096\n'
         'num_threads = 1\nprice_per_hour = 2.5\naccess_log = "off"\n'
         f'experiment_ledger = "{directory / "ledger"}"\n'
-        '[[arms]]\nname = "other"\nmax_draft_tokens = 3\n'
+        'audit_share = 0.3\n[[arms]]\nname = "other"\nmax_draft_tokens = 3\n[shadow]\narm = "other"\nshare = 0.3\n'
         '[experiment]\nname = "try"\ncandidate = "other"\n'
         "stages = [{share = 40, min_samples = 100000}, {share = 100}]\n"
         "[experiment.guards]\nmin_samples = 100000\n"

@@ -257,9 +257,10 @@ def test_it_does_not_run_in_a_pause(target: Any, heads: Any, expected: Any, monk
 
 
 @pytest.mark.parametrize("rule", ["coupled", "ratio"])
-@pytest.mark.parametrize("seed", range(8))
-def test_random_engines(target: Any, heads: Any, seed: int, rule: str) -> None:
-    """Any block size, pools as small as one sequence, k that changes, requests that are held and aborted."""
+@pytest.mark.parametrize(("seed", "behind"), [*((seed, 0.0) for seed in range(8)), *((seed, 0.5) for seed in range(4))])
+def test_random_engines(target: Any, heads: Any, seed: int, behind: float, rule: str) -> None:
+    """Any block size, pools as small as one sequence, k that changes, requests that are held and aborted, some of them
+    in the background."""
     draw = random.Random(f"{rule}{seed}")
     k, size = draw.choice([1, 2, 3, 5, 7, 15]), draw.choice([1, 3, 4, 5, 16])
     num_seqs, length = draw.choice([1, 2, 3, 5, 8]), draw.choice([40, 61, 64])
@@ -275,6 +276,8 @@ def test_random_engines(target: Any, heads: Any, seed: int, rule: str) -> None:
     limits = Limits(num_seqs, draw.choice([1, 3, 7, 16, 64]), length, size, num_blocks, draw.random() < 0.7)
     core = EngineCore(runner, limits, speculation, (EOS_ID,))
     requests = crowd(draw, length)
+    if behind:
+        requests = [replace(r, background=draw.random() < behind) for r in requests]
     if rule == "ratio":  # sampled text depends on the drafts
         requests = [replace(r, sampling=SamplingParams(temperature=0.0)) for r in requests]
     truth = run(engine(target, max_num_seqs=8, num_blocks=2000, prefix_cache=False), requests)

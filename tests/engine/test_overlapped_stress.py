@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,14 @@ def crowd(draw: random.Random, length: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("seed", range(6))
-def test_it_says_what_the_plain_runner_says(deep_model: Any, drafter: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "behind"), [*((seed, 0.0) for seed in range(6)), *((seed, 0.5) for seed in range(4))])
+def test_it_says_what_the_plain_runner_says(deep_model: Any, drafter: str, seed: int, behind: float) -> None:
+    """Also where half of the requests stand in the background: they stop whenever another comes, and go on."""
     draw = random.Random(f"{drafter}{seed}")
     core = build(deep_model, drafter, draw, seed)
     requests = crowd(draw, core.scheduler.limits.max_model_len)
+    if behind:
+        requests = [replace(r, background=draw.random() < behind) for r in requests]
     expected = run(engine(deep_model, max_num_seqs=8, num_blocks=2000, prefix_cache=False), requests)
     found, gone = live(core, list(requests), draw)
     for name in expected.keys() - gone:

@@ -14,6 +14,9 @@ from server.api.errors import ApiError, Handler
 
 OPEN_ROUTES = frozenset({"/", "/page/{file}", "/health", "/ready", "/version", "/openapi.json", "/metrics"})
 ADMIN_PREFIX = "/admin/"
+ADMIN_ROUTES = frozenset({"/v1/shadow"})
+"""Others that need the admin key where there are keys, since they tell of everybody's requests."""
+_ADMIN_ONLY = f"{ADMIN_PREFIX}* and {', '.join(sorted(ADMIN_ROUTES))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,11 @@ def caller_of(request: web.Request) -> Caller:
 def authenticate(request: web.Request) -> Caller:
     """The caller of this request. Raises ApiError 401 for no key or a wrong one, 403 for one of the wrong kind."""
     route = route_of(request)
-    is_admin_route = route.startswith(ADMIN_PREFIX)
+    acts = route.startswith(ADMIN_PREFIX)
+    is_admin_route = acts or route in ADMIN_ROUTES
     table = request.app[ACCESS].table
     if table is None:
-        if is_admin_route:
+        if acts:
             raise _forbidden(
                 "Admin routes need an admin key: start the server with --api-keys FILE and put [admin] in it."
             )
@@ -74,9 +78,9 @@ def authenticate(request: web.Request) -> Caller:
     if key is None:
         raise _unauthorized(f"Incorrect API key provided: {_masked(presented)}. Ask this server's operator for one.")
     if key.admin and not is_admin_route:
-        raise _forbidden(f"The admin key is for {ADMIN_PREFIX}* only; use a user key here.")
+        raise _forbidden(f"The admin key is for {_ADMIN_ONLY} only; use a user key here.")
     if is_admin_route and not key.admin:
-        raise _forbidden(f"The key {key.name!r} is a user key; {ADMIN_PREFIX}* needs the admin key.")
+        raise _forbidden(f"The key {key.name!r} is a user key; {_ADMIN_ONLY} need the admin key.")
     return Caller(key.name, None if key.admin else key, key.admin)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
 from server.api.conclusion import GRACE_S, MAX_DRAIN_S
-from server.config import CONTROL, ServerConfig
+from server.config import CONTROL, ServerConfig, with_arms
 from server.engine.supervisor import PING_INTERVAL_S, Supervisor
 from server.routing.plan import Plan
 from server.telemetry.metrics import Metrics
@@ -33,7 +32,7 @@ def conclude_engines(
 def concluded(config: ServerConfig, plan: Plan, control: Supervisor) -> ServerConfig:
     """What workers that start from now on are told: the arms that are left."""
     arms = tuple(arm for arm in config.arms if arm.name not in (plan.candidate, plan.baseline))
-    return replace(config, engine=control.config, arms=arms)
+    return with_arms(config, arms, engine=control.config)
 
 
 async def stop(engines: Sequence[Supervisor]) -> None:

@@ -11,6 +11,7 @@ from server.config import ServerConfig
 from server.engine.messages import EngineInfo, EngineStats
 from server.routing.evidence.observation import Observation
 from server.routing.experiment import Action
+from server.routing.replay.comparison import Comparison, Dropped
 from server.telemetry.merge import Family
 from server.telemetry.windows import Slot
 
@@ -139,10 +140,10 @@ class Snapshot(msgspec.Struct, tag="snapshot"):
 
 
 class Scrape(msgspec.Struct, tag="scrape"):
-    """Somebody asked this worker for /metrics, /v1/stats, /v1/experiments or its events."""
+    """Somebody asked this worker for /metrics, /v1/stats, /v1/experiments, its events or /v1/shadow."""
 
     number: int
-    what: Literal["metrics", "stats", "experiments", "experiment_events"]
+    what: Literal["metrics", "stats", "experiments", "experiment_events", "shadow"]
 
 
 class Observed(msgspec.Struct, tag="observed"):
@@ -170,4 +171,11 @@ class Idle(msgspec.Struct, tag="idle"):
     """After `Drain`: nothing is in flight."""
 
 
-ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle | Observed | Act
+class Compared(msgspec.Struct, tag="compared"):
+    """What became of a copy of a request: `found`, or it was `dropped`."""
+
+    found: Comparison | None = None
+    dropped: Dropped | None = None
+
+
+ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle | Observed | Act | Compared

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
+
 from server.api import sockets
 from server.api.access.control import AccessControl
 from server.api.access.counters import SharedCounts
@@ -32,12 +34,15 @@ from server.api.pool.conclusion import conclude_engines, concluded, stop
 from server.api.pool.member import Member
 from server.api.pool.metrics import PoolMetrics
 from server.api.pool.owned_experiment import OwnedExperiment
+from server.api.replay_metrics import ReplayMetrics
+from server.api.replays import pairs_of
 from server.api.starting import ArmStarts, StartError, pending
 from server.config import CONTROL, ConfigError, EngineConfig, ServerConfig
 from server.engine.errors import EngineUnavailable
 from server.engine.messages import EngineInfo, EngineStats
 from server.engine.supervisor import ENGINE_PROGRAM, Supervisor
 from server.routing.plan import plan_of
+from server.routing.replay.book import Book
 from server.telemetry.metrics import Metrics
 from server.telemetry.report import Report
 from server.telemetry.tracing import Tracing
@@ -91,6 +96,9 @@ class Pool:
         for name, supervisor in self._supervisors.items():
             if name not in pending(config):
                 own.watch_engine(name, supervisor)
+        self._book = Book(pairs_of(config))
+        if self._book.tallies:
+            own.engine_registry.register(ReplayMetrics(self._book))
         try:
             self._experiment = OwnedExperiment(config, self._supervisors, self._tell, say, self._conclude)
             if self._experiment.experiment is not None:
@@ -292,6 +300,12 @@ class Pool:
                 self._metrics.take(identity, message)
             case m.Observed() | m.Act() | m.Scrape(what="experiments" | "experiment_events"):
                 self._experiment.handle(identity, message)
+            case m.Compared(found=found, dropped=dropped):
+                outcome = found or dropped
+                assert outcome is not None
+                self._book.take(outcome)
+            case m.Scrape(number=number, what="shadow"):
+                self._channel.send(m.Scraped(number, orjson.dumps(self._book.report())), identity)
             case m.Scrape():
                 self._metrics.report_soon(
                     set(self._by_identity), lambda report: self._answer(identity, message, report)

@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any
 
 import msgspec
+import orjson
 
 from server.api import sockets
 from server.api.access.control import AccessControl
@@ -35,12 +36,14 @@ from server.api.pool import messages as m
 from server.api.pool.channel import WorkerChannel
 from server.api.pool.remote_engine import RemoteEngine
 from server.api.pool.remote_experiment import RemoteExperiment
+from server.api.replays import Replays, pairs_of
 from server.api.state import ServerState
 from server.config import ConfigError
 from server.engine.child import belong_to_parent
 from server.routing.assignment import Assignment
 from server.routing.conductor import LOOK_EVERY_S
 from server.routing.plan import plan_of
+from server.routing.replay.comparison import Comparison, Dropped
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracing
 
@@ -102,6 +105,9 @@ class Worker:
         )
         if config.experiment is not None:
             state.watch, state.experiment = Watch(plan_of(config.experiment)), RemoteExperiment(self._ask)
+        if pairs_of(config):
+            state.replays = Replays(config, state.arms, self._compared)
+            state.comparisons = self._comparisons
         self._channel = WorkerChannel(a.control, a.identity, self._handle)
         try:
             return await self._serve(state)
@@ -193,6 +199,8 @@ class Worker:
         self._stopping = asyncio.ensure_future(stop(leaving))
 
     async def _say_when_idle(self) -> None:
+        if self._state.replays is not None:
+            await self._state.replays.close()
         await self._state.idle.wait()
         for engine in self._engines.values():
             await engine.line.wait_idle()
@@ -211,6 +219,13 @@ class Worker:
             await asyncio.sleep(LOOK_EVERY_S)
             for arm, seen in self._state.watch.take().items():
                 self._channel.send(m.Observed(arm, seen))
+
+    def _compared(self, found: Comparison | Dropped) -> None:
+        self._channel.send(m.Compared(dropped=found) if isinstance(found, Dropped) else m.Compared(found))
+
+    async def _comparisons(self) -> dict[str, Any]:
+        told: dict[str, Any] = orjson.loads(await self._ask(partial(m.Scrape, what="shadow")))
+        return told
 
     async def _reload(self) -> Sequence[str]:
         """The owner reads the key file and tells every worker."""

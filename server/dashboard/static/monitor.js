@@ -3,6 +3,7 @@
 import { get, Refused } from "./api.js";
 import { TimeChart } from "./chart.js";
 import * as experiment from "./experiment.js";
+import * as shadow from "./shadow.js";
 
 const EVERY_MS = 1000;
 const LATENCY_EVERY = 3; // percentiles of a minute move slowly, and merging them costs the server milliseconds
@@ -190,7 +191,9 @@ export async function watch() {
     $("key-form").hidden = true;
     take(info);
     if (turn++ % LATENCY_EVERY === 0) {
-      takeLatency(await get("v1/stats"));
+      const stats = await get("v1/stats");
+      takeLatency(stats);
+      shadow.show(stats);
       await experiment.show();
     }
   } catch (error) {
