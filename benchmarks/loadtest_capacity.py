@@ -16,6 +16,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import Row, write_result
 from loadtest.distribution import constant
 from loadtest.plan import Server
 from loadtest.processes import run_processes
@@ -53,8 +56,12 @@ def measure(url: str, streams: int, chunks_per_s: float, seconds: float) -> dict
     }
 
 
+UNITS = {"p99_lag_ms": "ms", "generator_cpu_share": "share", "chunks_per_s": "1/s", "chunks_per_cpu_s": "1/s"}
+"""Of what is no number of streams."""
+
+
 def main() -> None:
-    """Prints the result as JSON."""
+    """Prints a line for each figure and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, default=2000)
     parser.add_argument("--chunks-per-s", type=float, default=20_000.0)
@@ -64,9 +71,11 @@ def main() -> None:
         assert server.stdout is not None
         try:
             url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-            print(json.dumps(measure(url, options.streams, options.chunks_per_s, options.seconds), indent=2))
+            found = measure(url, options.streams, options.chunks_per_s, options.seconds)
         finally:
             server.terminate()
+    rows = [Row(f"cpu2/loadtest/capacity/{key}", round(value, 3), UNITS.get(key, "")) for key, value in found.items()]
+    write_result("loadtest_capacity", rows, {"arguments": vars(options)})
 
 
 if __name__ == "__main__":

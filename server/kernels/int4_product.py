@@ -160,7 +160,7 @@ def quad_product(
     else:
         w_offsets = lines[None, :] * STRIDE + g[:, None]
         total = tl.zeros([BLOCK_M, ROWS], tl.float32)
-    at = begin // GROUP
+    at = tl.minimum(begin // GROUP, STORED - 4)  # a part beyond the last group has no step, but loads these
     least_ptr = scales_ptr + STORED * LINES
     s0, s1, s2, s3 = _four(scales_ptr, at, lines, LINES)
     l0, l1, l2, l3 = _four(least_ptr, at, lines, LINES) if MINIMUM else (s0, s1, s2, s3)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from server.kernels.eightbit_large import dequantized_groups, large_parts, total
+from server.kernels.eightbit_large import dequantized_groups, large_parts, plain_words, total
 from server.kernels.eightbit_linear import linear8, linear8_reference
 from server.kernels.quantize import Sums, total_reference
 from tests.kernels.close import assert_close
 from tests.kernels.conftest import ON_GPU
-from tests.kernels.eightbit_cases import FORMATS, made
+from tests.kernels.eightbit_cases import FORMATS, as_weight, made
 from tests.kernels.test_eightbit import FLOAT8_SUMS, short_sums
 
 SHAPES = [(20, 32, 64)] + ([(70, 48, 96), (512, 4096, 4096)] if ON_GPU else [(5, 16, 32)])
@@ -33,6 +35,20 @@ def test_large(name: str, shape: tuple[int, int, int], device: torch.device, dty
 def test_groups_come_back(name: str, device: torch.device) -> None:
     case = made(name, 1, 24, 96, device, torch.float32)
     torch.testing.assert_close(dequantized_groups(case.weight, case.x.values.dtype), case.plain)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-min"])
+@pytest.mark.parametrize("k", [64, 96, 160, 256])
+def test_words_come_back(name: str, k: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Whole words of four groups, and padded ones; rounded once."""
+    case = made(name, 1, 70, k, device, torch.float32)
+    torch.testing.assert_close(plain_words(case.weight, dtype), case.plain.to(dtype))  # a GPU fuses scale and minimum
+    stored = replace(case.stored, scales=case.stored.scales.half())
+    if stored.minimums is not None:
+        stored = replace(stored, minimums=stored.minimums.half())
+    weight = as_weight(stored)
+    assert weight.scales.dtype == torch.float16
+    torch.testing.assert_close(plain_words(weight, dtype), stored.dequantize(dtype))
 
 
 def test_totals(device: torch.device, dtype: torch.dtype) -> None:
