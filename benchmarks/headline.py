@@ -7,7 +7,8 @@ head of `--head`, 4 drafts, synthetic acceptance of exactly 3 tokens a step). We
 rounded as they are made (benchmarks/quantised.py). Each way is a process of its own, with one engine for a single
 stream (latency, memory, energy) and one for `--rows` at once (throughput): prompts of 128 random tokens, greedy, blind
 to end-of-sequence. Size is of the stored weights; peak memory the most that torch held while the single stream ran,
-after loading; energy by the GPU's own counter, idle power included, in the decoding of the single stream.
+after loading, with a cache for that stream; energy by the GPU's own counter, idle power included, over the single
+stream's runs by its tokens: of transformers that includes a second pass over the prompt, for its time to first token.
 
 Cases: `h100/headline_7b/latency/int4` is how many times faster than our own bfloat16, throughput likewise, size how
 many times smaller; memory and energy are the change in per cent. `…/vs-transformers` beside each. What a way measured

@@ -131,7 +131,7 @@ class Case:
         return {}
 
 
-def _try_launch(work: tuple[Case, EightTile]) -> str:
+def try_launch(work: tuple[Case, EightTile]) -> str:
     case, tile = work
     try:
         case.launch(case.weights[0], tile)
@@ -150,7 +150,7 @@ def compile_and_check(cases: list[Case]) -> list[str]:
             seen.setdefault(key, (case, tile))
     wrong: list[str] = []
     with ThreadPoolExecutor(16) as pool:
-        for (case, tile), failure in zip(seen.values(), pool.map(_try_launch, seen.values()), strict=True):
+        for (case, tile), failure in zip(seen.values(), pool.map(try_launch, seen.values()), strict=True):
             if failure:
                 wrong.append(f"{case.name} {tile.name}: {failure}")
                 for other in cases:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.common import Row
 from benchmarks.kernels_chain import graph_us
-from server.kernels.eightbit_large import dequantized_groups, large_parts, plain_words, total
-from server.kernels.eightbit_tiles import PAIR, EightTile, Weight
+from server.kernels.eightbit_large import dequantized_groups, large_parts, total
+from server.kernels.eightbit_tiles import BYTE, EightTile, Weight
 from server.kernels.int4_product import WORD
 from server.kernels.quantize import (
     Precision,
@@ -87,7 +87,7 @@ def weights_of(shape: Shape, kind: str, buffer: Tensor, at_most: int = MAX_LAUNC
     """Slices of `buffer` (bytes that are finite as float8) as weights, more than the L2 cache holds."""
     words = kind.startswith("int4")
     group = (64 if shape.k % 128 else 128) if words or kind.startswith("w4") else 0
-    per = WORD if words else PAIR
+    per = WORD if words else BYTE
     width = -(-shape.k // (per * group)) * (per // 2) * group if group else shape.k  # bytes
     count = shape.rows * width
     copies = max(1, min(at_most, -(-ROTATED_BYTES // count), buffer.numel() // count))
@@ -107,10 +107,20 @@ def weights_of(shape: Shape, kind: str, buffer: Tensor, at_most: int = MAX_LAUNC
 def plain(weight: Weight, activations: torch.dtype) -> Tensor:
     """W [N, K] float32."""
     if weight.per == WORD:
-        return plain_words(weight, torch.float32)
+        return _of_words(weight)
     if weight.group:
         return dequantized_groups(weight, activations)
     return weight.values.float() * weight.scales[:, None]
+
+
+def _of_words(weight: Weight) -> Tensor:
+    """By torch's operations, apart from the kernels' own way of unpacking."""
+    words = weight.values.to(torch.int32).view(weight.rows, -1, 1, weight.group)
+    shifts = torch.arange(0, 16, 4, device=words.device).view(1, 1, WORD, 1)
+    numbers = ((words >> shifts) & 15).flatten(1, 2).float()
+    scales, *least = (table.t()[:, :, None].float() for table in weight.scales.chunk(2 if weight.minimum else 1))
+    plain = numbers * scales + least[0] if least else (numbers - 8) * scales
+    return plain.flatten(1)[:, : weight.columns]
 
 
 def row(case: str, took: list[float], note: str = "", unit: str = "us") -> Row:

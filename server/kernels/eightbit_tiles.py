@@ -16,8 +16,8 @@ MAX_WHOLE_K = 2048
 MAX_WHOLE_ELEMENTS = 8 << 20
 _ALL_SHARED = 227 << 10
 """Of a Hopper program; tiles of words need nothing beside their stages."""
-PAIR = 2
-"""Groups in a byte of eightbit_product.pack_groups."""
+BYTE = 2
+"""Groups that share a byte of eightbit_product.pack_groups."""
 _LEAST_K = 32
 """The least K that 8-bit tensor cores take at once."""
 
@@ -40,7 +40,7 @@ class Weight:
     @property
     def per(self) -> int:
         """Groups whose columns share an element of `values`."""
-        return WORD if self.values.dtype == torch.int16 else PAIR
+        return WORD if self.values.dtype == torch.int16 else BYTE
 
     @property
     def rows(self) -> int:
@@ -81,7 +81,7 @@ def _shared_bytes(tile: EightTile, kind: Kind, num_tokens: int, k: int, x_size: 
 
 
 def candidates(
-    kind: Kind, num_tokens: int, n: int, k: int, x_size: int = 1, group: int = 0, per: int = PAIR
+    kind: Kind, num_tokens: int, n: int, k: int, x_size: int = 1, group: int = 0, per: int = BYTE
 ) -> list[EightTile]:
     """Candidates for x [num_tokens, k] of `x_size` bytes each and a result of `n` columns, the likeliest first.
 
@@ -167,7 +167,7 @@ def _grouped(kind: Kind) -> list[EightTile]:
 
 
 def _quads(kind: Kind, num_tokens: int, k: int, x_size: int, group: int) -> list[EightTile]:
-    """Rows of W, warps, stages and parts, as they were fastest on an H100 (benchmarks/results/raw/h100_int4_tiles.log).
+    """Rows of W, warps, stages and parts, as they were fastest on an H100 (benchmarks/kernels_int4_tiles.py).
 
     Up to eight tokens, or with two warps, mma.sync takes rows of W sixteen at a time; else wgmma does, 64 at a time.
     """
@@ -183,7 +183,9 @@ def _quads(kind: Kind, num_tokens: int, k: int, x_size: int, group: int) -> list
     found = []
     for rows, warps, stages, parts in shapes:
         shared = (2 * rows * (stages - 1) + WORD * x_size * height * stages) * group
-        split = min(parts, ceil_div(k, WORD * group)) if kind is Kind.RESIDUAL else 1
+        steps = ceil_div(k, WORD * group)
+        share = ceil_div(steps, min(parts, steps) if kind is Kind.RESIDUAL else 1)
+        split = ceil_div(steps, share)  # no part without a step
         block = rows // 2 if kind is Kind.GATE_UP else rows
         tile = EightTile(block, WORD * group, parts=split, swap=True, num_warps=warps, num_stages=stages)
         if shared <= _ALL_SHARED and tile not in found:
@@ -202,7 +204,7 @@ def _pieces(tile: EightTile, k: int) -> tuple[int, int]:
 
 
 def _height(tile: EightTile, weight: Weight, num_tokens: int) -> int:
-    """Rows of the tile of x. Transposed they are wgmma's columns, of which it takes eight."""
+    """Rows of the tile of x. Of transposed words eight are enough: mma.sync takes W as its rows and x as columns."""
     few = tile.swap and weight.per == WORD and num_tokens <= 8
     return 8 if few else block_m(num_tokens)
 

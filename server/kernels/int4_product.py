@@ -1,4 +1,4 @@
-"""4-bit weights that meet activations in the model's 16-bit type (W4A16): how they are packed, multiplied, unpacked.
+"""4-bit weights that meet activations as they come (W4A16): how they are packed, multiplied, unpacked.
 
 What bounds such a product on a GPU is turning nibbles into numbers, not reading them, so they are packed for that: a
 16-bit word holds one column of four consecutive groups of K, the first in its low nibble. A tile of words is then four
@@ -19,10 +19,8 @@ from torch import Tensor
 from server.kernels.runtime import INTERPRETED, ceil_div
 from server.kernels.skinny_product import w_rows
 
-GROUPS = (16, 32, 64, 128)
-"""Sizes of groups that the kernels take."""
 WORD = 4
-"""Columns of W in a word."""
+"""Groups of K that share a word."""
 
 _BODY = """{ .reg .b32 t, one, off;
 mov.b32 one, ONE; mov.b32 off, OFF;

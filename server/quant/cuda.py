@@ -49,7 +49,7 @@ def on_cuda(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) ->
         return DequantizedLinear(weight, bias, dtype)
     from server.quant.low import LowLinear
 
-    return LowLinear.of(weight, bias)
+    return LowLinear.of(weight, bias, dtype)
 
 
 def held(weight: QuantizedWeight, dtype: torch.dtype) -> list[Tensor]:
@@ -66,14 +66,15 @@ def held(weight: QuantizedWeight, dtype: torch.dtype) -> list[Tensor]:
     return [*smooth, _meta(rows, pairs * form.group_size, dtype=torch.int8), _meta(2 * pairs, rows)]
 
 
-def widened_bytes(weight: QuantizedWeight) -> int:
-    """What the layer needs for a step of many tokens beside: W dequantised, with groups on its way there in float32."""
+def widened_bytes(weight: QuantizedWeight, dtype: torch.dtype) -> int:
+    """What the layer needs for a step of many tokens beside: W in the model's `dtype`; of 4 bits with 8-bit activations
+    in float32 on its way there."""
     form, (rows, columns) = weight.format, weight.shape
     if why_not(weight) is not None or (form.group_size is None and form.activations != "none"):
         return 0
     if form.weights == "int4" and form.activations == "none":
-        return rows * columns * 4  # in the model's dtype, at most float32
-    return rows * columns * (2 if form.group_size is None else 8)
+        return rows * columns * dtype.itemsize
+    return rows * columns * (dtype.itemsize if form.group_size is None else 8)
 
 
 def _words(weight: QuantizedWeight) -> list[Tensor]:

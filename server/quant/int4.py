@@ -9,8 +9,9 @@ torch's `_weight_int4pack_mm_for_cpu` is not taken: it computes in bfloat16 and 
 changes the weights.
 
 GPU:
-  int4-gN[-min], N 16 to 128  integers multiplied in the activations' own type, scales and minimums applied to float32
-                              sums (`server.kernels.int4_product`); from 256 tokens on dequantised for the step
+  int4-gN[-min], N 16, 32, 64 or 128
+                              integers multiplied in the activations' own type, scales and minimums applied to float32
+                              sums (`server.kernels.int4_product`); above 256 tokens dequantised for the step
   others                      dequantised
 """
 

@@ -2,8 +2,9 @@
 
 Up to 64 tokens run skinny kernels. More are a prompt, or verification of many rows: 8-bit activations go to torch's
 8-bit products; weights that meet activations as they come, and 4-bit ones, are first read again by the skinny kernel
-and from `SKINNY_TOKENS` on dequantised once for all rows. q and scales are the same on all these ways, so they differ
-by the order of float32 sums and nothing else.
+and above `SKINNY_TOKENS` dequantised once for all rows. q and scales are the same on all these ways, so they differ by
+the order of float32 sums; 4-bit weights also by a rounding: dequantised they are of the model's dtype, while the skinny
+kernels multiply the stored integers and apply scales in float32.
 
 What another format's layer has to offer to take part in fused steps is `Low`.
 """
@@ -133,8 +134,8 @@ class LowLinear:
     exact: bool = False
 
     @classmethod
-    def of(cls, stored: QuantizedWeight, bias: Tensor | None = None) -> LowLinear:
-        """Repacks what has to be. Raises ValueError for a format that is not `supported`."""
+    def of(cls, stored: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> LowLinear:
+        """Repacks what has to be, for a model of `dtype`. Raises ValueError for a format that is not `supported`."""
         form = stored.format
         if not supported(form) or form.activations == "int8-group":
             raise ValueError(f"format {form.name} has no kernel here")
@@ -147,7 +148,9 @@ class LowLinear:
             packed, scales = pack_groups(stored.numbers(), stored.scales, form.group_size, form.activations)
             weight = Weight(packed, scales, stored.shape[1], form.group_size)
         smooth = None if stored.input_scales is None else stored.input_scales.float()
-        return cls(weight, bias, form.activations, smooth, f"triton-{form.name}", form.name, widened_bytes(stored))
+        return cls(
+            weight, bias, form.activations, smooth, f"triton-{form.name}", form.name, widened_bytes(stored, dtype)
+        )
 
     @property
     def in_features(self) -> int:
@@ -223,9 +226,11 @@ class LowLinear:
 
     def parts(self, x: Quantized, dtype: torch.dtype, tile: Choice | None, pdl: bool) -> Sums:
         """See Low."""
+        if len(x.values) == 0:
+            return Sums(torch.empty(1, 0, self.out_features, dtype=dtype, device=x.values.device))
         if not self._skinny(x, tile):
             return large_parts(x, self.weight, dtype, self.bias)
-        chunks = [linear8_parts(rows, self.weight, None, tile=self._tile(tile), pdl=pdl) for rows in _chunks(x)]
+        chunks = [linear8_parts(rows, self.weight, None, tile=self._tile(tile, x), pdl=pdl) for rows in _chunks(x)]
         return Sums(_joined([chunk.parts for chunk in chunks], 1), bias=self.bias)
 
     def whole(self, x: Quantized, dtype: torch.dtype, tile: Choice | None, pdl: bool) -> Tensor:
@@ -235,18 +240,19 @@ class LowLinear:
         if not self._skinny(x, tile):
             return total(large_parts(x, self.weight, dtype, self.bias), dtype)
         chunks = [
-            linear8(rows, self.weight, dtype, self.bias, tile=self._tile(tile) or self._filling(rows), pdl=pdl)
+            linear8(rows, self.weight, dtype, self.bias, tile=self._tile(tile, x) or self._filling(rows), pdl=pdl)
             for rows in _chunks(x)
         ]
         return _joined(chunks, 0)
 
     def mixed(self, x: Quantized, dtype: torch.dtype, tile: Choice | None, pdl: bool) -> Sums | Tensor:
         """See Low."""
+        if len(x.values) == 0:
+            return torch.empty(0, self.out_features // 2, dtype=dtype, device=x.values.device)
         if not self._skinny(x, tile):
             return large_parts(x, self.weight, dtype, self.bias)
-        return _joined(
-            [gate_up8(c, self.weight, dtype, self.bias, tile=self._pair(tile), pdl=pdl) for c in _chunks(x)], 0
-        )
+        tile = self._tile(tile, x, pair=True)
+        return _joined([gate_up8(c, self.weight, dtype, self.bias, tile=tile, pdl=pdl) for c in _chunks(x)], 0)
 
     def _skinny(self, x: Quantized, tile: Choice | None) -> bool:
         """Whether the skinny kernels compute it, 64 rows at a time."""
@@ -264,18 +270,19 @@ class LowLinear:
         fills = [t for t in found if ceil_div(self.out_features, t.block_n) >= enough]
         return fills[0] if fills else min(found, key=lambda t: t.block_n)
 
-    def _tile(self, tile: Choice | None) -> EightTile | None:
-        return exact_tile(self.weight) if self.exact else _eight(tile)
-
-    def _pair(self, tile: Choice | None) -> EightTile | None:
-        return exact_tile(self.weight, pair=True) if self.exact else _eight(tile)
+    def _tile(self, tile: Choice | None, x: Quantized, *, pair: bool = False) -> EightTile | None:
+        return exact_tile(self.weight, x.values.element_size(), pair=pair) if self.exact else _eight(tile)
 
 
-def exact_tile(weight: Weight, *, pair: bool = False) -> EightTile:
-    """The tile of deterministic mode: always 64 rows of x, so one instruction and one order of sums; K in one part."""
+def exact_tile(weight: Weight, x_size: int, *, pair: bool = False) -> EightTile:
+    """The tile of deterministic mode: always 64 rows of x, so one instruction and one order of sums; K in one part.
+
+    `x_size`: bytes of an element of x.
+    """
     if weight.columns <= 128 and not weight.group:
         return EightTile(16, 64, num_stages=2, rows=MAX_TOKENS)
-    stages = 2 if weight.per == WORD else 4  # four groups of 64 rows of x take most of the shared memory
+    # Four groups of 64 rows of x take most of the shared memory.
+    stages = 4 if weight.per != WORD else 2 if weight.group * x_size <= 256 else 1
     return EightTile(32 if pair else 64, 128, swap=True, num_stages=stages, rows=MAX_TOKENS)
 
 

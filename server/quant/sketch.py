@@ -36,7 +36,7 @@ class LinearSketch:
             return
         self._weight, self.tensors = None, held(weight, device.type, self._dtype)
         if device.type == "cuda":
-            self.widened_bytes = cuda.widened_bytes(weight)
+            self.widened_bytes = cuda.widened_bytes(weight, self._dtype)
 
 
 def held(weight: QuantizedWeight, device_type: str, dtype: torch.dtype) -> list[Tensor]:

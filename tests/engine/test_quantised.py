@@ -101,11 +101,11 @@ def test_a_gpu_holds_what_is_planned(name: str, loopy_dir: Path, tmp_path: Path)
         layer = cuda.on_cuda(weight, bias, torch.bfloat16)
         sketch = sum(tensor.nbytes for tensor in cuda.held(weight.to(torch.device("meta")), torch.bfloat16))
         assert tensor_bytes(layer) == sketch + (0 if bias is None else bias.nbytes)
-        assert cuda.widened_bytes(weight) == getattr(layer, "widened_bytes", 0)
+        assert cuda.widened_bytes(weight, torch.bfloat16) == getattr(layer, "widened_bytes", 0)
     mine, plain = plan(path), plan(loopy_dir)
     saved = plain.target_bytes - mine.target_bytes
     assert saved > 0
-    widened = max(cuda.widened_bytes(weight) for weight in stored(path))
+    widened = max(cuda.widened_bytes(weight, torch.bfloat16) for weight in stored(path))
     assert mine.memory.step_bytes == plain.memory.step_bytes + widened
     block = mine.memory.block.total
     assert abs((mine.num_blocks - plain.num_blocks) * block - (saved - widened)) <= 2 * block

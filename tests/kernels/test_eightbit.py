@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,9 +16,11 @@ from server.kernels.eightbit_linear import (
 )
 from server.kernels.eightbit_product import pack_groups
 from server.kernels.eightbit_tiles import EightTile, Weight, candidates
-from server.kernels.quantize import total_reference
+from server.kernels.int4_product import WORD
+from server.kernels.quantize import Quantized, total_reference
 from server.kernels.skinny_tiles import Kind
 from server.quant.formats import LinearFormat, reference_linear
+from server.quant.low import LowLinear
 from tests.kernels.close import assert_close
 from tests.kernels.conftest import ON_GPU
 from tests.kernels.eightbit_cases import (
@@ -124,3 +128,45 @@ def test_every_shape_has_candidates(kind: Kind, n: int, k: int, num_tokens: int)
 def test_smooth_and_grouped_formats_are_named() -> None:
     assert LinearFormat("int8", "int8", smooth=True).name == "int8+int8-smooth"
     assert Weight(torch.zeros(3, 4, dtype=torch.int8), torch.zeros(3), 4).rows == 3
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("k", [576, 1536, 2560, 4096, 8192, 11008, 14336])
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 64])
+def test_every_part_of_words_has_a_step(num_tokens: int, k: int, group: int) -> None:
+    for kind in Kind:
+        found = candidates(kind, num_tokens, 4096, k, 2, group, WORD)
+        assert found and len({t.name for t in found}) == len(found)
+        assert all(t.parts == 1 for t in found) or kind is Kind.RESIDUAL
+        for tile in found:
+            share = -(-k // tile.parts)
+            share += -share % (WORD * group)
+            assert share * (tile.parts - 1) < k
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("m", [1, 9])
+def test_large_groups_with_scales_of_16_bits(
+    m: int, group: int, minimum: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    n, k = 48, 5 * group if group == 128 else 8 * group
+    stored = quantized_weight(LinearFormat("int4", group_size=group, minimum=minimum), n, k, device)
+    minimums = None if stored.minimums is None else stored.minimums.half()
+    stored = replace(stored, scales=stored.scales.half(), minimums=minimums)
+    x = activations(torch.randn(m, k).to(device, dtype), "none")
+    expected = linear8_reference(x, stored.dequantize()).to(dtype)
+    for tile in candidates(Kind.RESIDUAL, m, n, k, dtype.itemsize, group, WORD):
+        assert_close(total_reference(linear8_parts(x, as_weight(stored), tile=tile)).to(dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_no_rows(name: str, device: torch.device) -> None:
+    layer = LowLinear.of(quantized_weight(FORMATS[name], 32, 64, device))
+    for low in (layer, layer.exactly()):
+        x = Quantized(torch.empty(0, 64, device=device), None)
+        assert low.whole(x, torch.float32, None, False).shape == (0, 32)
+        assert low.parts(x, torch.float32, None, False).parts.shape == (1, 0, 32)
+        mixed = low.mixed(x, torch.float32, None, False)
+        assert isinstance(mixed, torch.Tensor) and mixed.shape == (0, 16)
+        assert low(x.values).shape == (0, 32) and low.gated(x.values).shape == (0, 16)

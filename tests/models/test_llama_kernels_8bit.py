@@ -141,7 +141,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_what_is_supported() -> None:
     assert all(supported(form) for form in FORMATS.values() if form is not None)
     refused = [
-        LinearFormat("int4", group_size=64),
+        LinearFormat("int4", group_size=48),
         LinearFormat("int8", "int8-group", group_size=32),
         LinearFormat("int4", "int8", group_size=32, minimum=True),
         LinearFormat("fp8", "int8"),
@@ -150,7 +150,7 @@ def test_what_is_supported() -> None:
         assert not supported(form)
         if not form.minimum:
             with pytest.raises(ValueError, match="no kernel"):
-                LowLinear.of(stored(form, 16, 64))
+                LowLinear.of(stored(form, 16, 96))
 
 
 def test_a_layer_by_itself() -> None:

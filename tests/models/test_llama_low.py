@@ -169,7 +169,10 @@ def test_verify_step(case: str, choice: str, monkeypatch: pytest.MonkeyPatch) ->
         close(pool[BLOCK_SIZE:], expected_pool[BLOCK_SIZE:])
 
 
-MANY = [(choice, 1 << 20) for choice in ("fp8", "int8", "int8-weights", "w4a8", "mixed")] + [("fp8", 7), ("int8", 7)]
+MANY = [(choice, 1 << 20) for choice in ("fp8", "int8", "int8-weights", "w4a8", "int4-min", "mixed")] + [
+    ("fp8", 7),
+    ("int8", 7),
+]
 
 
 @pytest.mark.parametrize(("choice", "part"), MANY)
@@ -189,7 +192,7 @@ def test_prompts_of_many_tokens(choice: str, part: int, monkeypatch: pytest.Monk
         close(found[2][1][BLOCK_SIZE:], expected[2][1][BLOCK_SIZE:])
 
 
-@pytest.mark.parametrize("choice", ["fp8", "int8", "int8-weights", "w4a8"])
+@pytest.mark.parametrize("choice", ["fp8", "int8", "int8-weights", "w4a8", "int4", "int4-min"])
 def test_low_bit_kernels_compute_it(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every projection is a low-bit kernel's, none is dequantised, and the skinny kernels are what runs."""
     model = build("llama", choice, monkeypatch)
@@ -209,7 +212,7 @@ def test_low_bit_kernels_compute_it(choice: str, monkeypatch: pytest.MonkeyPatch
     assert called == ["qkv_rope8", "linear8_parts", "gate_up8", "linear8_parts"] * 2
 
 
-@pytest.mark.parametrize("choice", ["fp8", "w4a8"])
+@pytest.mark.parametrize("choice", ["fp8", "w4a8", "int4"])
 def test_deterministic_bits_do_not_depend_on_company(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two rows together, of each alone, and of chunks that do not fit one tile."""
     model = build("llama", choice, monkeypatch)
@@ -227,7 +230,7 @@ def test_deterministic_bits_do_not_depend_on_company(choice: str, monkeypatch: p
     layer = kernels.layers[0].qkv
     assert isinstance(layer, LowLinear)
     for pair in (False, True):  # NumPy's products would not tell
-        tile = exact_tile(layer.weight, pair=pair)
+        tile = exact_tile(layer.weight, 4, pair=pair)
         compiled = [constants(tile, torch.empty(n, 64), layer.weight, n, False) for n in (1, 17, 64)]
         assert compiled[0] == compiled[1] == compiled[2]
     many = torch.randn(70, 64, device=DEVICE)
