@@ -53,12 +53,16 @@ class Sketch:
         self.total += other.total
 
     def quantiles(self, shares: tuple[float, ...]) -> list[float] | None:
-        """The values at ranks `share * (count - 1)`, each within RELATIVE_ERROR; None where there is nothing."""
+        """The least values that at least `share` of all do not exceed (nearest rank), each within RELATIVE_ERROR.
+
+        So P99 of three values is the largest. None where there is nothing.
+        """
         cumulated = np.cumsum(self.counts)
         count = int(cumulated[-1])
         if count == 0:
             return None
-        ranks = [math.floor(share * (count - 1)) for share in shares]
+        # What 0.07 * 100 is more than 7 by is rounding, not a value more.
+        ranks = [max(0, math.ceil(share * count * (1 - 1e-12)) - 1) for share in shares]
         buckets = np.searchsorted(cumulated, ranks, side="right")
         return [2 * _GAMMA ** (int(bucket) + _FIRST) / (_GAMMA + 1) for bucket in buckets]
 

@@ -9,7 +9,7 @@ SHARES = (0.0, 0.01, 0.5, 0.95, 0.99, 0.999, 1.0)
 
 
 def exact(values: np.ndarray, shares: tuple[float, ...] = SHARES) -> np.ndarray:
-    return np.asarray(np.quantile(values, shares, method="lower"))
+    return np.asarray(np.quantile(values, shares, method="inverted_cdf"))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -64,3 +64,12 @@ def test_values_out_of_range_count_at_the_bounds() -> None:
 
 def test_nothing_has_no_quantiles() -> None:
     assert Sketch().quantiles((0.5,)) is None
+
+
+def test_few_values_are_ranked_from_above() -> None:
+    """Nobody's P99 of three requests is the one in the middle."""
+    sketch = Sketch()
+    sketch.add(np.array([0.01, 0.02, 0.05]))
+    found = sketch.quantiles((0.5, 0.95, 0.99))
+    assert found is not None
+    np.testing.assert_allclose(found, [0.02, 0.05, 0.05], rtol=RELATIVE_ERROR)
