@@ -170,8 +170,8 @@ def outpace(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_a_server_comes_through_a_soak(outpace: tuple[str, int], capfd: pytest.CaptureFixture[str]) -> None:
-    """In its first minutes an engine still grows into what its libraries keep, a primitive of oneDNN's for each shape of
-    step above all: a quarter in a minute of the tiny model. Twenty minutes tell a leak (`make soak-long`).
+    """In its first minutes an engine still grows into what its libraries keep, such as oneDNN's primitives for each
+    shape of step: a quarter in a minute of the tiny model, half of that with four primitives. Twenty tell a leak.
     """
     url, pid = outpace
     growth = "0.02" if SECONDS >= 600 else "0.5"
