@@ -14,7 +14,7 @@ from draft_models.eagle3_weights import Eagle3Weights
 from optimize.distill.earlier import earlier_head
 from optimize.distill.export import Card, check_file_size, export
 from optimize.distill.gather import Texts
-from optimize.distill.head import Eagle3Head, initial_weights
+from optimize.distill.head import Eagle3Head, initial_weights, widened
 from optimize.distill.kind import max_file_bytes
 from optimize.distill.prompts import Prompts
 from optimize.distill.target import LlamaTeacher, Served
@@ -82,6 +82,16 @@ class Eagle3Kind:
             config = config_for(self.shape, len(ids))
             files = tensors_of(source, torch.device("cpu"), torch.float32)
             weights = initial_weights(config, self.shape, files.get, files.has, ids, options.seed)
+        weights, config = self._wide(weights, config)
         shared = not options.trains_lm_head and (options.init is None or config.share_lm_head)
         self.say(f"draft vocabulary: {len(ids):,} of {vocab_size:,} tokens, {coverage(frequency, ids):.2%} of the text")
         return weights, replace(config, share_lm_head=shared)
+
+    def _wide(self, weights: Eagle3Weights, config: Eagle3Config) -> tuple[Eagle3Weights, Eagle3Config]:
+        """With the MLP's width that was asked for."""
+        size, seed = self.target.options.intermediate_size or config.intermediate_size, self.target.options.seed
+        if size < config.intermediate_size:
+            raise ConfigError(
+                f"intermediate_size: {size} is not valid; use {config.intermediate_size}, as it begins, or more"
+            )
+        return widened(weights, size, seed), replace(config, intermediate_size=size)

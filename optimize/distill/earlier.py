@@ -31,7 +31,11 @@ def earlier_head(path: Path, target: ModelSource, draft_vocab: int | None) -> tu
         config = parse_config(source.config, shape.num_layers)
     except (KeyError, UnsupportedModelError) as error:
         raise ConfigError(f"init: {str(path)!r} is no EAGLE-3 head that can be trained: {error}") from error
-    wanted = replace(config_for(shape, config.draft_vocab_size), share_lm_head=config.share_lm_head)
+    wanted = replace(
+        config_for(shape, config.draft_vocab_size),
+        share_lm_head=config.share_lm_head,
+        intermediate_size=config.intermediate_size,  # may have been widened
+    )
     _check(path, config, wanted, draft_vocab)
     files = tensors_of(source, _CPU, torch.float32)
     try:

@@ -6,6 +6,7 @@ Parameters carry the names of published checkpoints, rotary pairs lie in halves 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -162,3 +163,16 @@ def initial_weights(
     fields["lm_head"] = get("model.embed_tokens.weight" if tied else "lm_head.weight").float()[target_ids]
     drawable = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, target_ids, True)
     return Eagle3Weights(**fields, d2t=target_ids - torch.arange(len(target_ids)), t2d=drawable)
+
+
+def widened(weights: Eagle3Weights, size: int, seed: int) -> Eagle3Weights:
+    """The same function with `size` neurons in the MLP, no fewer than there are; new ones write nothing yet."""
+    have, hidden = weights.gate_proj.shape
+    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+    more = [torch.randn(size - have, hidden, generator=generator) * _NOISE for _ in range(2)]
+    return replace(
+        weights,
+        gate_proj=torch.cat([weights.gate_proj, more[0]]),
+        up_proj=torch.cat([weights.up_proj, more[1]]),
+        down_proj=torch.cat([weights.down_proj, torch.zeros(hidden, size - have)], dim=1),
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from server.config import DTYPES, ConfigError
 
 KINDS = ("eagle3", "small-lm")
+OPTIMIZERS = ("muon", "adamw")
 DEFAULT_MINUTES = 20.0
 MAX_DRAFT_TOKENS = 16
 
@@ -20,8 +21,9 @@ class DistillOptions:
 
     `tokens` is the size of the corpus, `minutes` or `steps` the length of the training (20 minutes where neither is
     given). `draft_vocab` None means the whole vocabulary up to 32,768 tokens, else the 32,768 most frequent ones.
-    `layers` is a small LM's size (None: a fifth of the target's). `init` is an earlier drafter to go on from instead
-    of the target's own layers. `corpus` is the folder of corpora (None: Outpace's cache), `corpus_seeds` the seeds of
+    `layers` is a small LM's size (None: a fifth of the target's), `intermediate_size` the width of an EAGLE-3 head's
+    MLP (None: the target's, or that of `init`). `init` is an earlier drafter to go on from instead of the target's own
+    layers. `corpus` is the folder of corpora (None: Outpace's cache), `corpus_seeds` the seeds of
     the parts that make up the corpus (None: `seed`). `sequence` is the length of a packed row and of the longest
     document; an update sees `accumulate` batches of `batch_tokens` tokens (None: 16,384 on a GPU, 1,024 on a CPU).
     `ema` is the decay of the weights' moving average, 0 for none. Without `train_lm_head` (None: as `trains_lm_head`
@@ -33,6 +35,7 @@ class DistillOptions:
     out: Path
     kind: str = "eagle3"
     layers: int | None = None
+    intermediate_size: int | None = None
     tokens: int = 2_000_000
     minutes: float | None = None
     steps: int | None = None
@@ -48,6 +51,7 @@ class DistillOptions:
     corpus_only: bool = False
     num_seqs: int | None = None
     learning_rate: float = 1e-3
+    optimizer: str = "muon"
     sequence: int = 1024
     batch_tokens: int | None = None
     accumulate: int = 1
@@ -61,7 +65,7 @@ class DistillOptions:
             raise ConfigError(f"kind: {self.kind!r} is not valid; use {' or '.join(KINDS)}")
         for name in ("tokens", "accumulate"):
             _within(name, getattr(self, name), 1)
-        for name in ("steps", "draft_vocab", "num_seqs", "max_shard_mb", "layers"):
+        for name in ("steps", "draft_vocab", "num_seqs", "max_shard_mb", "layers", "intermediate_size"):
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), 1)
         _within("max_draft_tokens", self.max_draft_tokens, 1, MAX_DRAFT_TOKENS)
@@ -85,7 +89,14 @@ class DistillOptions:
                 f"draft_vocab: {self.draft_vocab} is not valid for kind small-lm; it has the target's vocabulary"
             )
 
+        if self.kind == "small-lm" and self.intermediate_size is not None:
+            raise ConfigError(
+                f"intermediate_size: {self.intermediate_size} is not valid for kind small-lm; it is for eagle3"
+            )
+
     def _check_training(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer: {self.optimizer!r} is not valid; use {' or '.join(OPTIMIZERS)}")
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigError(f"minutes: {self.minutes!r} is not valid; use more than 0")
         if self.minutes is not None and self.steps is not None:
@@ -120,6 +131,7 @@ class DistillOptions:
 HELP = {
     "out": "directory for the head, its checkpoint and its model card",
     "kind": "what to make: eagle3, or small-lm for targets of any kind",
+    "intermediate_size": "width of an EAGLE-3 head's MLP (default: the target's, or that of --init)",
     "layers": "layers of a small LM (default: a fifth of the target's)",
     "tokens": "tokens of text that the model writes to learn from",
     "minutes": f"length of the training by the clock, the corpus apart [{DEFAULT_MINUTES:g}]",
@@ -136,6 +148,7 @@ HELP = {
     "corpus_only": "write the corpus and stop",
     "num_seqs": "documents that the model writes at once (default: 256 on a GPU, 16 on a CPU)",
     "learning_rate": "peak of the learning rate",
+    "optimizer": "muon (AdamW for vectors and what is as large as the vocabulary) or adamw",
     "sequence": "tokens of a packed row, and of the longest document",
     "batch_tokens": "tokens of a batch (default: 16384 on a GPU, 1024 on a CPU)",
     "accumulate": "batches of an update",

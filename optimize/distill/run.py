@@ -38,6 +38,7 @@ _GLANCE_TOKENS = 8_000
 sample."""
 _GLANCES = 10
 _BAR = 20
+OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon, with AdamW for the output layer and vectors"}
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ def distill(
         texts = gather(target, prompts(), say, stopped)
         if options.corpus_only:
             return []
-        work = _prepare(target, kind, texts, checkpoint, say, board)
+        work = prepare(target, kind, texts, checkpoint, say, board)
         if not work.trainer.step:
             say("before training:\n" + table(work.results()))
         train(work, stopped)
@@ -122,7 +123,8 @@ def _checkpoint(options: DistillOptions) -> Path:
     return path
 
 
-def _prepare(target: Served, kind: Kind, texts: Texts, checkpoint: Path, say: Say, board: Board) -> Work:
+def prepare(target: Served, kind: Kind, texts: Texts, checkpoint: Path, say: Say, board: Board) -> Work:
+    """A training that is ready to begin, or to go on."""
     options = target.options
     length = context(options, target.source)
     if options.init is not None:
@@ -137,6 +139,7 @@ def _prepare(target: Served, kind: Kind, texts: Texts, checkpoint: Path, say: Sa
         accumulate=options.accumulate,
         learning_rate=options.learning_rate,
         ema=options.ema,
+        optimizer=options.optimizer,
         train_lm_head=options.trains_lm_head,
         init=model_identity(resolve(str(options.init))) if options.init is not None else None,
         **kind.settings(),
@@ -201,8 +204,8 @@ def _card(
     weighting = f", step s weighted {s.step_decay:g}^s" if s.chain_steps > 1 else ""
     training = (
         f"{kind.words()}; soft cross-entropy against the target's distribution and {s.hard:g} times the hard "
-        f"one{weighting}. AdamW, learning rate {s.learning_rate:g}, {t.step:,} updates of {t.tokens_per_update:,} "
-        f"tokens in {t.elapsed_s / 60:.1f} minutes, seed {s.seed}."
+        f"one{weighting}. {OPTIMIZER_NAMES[s.optimizer]}, learning rate {s.learning_rate:g}, {t.step:,} "
+        f"updates of {t.tokens_per_update:,} tokens in {t.elapsed_s / 60:.1f} minutes, seed {s.seed}."
     )
     training += " It went on from an earlier drafter." if s.init else ""
     every = max(1, len(t.history) // 12)

@@ -47,7 +47,8 @@ class SmallLMStudent:
         self.model, self.teacher = model, teacher
         self.network: nn.Module = model
         self.target_ids = torch.arange(teacher.vocab_size, device=teacher.device)
-        for table in self.model.vocabulary():
+        self.vocabulary = self.model.vocabulary()
+        for table in self.vocabulary:
             table.requires_grad_(train_vocabulary)
 
     def losses(self, batch: Batch, hard: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

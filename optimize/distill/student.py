@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -35,6 +35,10 @@ class Student(Protocol):
     @property
     def teacher(self) -> Teacher:
         """The target."""
+
+    @property
+    def vocabulary(self) -> Sequence[Tensor]:
+        """Embedding and output layer, as far as they are the student's own."""
 
     def losses(self, batch: Batch, hard: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(mean loss [S], share of weight with the target's top token [S]); `dtype` is that of logits.

@@ -6,21 +6,18 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimize.distill.optimizers import Optimizers
 from optimize.distill.packing import Order, Packed, make_batch
 from optimize.distill.schedule import Schedule, learning_rate_factor
 from optimize.distill.student import Student
 from server.config import ConfigError
 
-BETAS = (0.9, 0.95)
-WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -48,6 +45,7 @@ class TrainSettings:
     init: str | None = None
     hard: float = 0.1
     step_decay: float = 0.9
+    optimizer: str = "muon"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +70,7 @@ class Trainer:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.order = Order(packed.num_rows, settings.batch_rows, settings.seed)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            _groups(self.parameters), lr=settings.learning_rate, betas=BETAS, fused=self.device.type == "cuda"
-        )
+        self.optimizer = Optimizers(settings.optimizer, self.network, student.vocabulary, settings.learning_rate)
         self.average = [p.detach().clone() for p in self.parameters] if settings.ema else []
         self.step, self.elapsed_s = 0, 0.0
         self.history: list[tuple[int, float]] = []
@@ -97,14 +93,11 @@ class Trainer:
         GPU."""
         started = time.perf_counter()
         rate = self.settings.learning_rate * learning_rate_factor(self.share, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         with torch.enable_grad():
             for i in range(self.settings.accumulate):
                 self._sums += self._backward(self.step * self.settings.accumulate + i)
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(rate)
         self.step += 1
         self._counted += self.settings.accumulate
         if self.average:
@@ -130,7 +123,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at update {self.step}; use a lower learning-rate")
         self.history.append((self.step, loss))
-        return Progress(self.step, loss, agreement, self.optimizer.param_groups[0]["lr"])
+        return Progress(self.step, loss, agreement, self.optimizer.learning_rate)
 
     def swap_average(self) -> None:
         """Exchanges the weights with their moving average, if there is one; called again, it undoes that."""
@@ -165,10 +158,3 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = list(state["average"])
         self.step, self.elapsed_s, self.history = state["step"], state["elapsed_s"], list(state["history"])
-
-
-def _groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]

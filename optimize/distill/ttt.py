@@ -110,6 +110,7 @@ class Eagle3Student:
     def __init__(self, head: Eagle3Head, teacher: LlamaTeacher, chain_steps: int, train_lm_head: bool = True) -> None:
         self.network, self.teacher, self.chain_steps = head, teacher, chain_steps
         self.target_ids = head.target_ids
+        self.vocabulary = (head.lm_head.weight,)
         head.lm_head.weight.requires_grad_(train_lm_head)
 
     def losses(self, batch: Batch, hard: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,10 @@ def test_a_head_of_another_shape_is_refused(target_dir: Path, trained: Path, tmp
     shutil.copytree(trained / "head", tmp_path / "head")
     config = json.loads((tmp_path / "head" / "config.json").read_text())
     for changes, reason in (
-        ({"intermediate_size": 64}, "has intermediate_size=64, one for this model has 128"),
+        (
+            {"intermediate_size": 64},
+            "cannot be gone on from: .*gate_proj.weight is .128, 64., config.json says .64, 64.",
+        ),
         ({"feature_layers": [0, 1, 2]}, r"has feature_layers=\(0, 1, 2\), one for this model has \(0, 2, 3\)"),
         ({"num_hidden_layers": 2}, "is no EAGLE-3 head that can be trained: .*num_hidden_layers=2"),
         ({"draft_vocab_size": 149}, "d2t is .150,., config.json says .149,."),
