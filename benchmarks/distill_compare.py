@@ -132,7 +132,11 @@ def main() -> None:
             spent = time.perf_counter() - before
             say(f"== {name}: {spent:.1f} s, updates alone {work.trainer.elapsed_s:.1f}")
             found += rows(name, place, work, work.trainer.elapsed_s)
-            write_result(args.name, found, {"arguments": {name: str(value) for name, value in vars(args).items()}})
+            write_result(
+                args.name,
+                found,
+                {"arguments": {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items()}},
+            )
             if args.profile is not None:
                 profile(work, args.profile.with_suffix(f".{name}.txt"))
             del work
