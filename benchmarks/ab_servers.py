@@ -5,7 +5,8 @@
 Each case is a server with three arms (control, candidate, its baseline) and a client that sends streamed requests: a
 Poisson process whose rate triples for 5 s of every 20. All cases run at once, each with its own server. Engines of all
 but `equal-engines` only speak (`ab/flawed_engine.py`): every request has a pace of its own, and the candidate's flaw
-is the option beside the case's name below. `equal-engines` is the embedded model three times, at a twentieth of the rate.
+is the option beside the case's name below. `equal-engines` is the embedded model three times, at a twentieth of the
+rate.
 """
 
 from __future__ import annotations

@@ -151,9 +151,10 @@ class Trainer:
         """Goes on from a checkpoint. Raises ConfigError if it belongs to other settings or texts."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         mine = asdict(self.settings)
-        for name, value in state["settings"].items():
-            if mine.get(name) != value:
-                raise ConfigError(f"resume: the checkpoint was made with {name}={value!r}, this is {mine.get(name)!r}")
+        for name in {**state["settings"], **mine}:  # an older checkpoint may not know all of them
+            had, has = state["settings"].get(name), mine.get(name)
+            if had != has:
+                raise ConfigError(f"resume: the checkpoint was made with {name}={had!r}, this is {has!r}")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = list(state["average"])

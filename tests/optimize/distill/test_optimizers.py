@@ -91,3 +91,17 @@ def test_a_head_can_be_made_wider_and_goes_on_wider(
     assert json.loads((tmp_path / "again" / "config.json").read_text())["intermediate_size"] == 192
     assert distill(target_dir, tmp_path, *options, *init, "--intermediate-size", "100", out="no", size=SIZE) == 2
     assert "use 192, as it begins" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_a_checkpoint_without_an_optimizer_of_that_name_is_refused(
+    target_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps", "2", "--max-draft-tokens", "2")
+    assert distill(target_dir, tmp_path, *options, out="head") == 0
+    file = tmp_path / "head" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    del state["settings"]["optimizer"]
+    torch.save(state, file)
+    assert distill(target_dir, tmp_path, *options, "--resume", out="head") == 2
+    assert "the checkpoint was made with optimizer=None, this is 'muon'" in capsys.readouterr().err
