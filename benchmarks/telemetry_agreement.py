@@ -3,17 +3,20 @@
     python benchmarks/telemetry_agreement.py [--workers 2] [--streams 16] [--requests 240] [--step-ms 20]
 
 Streams from a server before an engine that only speaks, one token a chunk. The client notes when it sent a request,
-when each chunk arrived and when the stream ended. Rows are the server's P50, P95 and P99 over the client's.
+when each chunk arrived and when the stream ended. Rows are the server's P50, P95 and P99 over the client's, from
+`/v1/stats` and from Prometheus' gauges, and by how many buckets the histogram's quantile is beside the client's.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import re
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import aiohttp
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from benchmarks.common import Row, write_result
 
 SERVER = Path(__file__).with_name("scripted_server.py")
 SHARES = (0.5, 0.95, 0.99)
+NAMES = {
+    "ttft": "outpace_time_to_first_token",
+    "itl": "outpace_inter_token_latency",
+    "e2e": "outpace_e2e_request_latency",
+}
 
 
 class Client:
@@ -52,7 +62,8 @@ class Client:
         assert num_chunks == max_tokens, (num_chunks, max_tokens)
 
 
-async def measure(url: str, num_streams: int, num_requests: int) -> tuple[Client, dict[str, Any]]:
+async def measure(url: str, num_streams: int, num_requests: int) -> tuple[Client, dict[str, Any], list[Sample]]:
+    """What the client saw, and what `/v1/stats` and `/metrics` say of it."""
     client = Client(url)
     lengths = iter(np.random.default_rng(0).integers(8, 96, num_requests).tolist())
 
@@ -64,7 +75,25 @@ async def measure(url: str, num_streams: int, num_requests: int) -> tuple[Client
     await asyncio.gather(*(work() for _ in range(num_streams)))
     async with aiohttp.ClientSession() as http, http.get(url + "/v1/stats") as response:
         stats = await response.json()
-    return client, stats["arms"]["control"]["latency"]["10m"]
+        async with http.get(url + "/metrics") as scraped:
+            families = text_string_to_metric_families(await scraped.text())
+    return client, stats["arms"]["control"]["latency"]["10m"], [s for family in families for s in family.samples]
+
+
+def gauge(samples: list[Sample], name: str, share: float) -> float:
+    """The exported quantile of ten minutes."""
+    wanted = {"arm": "control", "window": "10m", "quantile": str(share)}
+    (value,) = (s.value for s in samples if s.name == f"{name}_quantile_seconds" and s.labels == wanted)
+    return value
+
+
+def bucket_distance(samples: list[Sample], name: str, share: float, exact: float) -> int:
+    """Buckets from that of `exact` to that in which the histogram's counts reach `share`."""
+    of_arm = [s for s in samples if s.name == f"{name}_seconds_bucket" and s.labels["arm"] == "control"]
+    counts = sorted((float(s.labels["le"]), s.value) for s in of_arm)
+    edges = [edge for edge, _ in counts]
+    rank = math.ceil(share * counts[-1][1])
+    return next(i for i, (_, count) in enumerate(counts) if count >= rank) - bisect_left(edges, exact)
 
 
 def main() -> None:
@@ -82,7 +111,7 @@ def main() -> None:
         found = None
         while found is None:
             found = re.search(r"Ready at (http://\S+)/v1", process.stdout.readline())
-        client, served = asyncio.run(measure(found[1], options.streams, options.requests))
+        client, served, samples = asyncio.run(measure(found[1], options.streams, options.requests))
     finally:
         process.terminate()
         process.communicate()
@@ -91,13 +120,19 @@ def main() -> None:
         values = np.array(getattr(client, metric))
         assert served[metric]["count"] == len(values), (metric, served[metric]["count"], len(values))
         for share, exact in zip(SHARES, np.quantile(values, SHARES, method="inverted_cdf"), strict=True):
-            name = f"p{share * 100:g}"
-            note = f"client {exact * 1e3:.2f} ms"
-            rows.append(
+            name, note = f"{metric}/p{share * 100:g}", f"client {exact * 1e3:.2f} ms"
+            stats = served[metric][f"p{share * 100:g}_s"]
+            exported = gauge(samples, NAMES[metric], share)
+            rows += [
+                Row(f"telemetry/server_over_client/{name}", stats / exact, "x", note=note),
+                Row(f"telemetry/gauge_over_client/{name}", exported / exact, "x", note=note),
                 Row(
-                    f"telemetry/server_over_client/{metric}/{name}", served[metric][f"{name}_s"] / exact, "x", note=note
-                )
-            )
+                    f"telemetry/histogram_buckets_off/{name}",
+                    bucket_distance(samples, NAMES[metric], share, exact),
+                    "buckets",
+                    note=note,
+                ),
+            ]
     write_result("telemetry_agreement", rows)
 
 
