@@ -7,7 +7,9 @@ import zlib
 from dataclasses import dataclass
 
 MIN_CHARS = 80
-"""Shorter answers say too little: they have no compression ratio, and only replacement characters count."""
+"""Shorter answers say too little for a compression ratio."""
+MIN_WORD_TRIPLES, MIN_CHAR_TRIPLES = 10, 24
+"""Fewer say nothing of repetition."""
 MAX_COMPRESSION = 6.0
 MIN_DISTINCT = 0.2
 MAX_BROKEN = 0.02
@@ -21,7 +23,8 @@ _OTHER = re.compile(r"[\u0370-\u1fff\u3040-\ud7ff]")
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """`compression_ratio`: bytes a compressed byte (None: too short). `distinct`: different among all word triples.
+    """`compression_ratio`: bytes a compressed byte (None: too short). `distinct`: different among all triples, of words
+    in an answer that is long enough for a compression ratio, of characters in a shorter one.
 
     `broken`: replacement and control characters and `<unk>` a character. `mixed`: words of Latin and other letters.
     """
@@ -34,22 +37,23 @@ class Quality:
     @property
     def garbled(self) -> bool:
         """Whether one of them is beyond what readable text has."""
-        repeats = self.compression_ratio is not None and (
-            self.compression_ratio > MAX_COMPRESSION or self.distinct < MIN_DISTINCT
-        )
+        repeats = self.distinct < MIN_DISTINCT or (self.compression_ratio or 0.0) > MAX_COMPRESSION
         return repeats or self.broken > MAX_BROKEN or self.mixed > MAX_MIXED
 
 
 def read(text: str) -> Quality:
     """The proxies of one answer: some tens of microseconds a thousand characters."""
     words = _WORD.findall(text)
-    triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     raw = text.encode("utf-8", "replace")
-    ratio = len(raw) / len(zlib.compress(raw, 1)) if len(text) >= MIN_CHARS else None
+    if len(text) >= MIN_CHARS:
+        ratio, pieces, fewest = len(raw) / len(zlib.compress(raw, 1)), words, MIN_WORD_TRIPLES
+    else:
+        ratio, pieces, fewest = None, list(text), MIN_CHAR_TRIPLES
+    triples = [tuple(pieces[i : i + 3]) for i in range(len(pieces) - 2)]
     mixed = sum(1 for word in words if _LATIN.search(word) and _OTHER.search(word))
     return Quality(
         ratio,
-        len(set(triples)) / len(triples) if len(triples) >= 10 else 1.0,
+        len(set(triples)) / len(triples) if len(triples) >= fewest else 1.0,
         len(_BROKEN.findall(text)) / max(len(text), 1),
         mixed / len(words) if len(words) >= 10 else 0.0,
     )
