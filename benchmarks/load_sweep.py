@@ -91,10 +91,10 @@ CPU = Defaults(
     max_tokens=48,
     max_prompt=200,
     rounds=7,
-    fixed="2,5",
+    fixed="1,2,5",
     plain="same",
-    tok_s={1: 26, 2: 45, 4: 70, 8: 100, 16: 130},
-    prompt_tok_s=600,
+    tok_s={1: 170, 2: 270, 4: 390, 8: 450, 16: 430},
+    prompt_tok_s=2000,
 )
 MANY = 16
 """Streams from which on a cell has to be longer: it begins and ends with all of them at once."""
@@ -238,7 +238,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--k", type=int, default=5, help="the most draft tokens")
     parser.add_argument("--streams", help="comma-separated")
-    parser.add_argument("--fixed", help="draft lengths, comma-separated (default: 2,5 on a CPU, all tiers on a GPU)")
+    parser.add_argument("--fixed", help="draft lengths, comma-separated (default: 1,2,5 on a CPU, all tiers on a GPU)")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--plain", choices=("own", "same"))
     parser.add_argument("--budget", type=float, default=900.0, help="seconds, start-up included")

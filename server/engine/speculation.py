@@ -34,9 +34,10 @@ ANY = "any"
 TRIMS_WINDOW, UNIFORM_WINDOW = 64, 256
 """Trials that an estimate of acceptance remembers. One k for all rows is chosen from the trials of all of them: 64
 would be those of one step of 64 rows."""
-CORRECT_EVERY_MS = 5.0
-"""The cost table learns from a step once steps since the last one that it learned from took so long, and from any that
-is of another kind than the one before. A correction costs the host as much as a tenth of a short step."""
+CORRECT_EVERY_MS, CORRECT_EVERY_STEPS = 5.0, 8
+"""The cost table learns from a step once steps since the last one that it learned from took so long and are so many, and
+from any that is of another kind than the one before. A correction costs the host a tenth of a millisecond, and what was
+reckoned with the table before it must be reckoned again."""
 
 
 def draft_tiers(max_draft_tokens: int) -> tuple[int, ...]:
@@ -64,7 +65,7 @@ class Speculation:
         self.report = SpeculationReport()
         self._state = PolicyState()
         self._context = 1.0
-        self._uncorrected_ms = CORRECT_EVERY_MS
+        self._uncorrected_ms, self._uncorrected_steps = CORRECT_EVERY_MS, CORRECT_EVERY_STEPS
         self._last_kind = 0
         self._chain_rested = False
 
@@ -149,24 +150,25 @@ class Speculation:
     def _learn_costs(self, costs: CostTable, result: StepResult, context: float) -> None:
         """Corrects the table by what a step took; what of it a pause has cost is charged to the probes."""
         num_rows, verify_ms = len(result.emitted), self._verify_ms(costs, result)
-        plain_ms, usual_ms = costs.verify_many(num_rows, [num_rows, result.num_tokens_run], context)
+        plain_ms, news = costs.step_ms(num_rows, 0, context), False
         if result.followed:  # so that drafts can be tried again, or go on after a step that tried to do without
             follow_ms = costs.follow_ms(num_rows)
             self._state = charge(self._state, follow_ms / plain_ms)
             verify_ms = max(verify_ms - follow_ms, 0.5 * verify_ms)
         if result.caught_up:  # no such step: the table would learn what it is not asked
+            usual_ms = costs.verify_ms(num_rows, result.num_tokens_run, context)
             self._state = charge(self._state, (verify_ms - usual_ms) / plain_ms)
-        elif self._is_news(result, verify_ms):
+        elif news := self._is_news(result, verify_ms):
             costs.observe(num_rows, result.num_tokens_run, context, verify_ms)
         if result.draft_ms > 0.0:  # timed apart
-            self._learn_drafting(costs, result, plain_ms)
+            self._learn_drafting(costs, result, plain_ms, news)
 
-    def _learn_drafting(self, costs: CostTable, result: StepResult, plain_ms: float) -> None:
+    def _learn_drafting(self, costs: CostTable, result: StepResult, plain_ms: float, news: bool) -> None:
         """The first chain after steps without one also computes what it has missed: that is no price of a chain."""
         rows, k = self._chain_of(result)
         if rows and k and self._chain_rested:
             self._state = charge(self._state, (result.draft_ms - costs.draft_ms(rows, k)) / plain_ms)
-        elif rows and k:
+        elif rows and k and news:
             costs.observe_draft(rows, k, result.draft_ms)
         self._chain_rested = not (rows and k)
 
@@ -182,9 +184,11 @@ class Speculation:
         """Whether the table is to learn from this step."""
         kind = result.num_tokens_run // max(1, len(result.emitted))
         self._uncorrected_ms += verify_ms
-        if kind == self._last_kind and self._uncorrected_ms < CORRECT_EVERY_MS:
+        self._uncorrected_steps += 1
+        due = self._uncorrected_ms >= CORRECT_EVERY_MS and self._uncorrected_steps >= CORRECT_EVERY_STEPS
+        if kind == self._last_kind and not due:
             return False
-        self._last_kind, self._uncorrected_ms = kind, 0.0
+        self._last_kind, self._uncorrected_ms, self._uncorrected_steps = kind, 0.0, 0
         return True
 
     def _verdicts(
