@@ -35,9 +35,9 @@ TRIMS_WINDOW, UNIFORM_WINDOW = 64, 256
 """Trials that an estimate of acceptance remembers. One k for all rows is chosen from the trials of all of them: 64
 would be those of one step of 64 rows."""
 CORRECT_EVERY_MS, CORRECT_EVERY_STEPS = 5.0, 8
-"""The cost table learns from a step once steps since the last one that it learned from took so long and are so many, and
-from any that is of another kind than the one before. A correction costs the host a tenth of a millisecond, and what was
-reckoned with the table before it must be reckoned again."""
+"""The cost table learns from a step once steps since the last one that it learned from took so long and are so many,
+and from any that is of another kind than the one before. A correction costs the host a tenth of a millisecond, and what
+was reckoned with the table before it must be reckoned again."""
 
 
 def draft_tiers(max_draft_tokens: int) -> tuple[int, ...]:
