@@ -17,7 +17,7 @@ from __future__ import annotations
 import tomllib
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,6 +27,11 @@ from server.routing.plan import Plan, plan_of
 _TABLES = ("engine", "arms", "experiment", "shadow", "routing")
 _ARM_FIELDS = {"name": str, "weight": float, "recipe": str}
 _CANARY_ARMS = ("canary", "baseline")
+_SHARE_OF_MACHINE = (
+    "device_share", "kv_memory_share", "kv_cache_tokens", "num_threads", "max_num_seqs", "max_num_batched_tokens",
+    "max_waiting", "max_waiting_tokens",
+)  # fmt: skip
+"""Settings that arms which are compared have in common."""
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -77,7 +82,8 @@ class SettingsFile:
 
 
 def _with_baseline(plan: Plan, arms: tuple[ArmConfig, ...], engine: EngineConfig) -> tuple[ArmConfig, ...]:
-    """The arms of an experiment: the baseline is the control's model again. Raises ConfigError."""
+    """The arms of an experiment: the baseline is the control's model again, with the candidate's share of the machine.
+    Raises ConfigError."""
     names = [arm.name for arm in arms]
     if plan.candidate not in names:
         raise ConfigError(f"experiment.candidate: there is no arm {plan.candidate!r}; use one of {', '.join(names)}")
@@ -86,7 +92,19 @@ def _with_baseline(plan: Plan, arms: tuple[ArmConfig, ...], engine: EngineConfig
     weighted = [arm.name for arm in arms if arm.weight]
     if weighted:
         raise ConfigError(f"arms: {weighted[0]!r} has a weight; an experiment's stages say who gets what")
-    return arms if plan.baseline in names else (*arms, ArmConfig(plan.baseline, engine))
+    candidate = arms[names.index(plan.candidate)].engine
+    if plan.baseline not in names:
+        same = replace(engine, **{name: getattr(candidate, name) for name in _SHARE_OF_MACHINE})
+        return (*arms, ArmConfig(plan.baseline, same))
+    baseline = arms[names.index(plan.baseline)].engine
+    for name in _SHARE_OF_MACHINE:
+        ours, theirs = getattr(candidate, name), getattr(baseline, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"arms: {name} of {plan.candidate!r} is {ours!r} and of its baseline {plan.baseline!r} {theirs!r}; "
+                "they are compared, so give both the same"
+            )
+    return arms
 
 
 def read_settings(path: str | Path) -> SettingsFile:

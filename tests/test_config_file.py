@@ -156,6 +156,17 @@ def test_an_experiment_brings_its_baseline(tmp_path: Path) -> None:
     assert plan.guards.window_s == 30 and plan.tolerance("ttft") == 0.1 and plan.tolerance("itl") == 0.05
 
 
+def test_the_baseline_has_the_candidates_share_of_the_machine(tmp_path: Path) -> None:
+    text = EXPERIMENT.replace('drafter = "none"', 'drafter = "none"\nnum_threads = 2\nkv_cache_tokens = 512')
+    candidate, baseline = parse(tmp_path, text, "--num-threads", "8").arms
+    assert (
+        baseline.engine == EngineConfig(num_threads=2, kv_cache_tokens=512) == replace(candidate.engine, drafter="auto")
+    )
+    own = text + '[[arms]]\nname = "baseline"\nnum_threads = 4\nkv_cache_tokens = 512\n'
+    with pytest.raises(ConfigError, match="num_threads of 'fast' is 2 and of its baseline 'baseline' 4"):
+        parse(tmp_path, own)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

@@ -131,10 +131,8 @@ def arm_requests(
     error = rng.random(total) < 0.002 + 0.3 * incident + effect.errors
     garbled = rng.random(total) < flagged + effect.garbled
     compression = np.exp(0.8 + style + rng.normal(0, 0.15, total)) * np.where(garbled, 1.8, 1.0)
-    logprob = -0.5 + 0.5 * style + rng.normal(0, 0.2, total) - np.where(garbled, 3.0, 0.0)
-    logprob[rng.random(total) >= 0.1] = np.nan
     order = np.argsort(arrival + e2e / 1000, kind="stable")
-    values = np.stack([ttft, itl, tpot, e2e, 1000 / tpot, tokens, compression, logprob])
+    values = np.stack([ttft, itl, tpot, e2e, 1000 / tpot, tokens, compression])
     return Requests(
         who[order],
         start_s + (arrival + e2e / 1000)[order],

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from server.api.experiment_metrics import ExperimentMetrics
+from server.api.experiment_terms import agree
 from server.api.generation import Part
 from server.api.observing import observation
 from server.config import ConfigError, ServerConfig, with_arms
 from server.routing.assignment import Assignment
 from server.routing.conductor import LOOK_EVERY_S, Conductor
-from server.routing.evidence.observation import Observation
+from server.routing.evidence.observation import Observation, key_number
 from server.routing.experiment import Action, State
 from server.routing.ledger import Ledger
 from server.routing.plan import Plan, plan_of
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from server.api.state import ServerState
 
 logger = logging.getLogger(__name__)
+
+LOOK_SHARE = 0.01
+"""Of an API process's time: looks at much evidence are rarer than LOOK_EVERY_S."""
 
 
 class ExperimentLike(Protocol):
@@ -57,6 +61,10 @@ class Watch:
         if seen is not None:
             self._seen[arm].append(seen)
 
+    def refused(self, arm: str, key: str) -> None:
+        """One of the arms had no room for a request that was assigned to it."""
+        self._seen[arm].append(Observation(key_number(key), self._clock(), error=True))
+
     def take(self) -> dict[str, list[Observation]]:
         """What was seen since the last time, by arm."""
         taken, self._seen = self._seen, {name: [] for name in self.arms}
@@ -81,8 +89,10 @@ class Experiment:
         on_over: Callable[[bool], None] = lambda promoted: None,
     ) -> None:
         assert config.experiment is not None
+        plan = plan_of(config.experiment)
         self._ledger = Ledger(Path(config.experiment_ledger).expanduser())
-        self.conductor = Conductor(plan_of(config.experiment), self._ledger)
+        agree(self._ledger, config, plan)
+        self.conductor = Conductor(plan, self._ledger)
         self._not_ready, self._restarts, self._follow, self._say = not_ready, restarts, follow, say
         self._artifact, self._on_over = artifact, on_over
         self._follow(self.conductor.assignment)
@@ -91,7 +101,7 @@ class Experiment:
 
     @classmethod
     def open(cls, config: ServerConfig, **joins: Any) -> Experiment:
-        """As the constructor; ConfigError where the ledger cannot be used."""
+        """As the constructor; ConfigError where the ledger cannot be used, or knows another experiment of that name."""
         try:
             return cls(config, **joins)
         except (OSError, sqlite3.Error) as error:
@@ -105,12 +115,18 @@ class Experiment:
             logger.exception("observations of arm %s could not be written to the ledger", arm)
 
     async def run(self, watch: Watch | None = None) -> None:
-        """Takes what `watch` saw, and looks, until it is cancelled."""
+        """Takes what `watch` saw, and looks, until it is cancelled. What goes wrong is logged, and it looks again."""
+        took_s = 0.0
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            for arm, seen in ({} if watch is None else watch.take()).items():
-                self.take(arm, seen)
-            self.look()
+            await asyncio.sleep(max(LOOK_EVERY_S, took_s / LOOK_SHARE))
+            started = time.perf_counter()
+            try:
+                for arm, seen in ({} if watch is None else watch.take()).items():
+                    self.take(arm, seen)
+                self.look()
+            except Exception:
+                logger.exception("a look at the experiment failed; it goes on as it is")
+            took_s = time.perf_counter() - started
 
     def look(self) -> None:
         """One look; an error of the ledger leaves everything as it was until the next."""
@@ -235,7 +251,8 @@ def artifact_of(config: ServerConfig, plan: Plan, model: str) -> Path | None:
 
 def settled(config: ServerConfig, say: Callable[[str], None]) -> tuple[ServerConfig, str | None]:
     """Without the arms of an experiment that is over and whose plan says `retire`: a candidate that was promoted is
-    what the server serves. With the recipe that it needs. A ledger that cannot be read changes nothing here."""
+    what the server serves. With the recipe that it needs. A ledger that cannot be read changes nothing here. Raises
+    ConfigError where the ledger knows another experiment of that name."""
     if config.experiment is None or not plan_of(config.experiment).retire:
         return config, None
     plan = plan_of(config.experiment)
@@ -243,8 +260,13 @@ def settled(config: ServerConfig, say: Callable[[str], None]) -> tuple[ServerCon
         ledger = Ledger(Path(config.experiment_ledger).expanduser())
     except (OSError, sqlite3.Error):
         return config, None
-    state = ledger.state(plan.name)
-    ledger.close()
+    try:
+        agree(ledger, config, plan)
+        state = ledger.state(plan.name)
+    except sqlite3.Error:
+        return config, None
+    finally:
+        ledger.close()
     if state is None or not state.over:
         return config, None
     arms = {arm.name: arm for arm in config.arms}

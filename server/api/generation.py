@@ -56,10 +56,14 @@ class Generation:
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
-        """Submits every part. Raises EngineUnavailable."""
-        for part in self._parts:
-            sink = self._open[part.request.request_id] = _PartSink(self, part)
-            self._engine.submit(part.request, sink)
+        """Submits every part. Raises EngineUnavailable; then all have failed."""
+        try:
+            for part in self._parts:
+                sink = self._open[part.request.request_id] = _PartSink(self, part)
+                self._engine.submit(part.request, sink)
+        except EngineUnavailable:
+            self._abort_rest(FinishReason.ERROR)
+            raise
 
     async def wait(self) -> None:
         """Raises ApiError or EngineUnavailable: whatever ended the generation early."""

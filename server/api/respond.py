@@ -18,7 +18,7 @@ from server.api.arms import KEY
 from server.api.choice_text import ChoiceText, Delta
 from server.api.chunks import ChunkWriter
 from server.api.echo import Echo
-from server.api.errors import as_api_error, request_timeout
+from server.api.errors import ApiError, as_api_error, request_timeout
 from server.api.formats import Choice, Format, Json, usage_of
 from server.api.generation import Generation, Heard, Part
 from server.api.spec_metrics import spec_decoding_metrics
@@ -64,10 +64,15 @@ async def respond(request: web.Request, state: ServerState, arm: Arm, job: Job) 
     """Admits the job, runs it and answers. However this is left, no request stays behind in the engine."""
     key = caller_of(request).key
     num_prompt = _num_prompt(job)
-    arm.admit(job.requests)
+    watch = state.watch if state.watch is not None and KEY in request and arm.name in state.watch.arms else None
+    try:
+        arm.admit(job.requests)
+    except ApiError:
+        if watch is not None:  # its queue is full: to the client that is an error like any other
+            watch.refused(arm.name, request[KEY])
+        raise
     place = _Place(arm, job.requests)
     parts: list[Part] = []
-    watch = state.watch if state.watch is not None and KEY in request and arm.name in state.watch.arms else None
     running = arm.engine.stats.num_running
     copies = [] if state.replays is None or job.discard else state.replays.wanted(arm, job.requests[0])
     try:

@@ -42,10 +42,13 @@ class Conductor:
         self._recent = {name: RecentRequests(plan.guards.window_s) for name in (plan.candidate, plan.baseline)}
         self._restarts_before: int | None = None
         self._findings: tuple[Finding, ...] = ()
+        self._compared = False
         self.state: State | None = ledger.state(plan.name)
         self._evidence = Evidence(clock(), limit=plan.max_observations)
         if self.state is not None:
-            self._evidence, *self._counts = ledger.restore(plan.name, self.state.started_s, plan.max_observations)
+            self._evidence, *self._counts = ledger.restore(
+                plan.name, self.state.started_s, plan.max_observations, len(plan.stages) - 1
+            )
             self._findings = self._evidence.findings(clock(), plan.alpha)
 
     @property
@@ -66,12 +69,20 @@ class Conductor:
         return Assignment(dict(self.weights), self.salt)
 
     def observe(self, arm: str, seen: Sequence[Observation]) -> None:
-        """Requests of the candidate or the baseline, in the order of their ends; others and late ones do not count."""
+        """Requests of the candidate or the baseline, in the order of their ends; others and late ones do not count.
+
+        While one of the two does not serve there is nothing to compare the other with: its requests are the guard
+        rails' alone, and so are the candidate's in the last stage.
+        """
         if not seen or arm not in self._recent or self.state is None or self.state.over:
             return
         candidate = arm == self.plan.candidate
+        if not self._compared:
+            self._recent[arm].add(seen)
+            return
         self._ledger.append_observations(self.plan.name, seen, candidate=candidate, stage=self.state.stage)
-        self._evidence.add(seen, candidate=candidate, stage=self.state.stage)
+        if self.state.stage < len(self.plan.stages) - 1:
+            self._evidence.add(seen, candidate=candidate, stage=self.state.stage)
         self._recent[arm].add(seen)
         self._counts[0 if candidate else 1] += len(seen)
 
@@ -80,10 +91,12 @@ class Conductor:
         the candidate's engine, since this process began. An experiment begins when its arms are ready for the first
         time."""
         now = self._clock()
+        self._compared = ready
         if self._restarts_before is None and ready:
             self._restarts_before = restarts
         if self.state is None:
             if ready:
+                self._evidence = Evidence(now, limit=self.plan.max_observations)  # its time blocks begin here
                 self._decide(*start(self.plan, self._salt or secrets.token_hex(8), now))
             return ready
         if self.state.over:
@@ -121,6 +134,7 @@ class Conductor:
             "alpha": plan.alpha,
             "num_candidate": self._counts[0],
             "num_baseline": self._counts[1],
+            "evidence_full": self._evidence.full,
             "findings": [asdict(finding) for finding in self._findings],
             "tolerances": {finding.metric: plan.tolerance(finding.metric) for finding in self._findings},
         }

@@ -1,7 +1,9 @@
 """An experiment's way from its first percent to everyone or to nobody: a pure function of state, evidence and clock.
 
-    running at stage 0 -> 1 -> … -> promoted        (min_samples, min_time and no harm; the last step needs the goal)
-        \\-> rolled back                             (harm proven, a guard rail, or an operator)
+    running at stage 0 -> 1 -> … -> 100 % -> promoted   (min_samples, min_time and no harm; 100 % needs the goal)
+        \\-> rolled back                                 (harm proven, a guard rail, or an operator)
+
+At 100 % there is nobody to compare the candidate with: guard rails watch it for that stage's requests and time, if any.
 
 Whoever drives it calls `step` every second or so, writes the events to the ledger, and only then applies `weights`.
 """
@@ -78,7 +80,8 @@ def weights(plan: Plan, state: State) -> dict[str, float]:
     elif state.status == "promoted":
         share, rival = 100.0, 0.0
     else:
-        share = rival = plan.stages[state.stage].share
+        share = plan.stages[state.stage].share
+        rival = 0.0 if state.stage == len(plan.stages) - 1 else share
     return {plan.control: 100.0 - share - rival, plan.baseline: rival, plan.candidate: share}
 
 
@@ -94,7 +97,8 @@ def step(plan: Plan, state: State, reading: Reading, now_s: float) -> tuple[Stat
         return state, ()
     reason = violation(plan.guards, reading.candidate, reading.baseline, reading.restarts)
     reason = reason and f"guard rail, {reason}"
-    harm = reason or _harm(plan, reading)
+    alone = state.stage == len(plan.stages) - 1
+    harm = reason or (None if alone else _harm(plan, reading))
     if harm is not None:
         return _decided(plan, "roll_back", replace(state, status="rolled_back", reason=harm), reading, now_s)
     if state.status == "paused":
@@ -126,10 +130,16 @@ def act(
 
 
 def _advanced(plan: Plan, state: State, reading: Reading, now_s: float) -> tuple[State, tuple[Event, ...]]:
-    """One stage on; the one that gives it everything is the promotion."""
+    """One stage on; behind the one that gives it everything, or with it if it asks for nothing, is the promotion."""
+    end = len(plan.stages) - 1
+    if state.stage == end:
+        promoted = replace(state, status="promoted", held=False)
+        return _decided(plan, "promote", promoted, reading, now_s)
     stage = state.stage + 1
-    last = stage == len(plan.stages) - 1
-    reason = _goal(plan, reading)[1] if last else f"no harm shown; stage of {plan.stages[stage].share:g} %"
+    last = stage == end and not (plan.stages[end].min_samples or plan.stages[end].min_time_s)
+    reason = f"no harm shown; stage of {plan.stages[stage].share:g} %"
+    if stage == end:
+        reason = _goal(plan, reading)[1]
     after = replace(
         state,
         status="promoted" if last else "running",
@@ -153,14 +163,16 @@ def _harm(plan: Plan, reading: Reading) -> str | None:
 
 def _waiting(plan: Plan, state: State, reading: Reading, now_s: float) -> str | None:
     """What the stage still lacks; None: nothing."""
-    stage = plan.stages[state.stage]
-    fewest = min(reading.num_candidate - state.stage_candidate, reading.num_baseline - state.stage_baseline)
+    stage, alone = plan.stages[state.stage], state.stage == len(plan.stages) - 1
+    fewest = reading.num_candidate - state.stage_candidate
+    if not alone:
+        fewest = min(fewest, reading.num_baseline - state.stage_baseline)
     if fewest < stage.min_samples:
         return f"{fewest} of {stage.min_samples} requests"
     elapsed = now_s - state.stage_started_s
     if elapsed < stage.min_time_s:
         return f"{elapsed:.0f} of {stage.min_time_s:.0f} s"
-    if state.stage + 2 < len(plan.stages):
+    if alone or state.stage + 2 < len(plan.stages):
         return None
     reached, why = _goal(plan, reading)
     return None if reached else why

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,10 @@ CREATE TABLE IF NOT EXISTS observations (
     body TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS observations_of ON observations (experiment, id);
+CREATE TABLE IF NOT EXISTS terms (experiment TEXT PRIMARY KEY, body TEXT NOT NULL);
 """
+BUSY_S = 0.5
+"""How long a write waits for another process that holds the file; nothing else happens in this process meanwhile."""
 _COLUMNS = "id, experiment, kind, at_s, actor, reason, state, weights, evidence"
 
 
@@ -50,7 +53,7 @@ class Ledger:
     """Events and observations of experiments, by name. One process writes; any may read. Errors are sqlite3.Error."""
 
     def __init__(self, path: Path) -> None:
-        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")  # a decision outlasts a power cut
         self._database.executescript(_SCHEMA)
@@ -83,6 +86,15 @@ class Ledger:
         ).fetchone()
         return State(**json.loads(found[0])) if found else None
 
+    def write_terms(self, experiment: str, terms: Mapping[str, Any]) -> None:
+        """Writes what an experiment that is about to begin compares, in place of what was written before."""
+        self._many("INSERT OR REPLACE INTO terms (experiment, body) VALUES (?, ?)", [(experiment, _json(dict(terms)))])
+
+    def terms(self, experiment: str) -> dict[str, Any] | None:
+        """What `write_terms` was given last; None: nothing."""
+        found = self._database.execute("SELECT body FROM terms WHERE experiment = ?", (experiment,)).fetchone()
+        return None if found is None else dict(json.loads(found[0]))
+
     def events(self, experiment: str | None = None, *, after: int = 0) -> list[dict[str, Any]]:
         """Events in their order, of one experiment or all, as JSON objects; those with an `id` above `after`."""
         rows = self._database.execute(
@@ -112,14 +124,20 @@ class Ledger:
             "SELECT candidate, stage, body FROM observations WHERE experiment = ? ORDER BY id", (experiment,)
         )
         for candidate, stage, body in rows:
-            yield [Observation(*values) for values in json.loads(body)], bool(candidate), stage
+            try:
+                seen = [Observation(*values) for values in json.loads(body)]
+            except TypeError as error:
+                raise sqlite3.DataError(f"observations of {experiment!r} are of another version: {error}") from error
+            yield seen, bool(candidate), stage
 
-    def restore(self, experiment: str, start_s: float, limit: int) -> tuple[Evidence, int, int]:
-        """The evidence as it was, and the requests of candidate and baseline that it came from."""
+    def restore(self, experiment: str, start_s: float, limit: int, last_stage: int) -> tuple[Evidence, int, int]:
+        """The evidence as it was, and the requests of candidate and baseline, those of `last_stage` among them, which
+        are no evidence."""
         evidence = Evidence(start_s, limit=limit)
         counts = [0, 0]
         for seen, candidate, stage in self.observations(experiment):
-            evidence.add(seen, candidate=candidate, stage=stage)
+            if stage < last_stage:
+                evidence.add(seen, candidate=candidate, stage=stage)
             counts[0 if candidate else 1] += len(seen)
         return evidence, counts[0], counts[1]
 

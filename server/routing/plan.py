@@ -20,7 +20,9 @@ _NAMES: Final = tuple(metric.name for metric in METRICS)
 class Stage:
     """`share` is the candidate's share of the traffic in percent; the baseline has as much, the control the rest.
 
-    The stage is left when both arms have had `min_samples` requests in it and `min_time_s` seconds are over.
+    The stage is left when both arms have had `min_samples` requests in it and `min_time_s` seconds are over. In the
+    last one the candidate has everything and is watched by the guard rails alone, since nothing is left to compare it
+    with; it ends in the promotion, at once where it asks for no requests and no time.
     """
 
     share: float
@@ -43,7 +45,6 @@ DEFAULT_TOLERANCES: Final[Mapping[str, float]] = {
     "tokens_per_s": 0.03,
     "output_tokens": 0.1,
     "compression": 0.1,
-    "logprob": 0.01,
     "errors": 0.0,
     "garbled": 0.0,
 }
@@ -89,10 +90,10 @@ class Plan:
 
     `goal` `improve`: the candidate serves everyone once `primary` is proven better; `no_worse`: once `primary` is
     proven less than `margin` worse. It is rolled back once a metric is proven worse and looks worse than its
-    tolerance. `alpha` is the probability that two equal arms ever get a verdict, over all metrics and any number
-    of looks. After `max_time_s` in a stage without a verdict a `hold` is noted, and the experiment goes on as it was.
-    With `retire` the engines that nobody needs after the verdict are stopped, and a candidate that was promoted takes
-    the control's place and name.
+    tolerance. `alpha` bounds how often two equal arms get a verdict, over all metrics and any number of looks, as far
+    as the metrics' intervals are what they say (see `evidence.metrics`). After `max_time_s` in a stage without a
+    verdict a `hold` is noted, and the experiment goes on as it was. With `retire` the engines that nobody needs after
+    the verdict are stopped, and a candidate that was promoted takes the control's place and name.
     """
 
     name: str

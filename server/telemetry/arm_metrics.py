@@ -197,12 +197,12 @@ class ChoiceTimer:
         """The choice has ended."""
         arm = self._arm
         self.reason = reason
+        now = arm.clock()
+        self.e2e_s = now - self._arrival
         arm.requests[reason].inc()
         arm.generation_tokens.inc(num_completion_tokens)
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
-        now = arm.clock()
-        self.e2e_s = now - self._arrival
         arm.e2e.add(self.e2e_s, now)
         arm.max_tokens.observe(self._max_tokens)
         arm.num_prompt.observe(self._num_prompt)

@@ -13,8 +13,10 @@ import pytest
 from server.api import conclusion
 from server.api.conclusion import conclude, stop
 from server.api.experiment import settled
-from server.config import ArmConfig, EngineConfig, ServerConfig
+from server.api.experiment_terms import terms_of
+from server.config import ArmConfig, ConfigError, EngineConfig, ServerConfig
 from server.engine.messages import EngineStats
+from server.routing.ledger import Ledger
 from server.routing.plan import plan_of
 from server.routing.verdict import allow_another, read_verdict
 from tests.api.conftest import Serve
@@ -80,6 +82,14 @@ async def test_engines_stop_when_their_last_request_has_ended(monkeypatch: pytes
     assert len(got) == 3 and engine.closed.is_set()
 
 
+def told_that_it_is(config: ServerConfig, file: Path) -> None:
+    """Its experiment is that of `config`."""
+    assert config.experiment is not None
+    plan, ledger = plan_of(config.experiment), Ledger(file)
+    ledger.write_terms(plan.name, terms_of(config, plan) or {})
+    ledger.close()
+
+
 async def test_the_next_start_knows(serve: Serve, tmp_path: Path) -> None:
     engine = EngineConfig(model="original")
     config = ServerConfig(
@@ -91,9 +101,13 @@ async def test_the_next_start_knows(serve: Serve, tmp_path: Path) -> None:
     said: list[str] = []
     assert settled(config, said.append) == (config, None) and not said
     await decided(serve, tmp_path / "promoted", "promote")
+    with pytest.raises(ConfigError, match="candidate model = 'fake-dir', not 'better'"):
+        settled(config, said.append)
+    told_that_it_is(config, tmp_path / "promoted")
     after, recipe = settled(config, said.append)
     assert (after.engine.model, after.arms, recipe) == ("better", (), "fp8") and "is over: promoted" in said[0]
     await decided(serve, tmp_path / "back", "roll_back")
+    told_that_it_is(config, tmp_path / "back")
     after, recipe = settled(replace(config, experiment_ledger=str(tmp_path / "back")), said.append)
     assert (after.engine.model, after.arms, recipe) == ("original", (), None)
     kept = replace(config, experiment={**PLAN, "retire": False})

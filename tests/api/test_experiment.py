@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.api.errors import queue_full
 from server.api.experiment import Experiment, experiment_of
 from server.config import ArmConfig, ConfigError, EngineConfig
 from server.engine.errors import EngineUnavailable
+from server.routing.conductor import Conductor
+from server.routing.evidence.observation import Observation
+from server.routing.ledger import Ledger
+from server.routing.plan import plan_of
 from tests.api.conftest import Live, Serve
 from tests.api.fakes import FakeEngine, steps
 
@@ -162,6 +168,99 @@ async def test_it_goes_on_after_a_restart(serve: Serve, tmp_path: Path) -> None:
     assert {name: after[name] for name in same} == {name: before[name] for name in same}
     assert "goes on" in again.said[0]
     assert await again.ask(80) == arms
+
+
+async def test_a_name_is_of_one_experiment(serve: Serve, tmp_path: Path) -> None:
+    w = await world(serve, tmp_path / "ledger")
+    w.look()
+    w.experiment.close()
+    for change in ({"goal": "no_worse"}, {"stages": PLAN["stages"][1:]}, {"alpha": 0.01}):  # type: ignore[index,unused-ignore]
+        with pytest.raises(ConfigError, match=f"'try' is in the ledger already, with plan {next(iter(change))} = "):
+            await world(serve, tmp_path / "ledger", **change)
+    other = await world(serve, tmp_path / "ledger", name="another", goal="no_worse")
+    assert other.status == "waiting"
+
+
+async def test_while_one_of_the_two_does_not_serve_nothing_is_compared(serve: Serve, tmp_path: Path) -> None:
+    w = await world(serve, tmp_path / "ledger")
+    w.look()
+    await w.ask(40)
+    w.look()
+    before = w.experiment.conductor.report()
+    assert before["num_candidate"] > 0
+    w.experiment._not_ready = lambda: {"baseline": "it is being restarted"}
+    w.look()
+    await w.ask(60)
+    w.look()
+    after = w.experiment.conductor.report()
+    assert (after["num_candidate"], after["num_baseline"]) == (before["num_candidate"], before["num_baseline"])
+    assert w.experiment.conductor._recent["new"].window(time.time()).num_requests > before["num_candidate"]
+
+
+async def test_what_clients_suffer_counts(serve: Serve, tmp_path: Path) -> None:
+    """A full queue, an engine that takes nothing, and a client that no longer waits."""
+    new = FakeEngine(steps(TEXT))
+    w = await world(serve, tmp_path / "ledger", new)
+    w.look()
+    user = f"user-{(await w.ask(30)).index('new')}"
+    watch, new.step_s = w.live.state.watch, 5.0
+    assert watch is not None
+    watch.take()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await w.live.complete(user=user, max_tokens=200)
+    seen: list[Observation] = []
+    async with asyncio.timeout(10):
+        while not seen:
+            await asyncio.sleep(0.01)
+            seen = watch.take().get("new", [])
+    (left,) = seen
+    assert not left.error and left.e2e_ms is not None and left.e2e_ms >= 400
+    assert left.ttft_ms == left.e2e_ms and left.output_tokens is None
+
+    arm = w.live.state.arms.named("new")
+    assert arm is not None
+
+    def full(requests: object) -> None:
+        raise queue_full(1, 1)
+
+    arm.admit = full  # type: ignore[method-assign]
+    assert (await w.live.complete(user=user))[0] == 429
+    assert [one.error for one in watch.take()["new"]] == [True]
+    del arm.admit
+
+    def gone(request: Any, sink: Any) -> None:
+        raise EngineUnavailable("it has just died")
+
+    new.submit = gone  # type: ignore[method-assign]
+    assert (await w.live.complete(user=user))[0] == 503
+    assert [one.error for one in watch.take()["new"]] == [True]
+
+
+async def test_a_look_that_fails_is_not_the_last(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = await world(serve, tmp_path / "ledger")
+    monkeypatch.setattr("server.api.experiment.LOOK_EVERY_S", 0.01)
+    calls: list[int] = []
+
+    def look() -> None:
+        calls.append(1)
+        raise ValueError("said to a closed pipe")
+
+    w.experiment.look = look  # type: ignore[method-assign]
+    task = asyncio.create_task(w.experiment.run())
+    async with asyncio.timeout(10):
+        while len(calls) < 3:  # noqa: ASYNC110  it is polled
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_evidence_begins_with_the_experiment(tmp_path: Path) -> None:
+    now = 0.0
+    conductor = Conductor(plan_of(PLAN), Ledger(tmp_path / "ledger"), clock=lambda: now)
+    conductor.tick(ready=False, restarts=0)
+    now = 3600.0  # a candidate may take an hour to be built
+    conductor.tick(ready=True, restarts=0)
+    assert conductor._evidence.start_s == 3600.0 and conductor.state is not None
 
 
 async def test_what_is_told(serve: Serve, tmp_path: Path) -> None:

@@ -33,6 +33,22 @@ def test_a_faster_candidate_goes_through_all_stages() -> None:
     assert step(PLAN, state, Reading((finding("worse", 0.5),)), now) == (state, ())
 
 
+def test_the_last_stage_may_be_watched() -> None:
+    plan = replace(PLAN, stages=(Stage(50, 10, 60.0), Stage(100, 30, 90.0)))
+    state, _ = start(plan, "salt", 0.0)
+    better = (finding("better", -0.2),)
+    state, events = step(plan, state, Reading(better, 40, 40), 60.0)
+    assert (state.status, state.stage, events[0].kind) == ("running", 1, "advance")
+    assert events[0].weights == {"control": 0.0, "baseline": 0.0, "candidate": 100.0}
+    worse = (finding("worse", 0.5),)  # nobody to compare with: what was known is known
+    assert step(plan, state, Reading(worse, 69, 40), 200.0) == (state, ())
+    assert step(plan, state, Reading(better, 70, 40), 149.0) == (state, ())
+    failing = Reading(better, 70, 40, candidate=Window(50, 25))
+    assert step(plan, state, failing, 120.0)[0].status == "rolled_back"
+    promoted, events = step(plan, state, Reading(better, 70, 40), 150.0)
+    assert promoted.status == "promoted" and "tpot" in promoted.reason and events[0].kind == "promote"
+
+
 def test_a_stage_needs_requests_and_time() -> None:
     state, _ = start(PLAN, "salt", 0.0)
     assert step(PLAN, state, Reading(num_candidate=19, num_baseline=90), 500.0) == (state, ())

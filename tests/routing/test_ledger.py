@@ -54,9 +54,11 @@ def test_evidence_comes_back(tmp_path: Path) -> None:
     ledger.append_observations("faster", seen, candidate=True, stage=2)
     ledger.append_observations("faster", [Observation(9, 2.5, tpot_ms=4.0)], candidate=False, stage=2)
     assert next(iter(ledger.observations("faster"))) == (seen, True, 2)
-    evidence, ours, theirs = ledger.restore("faster", 0.0, 1000)
+    evidence, ours, theirs = ledger.restore("faster", 0.0, 1000, 4)
     assert (ours, theirs, evidence.candidate.size, evidence.baseline.size) == (2, 1, 1, 1)
     assert evidence.candidate.values("ttft_ms").tolist() == [20.0]
+    evidence, ours, theirs = ledger.restore("faster", 0.0, 1000, 2)
+    assert (ours, theirs, evidence.candidate.size, evidence.baseline.size) == (2, 1, 0, 0), "nobody to compare with"
     ledger.close()
 
 

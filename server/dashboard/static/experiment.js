@@ -9,7 +9,7 @@ const WORDS = { worse: "worse", better: "better", undecided: "not decided" };
 
 function percent(value, metric) {
   if (value === null) return "–";
-  return metric === "logprob" ? value.toFixed(3) : `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)} %`;
+  return `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)} %`;
 }
 
 function line(kind, texts) {

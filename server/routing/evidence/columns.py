@@ -19,7 +19,6 @@ VALUES: Final = (
     "tokens_per_s",
     "output_tokens",
     "compression_ratio",
-    "logprob",
 )
 """The numbers of an observation that have a column."""
 CELL_S = 5.0

@@ -42,6 +42,11 @@ class Evidence:
         if good:
             (self.candidate if candidate else self.baseline).add(good, stage)
 
+    @property
+    def full(self) -> bool:
+        """Whether requests that end now change nothing but the counts of incidents."""
+        return self.candidate.full or self.baseline.full
+
     def findings(self, now_s: float, alpha: float) -> tuple[Finding, ...]:
         """What every metric says by now, at `alpha` / SHARES each."""
         level = alpha / SHARES

@@ -14,8 +14,8 @@ class Observation:
     arm's engine ran when this one was admitted. Times are milliseconds: `ttft_ms` from arrival to the first token,
     `itl_ms` the 95 % quantile of the request's own per-token intervals, `tpot_ms` its mean interval, `e2e_ms` from
     arrival to the end. `tokens_per_s` is output tokens over the decode time. `compression_ratio` and `garbled` come
-    from `quality.read`, `logprob` is the answer's mean log-probability per token under the control's model where it
-    was scored by teacher forcing. None: the request has no such number (an error has no times, one token no interval).
+    from `quality.read`. None: the request has no such number (an error has no times, one token no interval). Of a
+    request whose client left, times are how long it had waited by then: less than they would have become.
     """
 
     key: int
@@ -29,7 +29,6 @@ class Observation:
     tokens_per_s: float | None = None
     output_tokens: float | None = None
     compression_ratio: float | None = None
-    logprob: float | None = None
     garbled: bool = False
 
 

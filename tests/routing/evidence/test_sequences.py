@@ -53,6 +53,10 @@ def test_an_incident_is_a_key_and_a_block() -> None:
     assert (seen.candidate, seen.baseline) == (1, 1)
     seen.settle(60.0)
     assert (seen.candidate, seen.baseline) == (1, 1)
+    for key in range(20, 26):
+        seen.add(candidate=key < 24, key=key, at_s=61.0)  # more of the one than of the other
+    seen.settle(80.0)
+    assert (seen.candidate, seen.baseline) == (2, 1)
 
 
 def test_clustered_requests_are_worth_fewer() -> None:
