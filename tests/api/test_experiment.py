@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from server.api.arm import Arm
 from server.api.errors import queue_full
 from server.api.experiment import Experiment, experiment_of
 from server.config import ArmConfig, ConfigError, EngineConfig
@@ -218,16 +219,13 @@ async def test_what_clients_suffer_counts(serve: Serve, tmp_path: Path) -> None:
     assert not left.error and left.e2e_ms is not None and left.e2e_ms >= 400
     assert left.ttft_ms == left.e2e_ms and left.output_tokens is None
 
-    arm = w.live.state.arms.named("new")
-    assert arm is not None
-
-    def full(requests: object) -> None:
+    def full(arm: Arm, requests: object) -> None:
         raise queue_full(1, 1)
 
-    arm.admit = full  # type: ignore[method-assign]
-    assert (await w.live.complete(user=user))[0] == 429
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arm, "admit", full)
+        assert (await w.live.complete(user=user))[0] == 429
     assert [one.error for one in watch.take()["new"]] == [True]
-    del arm.admit
 
     def gone(request: Any, sink: Any) -> None:
         raise EngineUnavailable("it has just died")
