@@ -41,10 +41,11 @@ CASES = {
     "equal-engines": (None, "running"),
 }
 STAGES = """stages = [
-    {share = 5, min_samples = 20, min_time_s = 20}, {share = 25, min_samples = 50, min_time_s = 20},
-    {share = 50, min_samples = 100, min_time_s = 20}, {share = 100, min_samples = 0, min_time_s = 0},
+    {share = 1, min_samples = 5, min_time_s = 20}, {share = 5, min_samples = 20, min_time_s = 20},
+    {share = 25, min_samples = 50, min_time_s = 20}, {share = 50, min_samples = 100, min_time_s = 20},
+    {share = 100, min_samples = 100, min_time_s = 20},
 ]"""
-EQUAL_STAGES = "stages = [{share = 50, min_samples = 1000000}, {share = 100}]"
+EQUAL_STAGES = "stages = [{share = 50, min_samples = 100, min_time_s = 60}, {share = 100}]"
 CONFIG = """
 model = "smollm2-135m"
 access_log = "off"
