@@ -1,6 +1,6 @@
 """How often equal arms get a verdict, and how soon unequal ones do, in simulated experiments.
 
-    python benchmarks/ab_simulation.py [--equal 2000] [--unequal 100] [--minutes 30]
+    python benchmarks/ab_simulation.py [--only equal|unequal] [--equal 2000] [--unequal 100] [--minutes 30]
 
 Every experiment goes through the router's own evidence, guard rails and state machine, from 1 % on, with a look each
 10 s (later each 2 % of the time gone by) until a verdict or the end. The traffic is that of benchmarks/ab/traffic.py:
@@ -67,31 +67,47 @@ def power(case: str, outcomes: list[Outcome], expected: str) -> Iterable[Row]:
             yield Row(f"ab/{name}_to_verdict/{case}", round(statistics.median(values)), name, spread, "median, range")
 
 
+def equal(first_seed: int, count: int, time_s: int) -> list[Row]:
+    """False verdicts of `count` experiments, over all loads and by load."""
+    rows: list[Row] = []
+    every: list[Outcome] = []
+    for index, (name, load) in enumerate(LOADS.items()):
+        seeds = range(first_seed + index, first_seed + count, len(LOADS))
+        outcomes = [simulate(PLAN, load, Effect(), time_s, seed) for seed in seeds]
+        every += outcomes
+        rows.append(false_positives(name, outcomes))
+        print(rows[-1], flush=True)
+    return [false_positives("all", every), *rows]
+
+
+def unequal(first_seed: int, count: int, time_s: int) -> list[Row]:
+    """Right verdicts of `count` experiments of each effect and load, and how soon they came."""
+    rows: list[Row] = []
+    for effect_name, (effect, expected) in EFFECTS.items():
+        for name, load in LOADS.items():
+            outcomes = [simulate(PLAN, load, effect, time_s, first_seed + seed) for seed in range(count)]
+            rows += power(f"{effect_name}/{name}", outcomes, expected)
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--equal", type=int, default=2000, help="A/A experiments, over all loads")
     parser.add_argument("--unequal", type=int, default=100, help="experiments a load and effect")
     parser.add_argument("--first-seed", type=int, default=10**7, help="estimators were not made with these")
     parser.add_argument("--minutes", type=float, default=30.0, help="simulated length")
+    parser.add_argument("--only", choices=("equal", "unequal"), help="equal arms, or unequal ones")
+    parser.add_argument("--name", default="ab_simulation", help="of the result file")
     options = parser.parse_args()
     time_s = int(60 * options.minutes)
     rows: list[Row] = []
     detail: dict[str, Any] = {"plan": {"alpha": PLAN.alpha, "stages": [stage.share for stage in PLAN.stages]}}
-    every: list[Outcome] = []
-    for index, (name, load) in enumerate(LOADS.items()):
-        seeds = range(options.first_seed + index, options.first_seed + options.equal, len(LOADS))
-        outcomes = [simulate(PLAN, load, Effect(), time_s, seed) for seed in seeds]
-        every += outcomes
-        rows.append(false_positives(name, outcomes))
-        print(rows[-1], flush=True)
-    rows.insert(0, false_positives("all", every))
-    for effect_name, (effect, expected) in EFFECTS.items():
-        for name, load in LOADS.items():
-            first = 2 * options.first_seed
-            outcomes = [simulate(PLAN, load, effect, time_s, first + seed) for seed in range(options.unequal)]
-            rows += power(f"{effect_name}/{name}", outcomes, expected)
-            print(rows[-1], flush=True)
-    write_result("ab_simulation", rows, detail)
+    if options.only != "unequal":
+        rows += equal(options.first_seed, options.equal, time_s)
+    if options.only != "equal":
+        rows += unequal(2 * options.first_seed, options.unequal, time_s)
+    write_result(options.name, rows, detail)
 
 
 if __name__ == "__main__":
