@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from aiohttp import web
 
@@ -10,7 +10,7 @@ from server.api.access.access_log import record_of
 from server.api.access.request_id import REQUEST_ID
 from server.api.arm import Arm
 from server.api.errors import bad_header, model_not_found
-from server.config import ASSIGNMENT_KEYS, ServerConfig
+from server.config import ASSIGNMENT_KEYS, CONTROL, ServerConfig
 from server.routing.assignment import Assignment
 
 ARM_HEADER = "X-Outpace-Arm"
@@ -47,6 +47,11 @@ class Arms:
     def control(self) -> Arm:
         """What answers where nothing else is said, and for arms that are not ready."""
         return self.every[0]
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Percent of the traffic by arm, as they are now."""
+        return self.assign.weights if isinstance(self.assign, Assignment) else {CONTROL: 100.0}
 
     def named(self, name: str) -> Arm | None:
         """The arm of that name, None if there is none."""

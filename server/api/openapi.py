@@ -233,7 +233,14 @@ def _admin() -> dict[str, Any]:
     what = "Promote the experiment's candidate or roll it back, pause or resume"
     acted = _operation("actOnExperiment", what, {200: {JSON: ref("Done")}}, (404, 409), admin=True)
     action = {"name": "action", "in": "path", "required": True, "schema": {"enum": list(ACTIONS)}}
+    share = ref("Weights")
+    shown = _operation("showWeights", "Each arm's share of the traffic", {200: {JSON: share}}, (), admin=True)
+    set_to = _operation(
+        "setWeights", "Other shares from now on", {200: {JSON: share}}, (400, 409, 413, 415), admin=True
+    )
+    asked = {"required": True, "content": {JSON: {"schema": share}}}
     return {
+        "/admin/weights": {"get": shown, "post": {**set_to, "requestBody": asked}},
         "/admin/keys": {"get": keys},
         "/admin/reload": {"post": reload},
         "/admin/experiment/{action}": {"post": {**acted, "parameters": [action]}},

@@ -253,6 +253,7 @@ def _admin() -> dict[str, Schema]:
         "Keys": struct(object={"const": "list"}, data=array(key)),
         "Reloaded": struct(status={"const": "reloaded"}),
         "Done": struct(status={"const": "done"}),
+        "Weights": struct(weights={"type": "object", "additionalProperties": NUMBER}),
     }
 
 

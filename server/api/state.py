@@ -27,7 +27,7 @@ from server.telemetry.tracing import Tracing
 class ServerState:
     """`draining` refuses new work. `tracing` makes a span of each request, where it is configured. `watch` sees what
     the requests of an experiment do, `experiment` is that experiment. `replays` runs copies of requests, `comparisons`
-    tells what they showed, of the whole server.
+    tells what they showed, of the whole server. `share` makes everybody assign keys by other weights (percent by arm).
 
     `num_in_flight` counts this process's requests from their arrival until their answer has left; `idle` is set while
     there are none. `scrape` and `stats` render the whole server's metrics, `reload` does what SIGHUP does and gives one
@@ -48,6 +48,7 @@ class ServerState:
     experiment: ExperimentLike | None = None
     replays: Replays | None = None
     comparisons: Callable[[], Awaitable[dict[str, Any]]] | None = None
+    share: Callable[[dict[str, float]], Awaitable[None]] | None = None
     tracing: Tracing | None = None
     draining: bool = False
     num_in_flight: int = 0

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 import orjson
 from aiohttp import web
 
+from server.api.access import body
 from server.api.access.control import ACCESS
 from server.api.errors import SERVER_ERROR, ApiError, Handler
+from server.api.split import weights_of
 from server.api.state import STATE
+from server.routing.assignment import Assignment
 from server.routing.experiment import ACTIONS
+
+logger = logging.getLogger(__name__)
 
 Reload = Callable[[], Awaitable[Sequence[str]]]
 """Does what SIGHUP does, in every process; gives one line for each thing that stayed as it was because it is wrong."""
 
 
 def admin_routes(reload: Reload) -> list[web.RouteDef]:
-    """`GET /admin/keys`, `POST /admin/reload` and `POST /admin/experiment/{action}`."""
+    """`GET /admin/keys`, `GET` and `POST /admin/weights`, `POST /admin/reload` and `/admin/experiment/{action}`."""
     return [
         web.get("/admin/keys", list_keys),
         web.post("/admin/reload", _reload_handler(reload)),
         web.post("/admin/experiment/{action}", experiment_action),
+        web.get("/admin/weights", show_weights),
+        web.post("/admin/weights", set_weights),
     ]
 
 
@@ -57,6 +65,24 @@ async def experiment_action(request: web.Request) -> web.Response:
     if problem is not None:
         raise ApiError(409, f"Nothing was changed: {problem}.", code="conflict")
     return _json({"status": "done"})
+
+
+async def show_weights(request: web.Request) -> web.Response:
+    """Percent of the traffic by arm."""
+    return _json({"weights": dict(request.app[STATE].arms.weights)})
+
+
+async def set_weights(request: web.Request) -> web.Response:
+    """Other weights from now on, until the server ends or they are set again. Raises ApiError."""
+    state = request.app[STATE]
+    raw = await body.read_body(request, state.limits.max_body_bytes, state.config.body_timeout_s)
+    weights = weights_of(state.config, state.arms.weights, raw)
+    if state.share is None:
+        state.arms.assign = Assignment(weights, state.config.routing.salt)
+    else:
+        await state.share(weights)
+    logger.warning("weights set by %s: %s", request.remote, ", ".join(f"{n} {w:g} %" for n, w in weights.items()))
+    return _json({"weights": weights})
 
 
 def _reload_handler(reload: Reload) -> Handler:

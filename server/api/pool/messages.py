@@ -161,6 +161,13 @@ class Act(msgspec.Struct, tag="act"):
     actor: str
 
 
+class Share(msgspec.Struct, tag="share"):
+    """Somebody set other weights, percent by arm: the owner tells all and answers `Acted` with this number."""
+
+    number: int
+    weights: dict[str, float]
+
+
 class ReloadKeys(msgspec.Struct, tag="reload_keys"):
     """Somebody asked this worker to reload: the owner does as on SIGHUP and answers `Reloaded` with this number."""
 
@@ -178,4 +185,4 @@ class Compared(msgspec.Struct, tag="compared"):
     dropped: Dropped | None = None
 
 
-ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle | Observed | Act | Compared
+ToOwner = Hello | Failed | Snapshot | Scrape | ReloadKeys | Idle | Observed | Act | Share | Compared

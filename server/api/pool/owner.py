@@ -78,6 +78,7 @@ class Pool:
         self._closing = False
         self._leaving: list[Supervisor] = []
         self._conclusion: m.Concluded | None = None
+        self._weights: m.Weights | None = None
         try:
             self._access = AccessControl.from_file(config.api_keys)
             TlsContext.from_settings(config.tls_certificate, config.tls_key)  # what is wrong is told before workers are
@@ -310,6 +311,10 @@ class Pool:
                 self._metrics.report_soon(
                     set(self._by_identity), lambda report: self._answer(identity, message, report)
                 )
+            case m.Share(number=number, weights=weights):
+                self._weights = m.Weights(weights, self._config.routing.salt)
+                self._tell_all(self._weights)
+                self._channel.send(m.Acted(number, None), identity)
             case m.ReloadKeys():
                 self._channel.send(m.Reloaded(message.number, self.reload()), identity)
             case m.Idle():
@@ -329,6 +334,8 @@ class Pool:
         for name, supervisor in self._supervisors.items():
             self._channel.send(_engine_state(name, supervisor), identity)
         self._experiment.greet(identity)
+        if self._weights is not None:
+            self._channel.send(self._weights, identity)
         member.on_hello(hello.model_name)
         if self._draining:  # it was not there when the others were told
             self._channel.send(m.Drain(), identity)

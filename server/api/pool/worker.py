@@ -103,6 +103,7 @@ class Worker:
             reload=self._reload,
             tracing=Tracing.from_settings(config.otel_endpoint, a.version),
         )
+        state.share = self._share
         if config.experiment is not None:
             state.watch, state.experiment = Watch(plan_of(config.experiment)), RemoteExperiment(self._ask)
         if pairs_of(config):
@@ -232,7 +233,11 @@ class Worker:
         problems: list[str] = await self._ask(m.ReloadKeys)
         return problems
 
-    async def _ask(self, question: Callable[[int], m.Scrape | m.ReloadKeys | m.Act]) -> Any:
+    async def _share(self, weights: dict[str, float]) -> None:
+        """The owner tells every worker, this one before it answers."""
+        await self._ask(partial(m.Share, weights=weights))
+
+    async def _ask(self, question: Callable[[int], m.Scrape | m.ReloadKeys | m.Act | m.Share]) -> Any:
         """Raises TimeoutError where the owner does not answer."""
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()

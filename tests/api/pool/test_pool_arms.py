@@ -14,10 +14,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from server.api.access.keys import digest_of
 from server.api.arms import ARM_HEADER
 from tests.api.pool import test_pool
 from tests.api.pool.test_pool import Pool, pool
 
+ADMIN, USER = "sk-outpace-admin", "sk-outpace-user"
 FILE = """
 [routing]
 salt = "a"
@@ -100,3 +102,47 @@ async def test_a_stop_waits_for_every_arm(embedded_model_dir: Path, tmp_path: Pa
         assert [status for status, _ in await asyncio.gather(*asked)] == [200, 200]
         assert await asyncio.to_thread(server.process.wait, test_pool.PATIENCE_S) == 0
         assert not engines(server)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_weights_are_everybodys(embedded_model_dir: Path, tmp_path: Path, workers: int) -> None:
+    """Of every worker, a worker that comes later among them."""
+    keys, file = tmp_path / "keys.toml", tmp_path / "outpace.toml"
+    keys.write_text(f'[admin]\nsha256 = "{digest_of(ADMIN)}"\n[[key]]\nname = "user"\nsha256 = "{digest_of(USER)}"\n')
+    file.write_text(f'api_keys = "{keys}"\n' + FILE)
+
+    async def asked(path: str, key: str, body: Any) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {key}"}
+        async with aiohttp.ClientSession() as http, http.post(server.url + path, json=body, headers=headers) as answer:
+            text = await answer.text()
+            return answer.status, answer.headers.get(ARM_HEADER, "") if path.startswith("/v1") else text
+
+    async def arms() -> set[str]:
+        body = {"prompt": [1000], "max_tokens": 1, "ignore_eos": True}
+        found = [await asked("/v1/completions", USER, {**body, "user": f"user-{i}"}) for i in range(30)]
+        assert {status for status, _ in found} == {200}
+        return {arm for _, arm in found}
+
+    with pool("--config", str(file), "--api-workers", str(workers), last="Arm canary serves") as server:
+
+        async def both() -> bool:
+            return await arms() == {"control", "canary"}
+
+        await server.until(both, "both arms answer")
+        assert (await asked("/admin/weights", USER, {"weights": {"canary": 0}}))[0] == 403
+        status, text = await asked("/admin/weights", ADMIN, {"weights": {"canary": 101}})
+        assert status == 400 and "use 0 to 100" in text
+        status, text = await asked("/admin/weights", ADMIN, {"weights": {"canary": 0}})
+        assert (status, json.loads(text)) == (200, {"weights": {"control": 100.0, "canary": 0.0}})
+        assert await arms() == {"control"}
+        if workers > 1:
+            os.kill(server.pids("server.api.pool.worker")[0], signal.SIGKILL)
+            await asyncio.sleep(1.0)
+
+            async def again() -> bool:
+                return len(server.pids("server.api.pool.worker")) == workers
+
+            await server.until(again, "another worker comes")
+            assert [await arms() for _ in range(4)] == [{"control"}] * 4
+        assert (await asked("/admin/weights", ADMIN, {"weights": {"canary": 100}}))[0] == 200
+        assert await arms() == {"canary"}
