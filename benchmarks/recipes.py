@@ -8,7 +8,7 @@ are built without their gate (the cache keeps them); the quality of `--at-once` 
 original, over text that no model wrote. Parts: `quality`, `drafter` (acceptance of the head that comes with the model),
 `speed` (one stream, beside the original in one process: for an idle machine). Whatever a result file of that name
 holds already, for the same artifact and as much text, is not measured again, so a run can be interrupted; rows of other
-recipes stay in it.
+recipes stay in it. On a GPU quality and speed are those of the engines, one recipe after another.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from optimize.evaluate.options import EvaluateOptions
 from optimize.evaluate.prompts import prompt_ids
 from optimize.evaluate.quality import read_all, summary
 from optimize.evaluate.reader import Reader, tokens_a_step
-from optimize.evaluate.run import GREEDY_TOKENS, evaluate
+from optimize.evaluate.run import GREEDY_TOKENS, Measured, evaluate
 from optimize.evaluate.texts import encode, read_texts, shortened, windows
 from optimize.options import OptimizeOptions
 from optimize.progress import Bar
@@ -188,16 +188,25 @@ def quality(table: Table) -> None:
 
 
 def _quality_by_engines(table: Table, missing: Sequence[Subject]) -> None:
+    """And the speed, if it is asked for: engines take longer to start than either."""
     arguments = table.arguments
+    also = ("speed",) if "speed" in arguments.parts else ()
     for subject in missing:
         options = EvaluateOptions(
             arguments.model, str(subject.source.directory), tokens=arguments.tokens, window=arguments.window,
-            device=arguments.device, parts=("quality",), report_only=True,
+            batch=(1,), input=64, output=64, device=arguments.device, parts=("quality", *also), report_only=True,
         )  # fmt: skip
         measured, _ = evaluate(options, None, _quiet, Bar())
         assert measured.quality is not None
         subject.found.update(quality=asdict(measured.quality), tokens=arguments.tokens)
+        if measured.speeds:
+            subject.found["speed"] = _one_stream(measured)
         table.write()
+
+
+def _one_stream(measured: Measured) -> dict[str, Any]:
+    tier = measured.speeds[0]
+    return {**asdict(tier.candidate_tok_s), "original": asdict(tier.base_tok_s)}
 
 
 def _share(bar: Bar, what: str, done: int, total: int) -> None:
@@ -235,8 +244,7 @@ def speed(table: Table) -> None:
             parts=("speed",), report_only=True,
         )  # fmt: skip
         measured, _ = evaluate(options, None, _quiet, Bar())
-        tier = measured.speeds[0]
-        subject.found["speed"] = {**asdict(tier.candidate_tok_s), "original": asdict(tier.base_tok_s)}
+        subject.found["speed"] = _one_stream(measured)
         table.write()
 
 
@@ -267,14 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bar = Bar()
     table = Table(args, bar.line)
     started = time.monotonic()
-    try:
-        for name in _names(args.recipes):
-            table.add(name)
-    except ConfigError as error:
-        parser.error(str(error))
-    for name, measure in (("quality", quality), ("drafter", drafter), ("speed", speed)):
-        if name in parts:
-            measure(table)
+    names = _names(args.recipes)
+    by_engines = table.device.type == "cuda"
+    for some in [[name] for name in names] if by_engines else [names]:
+        try:
+            for name in some:
+                table.add(name)
+        except ConfigError as error:
+            parser.error(str(error))
+        for name, measure in (("quality", quality), ("drafter", drafter), ("speed", speed)):
+            if name in parts:
+                measure(table)
     table.write()
     bar.line(f"{len(table.subjects)} rows in {time.monotonic() - started:.0f} s: {RESULTS / f'{args.name}.json'}")
     return 0

@@ -36,12 +36,14 @@ class Running:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self.said: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.append(line)
+        with self.process.stdout:
+            for line in self.process.stdout:
+                self.said.append(line)
 
     def until_said(self, pattern: str) -> str:
         until(lambda: any(re.search(pattern, line) for line in list(self.said)), f"it says {pattern}", self.said)
@@ -98,6 +100,7 @@ def running(command: list[str]) -> Iterator[Running]:
         finally:
             server.process.kill()
             server.process.wait()
+            server.listener.join(30)
 
 
 def until(condition: Callable[[], bool], what: str, said: list[str] | None = None) -> None:
